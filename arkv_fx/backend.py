@@ -1,0 +1,156 @@
+"""The Dynamo backend: run the passes on a captured graph, lower it, feed it its state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch.fx import GraphModule, Node
+
+from arkv_fx.calibration import Calibration
+from arkv_fx.config import ArkvConfig
+from arkv_fx.errors import UnknownOptionError
+from arkv_fx.passes import pipeline
+from arkv_fx.passes.context import Context, Probe
+from arkv_fx.passes.site import Site
+from arkv_fx.state.anchors import Anchors
+from arkv_fx.state.session import LayerState, find_session
+
+Compiled = Callable[..., Any]
+LOWERINGS = ("inductor", "eager")
+
+
+class ArkvBackend:
+    """Compiles graphs of one model under one configuration.
+
+    ``graphs`` counts what was compiled, ``sites`` holds the report rows of every graph.
+    """
+
+    def __init__(
+        self,
+        config: ArkvConfig,
+        calibration: Calibration | None = None,
+        *,
+        compile: str = "inductor",
+        sliding: Sequence[int] = (),
+        probe: Probe | None = None,
+    ) -> None:
+        if compile not in LOWERINGS:
+            raise UnknownOptionError(f"compile={compile!r}: choose one of {list(LOWERINGS)}")
+        self.config, self.calibration, self.lowering = config, calibration, compile
+        self.sliding, self.probe = tuple(sliding), probe
+        self.graphs = 0
+        self.sites: list[list[Site]] = []
+
+    def __call__(self, graph: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
+        self.graphs += 1
+        context = Context(self.config, self.calibration, self.sliding, self.probe)
+        work = pipeline.apply(graph, context)
+        self.sites.append(context.sites)
+        if not context.fused:
+            return self._lower(graph, list(example_inputs))
+        extra = _example_state(context, example_inputs)
+        compiled = self._lower(work, [*example_inputs, *extra])
+        return _Runner(graph, context, compiled)
+
+    def _lower(self, graph: GraphModule, inputs: list[Any]) -> Compiled:
+        if self.lowering == "eager":
+            return graph.forward
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(graph, inputs)  # type: ignore[no-any-return]
+
+
+def _example_state(context: Context, example_inputs: Sequence[Any]) -> list[Tensor]:
+    """Fake state tensors with the shapes of the plans, in the order of the placeholders."""
+    mode = detect_fake_mode(list(example_inputs))
+    tensors: list[Tensor] = []
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        if mode is None:
+            tensors.append(torch.zeros(shape, dtype=dtype, device=device))
+            return
+        with mode:
+            tensors.append(torch.zeros(shape, dtype=dtype, device=device))
+
+    # Placeholders stand in the order in which `rewrite` made them: a site's state, its anchor.
+    for site in context.fused:
+        assert site.plan is not None
+        device = _device(site)
+        for spec in site.plan.specs():
+            empty((site.batch, *spec.shape), spec.dtype, device)
+        if site.source == "cat":
+            empty((1,), site.plan.dtype, device)
+    return tensors
+
+
+def _device(site: Site) -> torch.device:
+    assert site.new_k is not None
+    value = site.new_k.meta.get("example_value", site.new_k.meta.get("val"))
+    return value.device  # type: ignore[no-any-return]
+
+
+class _Runner:
+    """Calls a compiled graph with the state of the sequence at hand appended to its inputs."""
+
+    def __init__(self, graph: GraphModule, context: Context, compiled: Compiled) -> None:
+        names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+        self.compiled, self.sites = compiled, context.fused
+        self.device = [_device(s) for s in self.sites]
+        self.index = {name: i for i, name in enumerate(names)}
+        self.marker = any(s.source == "marker" for s in self.sites)
+        self.layers = [s.layer if s.layer is not None else s.ordinal for s in self.sites]
+
+    def __call__(self, *inputs: Any) -> Any:
+        extra: list[Tensor] = []
+        states: list[LayerState] = []
+        anchors = Anchors()
+        for site, layer, device in zip(self.sites, self.layers, self.device, strict=True):
+            assert site.plan is not None
+            if site.source == "marker":
+                session = find_session(self._input(site.handle, inputs))
+                state = session.layer(layer, site.plan, site.batch, device)
+                extra += state.tensors
+            else:
+                past = tuple(self._input(p, inputs) for p in site.past)
+                where = f"layer {layer} ({site.path})"
+                state, anchor = anchors.state(
+                    past, site.plan, site.batch, device, site.fresh, where
+                )
+                extra += [*state.tensors, anchor]
+            states.append(state)
+        out = self.compiled(*inputs, *extra)
+        for state, layer in zip(states, self.layers, strict=True):
+            state.check(layer)
+        anchors.remember(out)
+        return out
+
+    def _input(self, node: Node | None, inputs: Sequence[Any]) -> Any:
+        return inputs[self.index[node.name]] if node is not None else None
+
+
+def arkv_backend(
+    graph: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """``torch.compile(model, backend="arkv", options={"budget": 1024})``.
+
+    Options are those of ``ArkvConfig`` plus ``preset``, ``compile`` ("inductor" or "eager") and
+    ``calibration`` (a ``Calibration``).
+
+    Raises:
+        UnknownOptionError: for an option that does not exist.
+    """
+    settings = dict(options or {})
+    if mode not in (None, "default"):
+        raise UnknownOptionError(f"mode={mode!r}: the arkv backend takes options, no mode")
+    lowering = settings.pop("compile", "inductor")
+    calibration = settings.pop("calibration", None)
+    backend = ArkvBackend(ArkvConfig.make(settings), calibration, compile=lowering)
+    return backend(graph, example_inputs)

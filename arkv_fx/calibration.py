@@ -1,0 +1,92 @@
+"""A calibration: one OQ ratio per layer, from the statistics of a prefill's attention."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from arkv_fx.errors import CalibrationError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Attention statistics of one layer (see ``arkv_fx.statistics``) and what follows from them."""
+
+    layer: int
+    entropy: float
+    variance: float
+    kurtosis: float
+    score: float
+    oq_ratio: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """OQ ratios of a model's layers.
+
+    ``fingerprint`` names the model's shape, ``mode`` is "paper" or "normalised", ``samples`` the
+    prompt lengths in tokens.
+    """
+
+    fingerprint: str
+    mode: str
+    taus: tuple[float, float, float]
+    samples: tuple[int, ...]
+    layers: tuple[LayerStatistics, ...]
+
+    def ratio(self, layer: int) -> float | None:
+        """The OQ ratio of a layer, None if it was not calibrated."""
+        for row in self.layers:
+            if row.layer == layer:
+                return row.oq_ratio
+        return None
+
+    def check(self, fingerprint: str) -> None:
+        """Refuse a calibration made for another model.
+
+        Raises:
+            CalibrationError: if the fingerprints differ.
+        """
+        if fingerprint != self.fingerprint:
+            raise CalibrationError(
+                f"this calibration was made for {self.fingerprint}, the model is {fingerprint}; "
+                "run arkv_fx.calibrate on this model"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON."""
+        data = {"schema": SCHEMA_VERSION, **asdict(self)}
+        Path(path).write_text(json.dumps(data, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read JSON written by ``save``.
+
+        Raises:
+            CalibrationError: if the file is missing, is no calibration or has another schema.
+        """
+        try:
+            data: dict[str, Any] = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise CalibrationError(f"{path}: cannot be read as a calibration: {error}") from error
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA_VERSION:
+            found = data.get("schema") if isinstance(data, dict) else None
+            raise CalibrationError(
+                f"{path}: schema {found!r} is not the {SCHEMA_VERSION} this version reads; "
+                "calibrate again"
+            )
+        try:
+            layers = tuple(LayerStatistics(**row) for row in data["layers"])
+            taus = tuple(float(t) for t in data["taus"])
+            if len(taus) != 3 or not all(0 <= row.oq_ratio <= 1 for row in layers):
+                raise ValueError("taus or OQ ratios out of range")
+            return cls(
+                str(data["fingerprint"]), str(data["mode"]), taus,  # type: ignore[arg-type]
+                tuple(data["samples"]), layers,
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(f"{path}: damaged calibration: {error}") from error

@@ -1,0 +1,158 @@
+"""What a user may ask for: one frozen, validated configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from arkv_fx.errors import ConfigError, UnknownOptionError
+
+PAPER_TAUS = (7.774380648611771, 5.407015096778621, 5.527702582901318)
+"""tau1 (entropy), tau2 (variance), tau3 (kurtosis) as published with arXiv 2603.08727."""
+PAPER_GAMMA = 263.8108280337562
+"""Weight of the variance term in the published heavy-hitter score."""
+
+
+@dataclass(frozen=True)
+class ArkvConfig:
+    """Size, formats and ranking of the cache. Exactly one of the three budgets is in force.
+
+    Args:
+        compression: bytes of the full cache in the model's dtype at ``context`` tokens, divided
+            by the bytes that our cache may hold (its scales, scores and positions included).
+        context: tokens at which ``compression`` is meant.
+        budget: tokens kept per kv head and layer, sinks and window included (the paper's budget).
+        bytes: bytes kept per layer and sequence.
+        tiers: storage formats of the tiers beyond the window, most precise first: ``(Original,
+            Quantized)`` or one format for all. See ``arkv_fx.ops.formats.FORMATS``.
+        window: most recent tokens, always in the model's dtype.
+        sinks: first tokens of a sequence, always in the model's dtype.
+        oq_ratio: share of Originals where no calibration gives one per layer: a share of tokens
+            under ``budget``, of bytes under the other two.
+        score: name in ``arkv_fx.ops.scores.SCORES``; ``score_options`` are its parameters.
+        calibration: ``"normalised"`` or ``"paper"``: how statistics become OQ ratios.
+        taus: the paper's exponents of entropy, variance and kurtosis.
+        round_to: slot counts are rounded down to a multiple of this, so that layers share shapes.
+
+    Raises:
+        ConfigError: naming the option, its value and what is allowed.
+    """
+
+    compression: float | None = None
+    context: int = 4096
+    budget: int | None = None
+    bytes: int | None = None
+    tiers: tuple[str, ...] = ("int8", "int4")
+    window: int = 32
+    sinks: int = 4
+    oq_ratio: float = 0.4
+    score: str = "combined"
+    score_options: tuple[tuple[str, float], ...] = ()
+    calibration: str = "normalised"
+    taus: tuple[float, float, float] = PAPER_TAUS
+    round_to: int = 8
+
+    def __post_init__(self) -> None:
+        from arkv_fx.ops.formats import get_format
+        from arkv_fx.ops.scores import make_score
+
+        given = [n for n in ("compression", "budget", "bytes") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"give one of compression, budget and bytes, not {given}")
+        if not given:
+            object.__setattr__(self, "compression", 4.0)
+        object.__setattr__(self, "tiers", tuple(self.tiers))
+        options = self.score_options
+        pairs = options.items() if isinstance(options, Mapping) else options
+        object.__setattr__(self, "score_options", tuple(sorted((str(k), v) for k, v in pairs)))
+        _require(self.compression is None or self.compression >= 1, "compression", self, ">= 1")
+        _require(self.context >= 1, "context", self, ">= 1 token")
+        _require(self.window >= 1, "window", self, ">= 1 token")
+        _require(self.sinks >= 0, "sinks", self, ">= 0 tokens")
+        _require(0 <= self.oq_ratio <= 1, "oq_ratio", self, "between 0 and 1")
+        _require(self.round_to >= 1, "round_to", self, ">= 1")
+        _require(1 <= len(self.tiers) <= 2, "tiers", self, "one or two format names")
+        _require(len(self.taus) == 3 and min(self.taus) > 0, "taus", self, "three numbers > 0")
+        _require(self.bytes is None or self.bytes > 0, "bytes", self, "> 0")
+        _require(
+            self.budget is None or self.budget >= self.window + self.sinks,
+            "budget",
+            self,
+            f"at least window + sinks = {self.window + self.sinks} tokens",
+        )
+        if self.calibration not in ("normalised", "paper"):
+            raise UnknownOptionError(
+                f"calibration={self.calibration!r}: choose 'normalised' or 'paper'"
+            )
+        for name in self.tiers:
+            get_format(name)
+        make_score(self.score, dict(self.score_options))
+
+    @classmethod
+    def paper(cls, budget: int = 1024, **options: Any) -> ArkvConfig:
+        """The published method: native + fp8 tiers, the published score, no sinks, a token budget."""
+        settings: dict[str, Any] = {
+            "budget": budget,
+            "tiers": ("native", "fp8"),
+            "sinks": 0,
+            "score": "paper",
+            "calibration": "paper",
+            "oq_ratio": 0.75,
+            "round_to": 1,
+        }
+        return cls.make({**settings, **options})
+
+    @classmethod
+    def make(cls, options: Mapping[str, Any]) -> ArkvConfig:
+        """Build from a mapping (``torch.compile`` options, JSON); unknown names are refused.
+
+        Raises:
+            UnknownOptionError: naming the unknown options and listing the valid ones.
+        """
+        if "preset" in options:
+            rest = {k: v for k, v in options.items() if k != "preset"}
+            return preset(str(options["preset"]), **rest)
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise UnknownOptionError(f"unknown option {', '.join(unknown)}; known: {known}")
+        settings = dict(options)
+        for name in ("tiers", "taus"):
+            if isinstance(settings.get(name), list):
+                settings[name] = tuple(settings[name])
+        if isinstance(settings.get("score_options"), list):
+            settings["score_options"] = tuple((k, v) for k, v in settings["score_options"])
+        return cls(**settings)
+
+    def replace(self, **changes: Any) -> ArkvConfig:
+        """A copy with changes; giving one budget clears the other two."""
+        budgets = ("compression", "budget", "bytes")
+        if any(changes.get(name) is not None for name in budgets):
+            changes = {**dict.fromkeys(budgets), **changes}
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values; ``ArkvConfig.make`` reads them back."""
+        return asdict(self)
+
+
+def _require(ok: bool, name: str, config: ArkvConfig, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}={getattr(config, name)!r}: must be {allowed}")
+
+
+PRESETS = {"default": ArkvConfig, "paper": ArkvConfig.paper}
+
+
+def preset(name: str, **options: Any) -> ArkvConfig:
+    """The configuration named ``name`` with some options changed.
+
+    Raises:
+        UnknownOptionError: for an unknown preset or option.
+    """
+    if name not in PRESETS:
+        raise UnknownOptionError(f"unknown preset {name!r}; known: {sorted(PRESETS)}")
+    if name == "paper":
+        return ArkvConfig.paper(**options)
+    return ArkvConfig.make(options)

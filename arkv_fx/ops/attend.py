@@ -1,0 +1,201 @@
+"""One cached attention: attend to what is held and to the new tokens, then update the state.
+
+These are the reference semantics, in plain torch, without a branch on tensor values; the kinds
+of call differ only in how many tokens come (one: ``decode``; many: ``prefill`` or a chunk).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from arkv_fx.ops.attention import (
+    Knobs,
+    allowed,
+    cap,
+    group,
+    hide,
+    key_logits,
+    slot_logits,
+    softmax,
+    value_sum,
+)
+from arkv_fx.ops.formats import get_format
+from arkv_fx.ops.scores import Observation, Stats
+from arkv_fx.ops.update import Arrivals, exchange_one, merge_many
+from arkv_fx.plan import LayerPlan
+from arkv_fx.state.view import View, view
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    state: Sequence[Tensor],
+    plan: LayerPlan,
+    knobs: Knobs,
+    fresh: bool,
+) -> Tensor:
+    """Attention of T new tokens over the cache and themselves; updates ``state`` in place.
+
+    Args:
+        q: [B, Hq, T, Dk]; k: [B, Hkv, T, Dk]; v: [B, Hkv, T, Dv], positions already encoded.
+        mask: None, or [B or 1, Hq or 1, T, S] bool or additive whose last column is the newest
+            token. A token whose own column is hidden from its own row is padding: never stored.
+        state: the tensors of ``plan.specs()``, each with a leading batch dimension.
+        fresh: the state is known to be empty, so this is a whole prefill.
+
+    Returns:
+        [B, Hq, T, Dv] in q's dtype.
+    """
+    # The cache is not differentiated: a graph through it would keep every step alive.
+    q, k, v = q.detach(), k.detach(), v.detach()
+    held = view(plan, state)
+    batch, _, length, _ = k.shape
+    steps = torch.arange(length, device=k.device, dtype=torch.int32)
+    query_pos = held.seen[:, None] + steps
+    valid = _valid(mask, batch, length, k.device)
+    finite = torch.isfinite(k).all((1, 2, 3)) & torch.isfinite(v).all((1, 2, 3))
+    layer = dict(held.layer)
+    stats = plan.policy().arrive(k, v, valid, layer)
+    pos = torch.where(valid, query_pos, -1)[:, None].expand(-1, plan.heads, -1)
+    new = Arrivals(k, v, pos, valid, stats)
+    alone = fresh and length != 1
+    run = _prefill if alone else _attend_all
+    out, seen = run(q, new, mask, held, knobs, query_pos)
+    columns = _gather_stats(held, new, alone)
+    updated = plan.policy().observe(columns, seen)
+    if length == 1:
+        exchange_one(held, new, updated)
+    else:
+        merge_many(held, new, updated, fresh)
+    for name, total in layer.items():
+        held.layer[name].copy_(total)
+    held.count.add_(valid.sum(-1, dtype=torch.int32))
+    held.seen.add_(length)
+    held.bad.copy_(held.bad | (~finite).to(torch.int32))
+    return out.flatten(1, 2).to(q.dtype)
+
+
+def _valid(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+    """[B, T] bool: a real token attends to itself, whatever the mask's form."""
+    if mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    own = allowed(mask[..., -length:]).diagonal(dim1=-2, dim2=-1).any(1)
+    return own.expand(batch, length)
+
+
+def _gather_stats(held: View, new: Arrivals, alone: bool) -> Stats:
+    """Statistics of all columns [B, Hkv, N]: ring, tiers, new tokens (or new tokens alone)."""
+    if alone:
+        return new.stats
+    return {
+        name: torch.cat([s.stats[name] for s in held.segments] + [new.stats[name]], -1)
+        for name in new.stats
+    }
+
+
+def _attend_all(
+    q: Tensor, new: Arrivals, mask: Tensor | None, held: View, knobs: Knobs, query_pos: Tensor
+) -> tuple[Tensor, Observation]:
+    """Explicit softmax over ring, tiers and new tokens."""
+    plan = held.plan
+    length = query_pos.shape[1]
+    grouped = group(q, plan.heads)
+    offset = held.seen + length - (mask.shape[-1] if mask is not None else 0)
+    logits = [
+        slot_logits(grouped, s, query_pos, mask, offset, plan.sliding, knobs)
+        for s in held.segments
+    ]
+    native = get_format("native")
+    own = cap(key_logits(grouped, native.key, [new.k], plan.k_dim) * knobs.scale, knobs)
+    logits.append(_hide_new(own, mask, plan, query_pos))
+    probs = softmax(torch.cat(logits, -1), knobs.sink_logits)
+    sizes = [s.slots for s in held.segments] + [length]
+    shares = probs.split(sizes, -1)
+    out = value_sum(shares[-1], native.value, [new.v], plan.v_dim)
+    for segment, share in zip(held.segments, shares[:-1], strict=True):
+        out = out + value_sum(share, segment.format.value, segment.v, plan.v_dim)
+    pos = torch.cat([s.pos for s in held.segments] + [new.pos], -1)
+    return out, _observation(probs, new.valid, query_pos, pos, plan)
+
+
+def _prefill(
+    q: Tensor, new: Arrivals, mask: Tensor | None, held: View, knobs: Knobs, query_pos: Tensor
+) -> tuple[Tensor, Observation]:
+    """Fused attention over the prompt; only the last W queries' probabilities are written out."""
+    plan = held.plan
+    length = query_pos.shape[1]
+    grouped = group(q, plan.heads)
+    # The last min(W, T) queries, without a branch on a symbolic T.
+    watched = grouped[:, :, :, -plan.window :]
+    rows, watched_pos = new.valid[:, -plan.window :], query_pos[:, -plan.window :]
+    part = mask[..., -plan.window :, :] if mask is not None else None
+    native = get_format("native")
+    logits = cap(key_logits(watched, native.key, [new.k], plan.k_dim) * knobs.scale, knobs)
+    probs = softmax(_hide_new(logits, part, plan, watched_pos), knobs.sink_logits)
+    seen = _observation(probs, rows, watched_pos, new.pos, plan)
+    if knobs.softcap or knobs.sink_logits is not None or (plan.sliding and mask is None):
+        full = cap(key_logits(grouped, native.key, [new.k], plan.k_dim) * knobs.scale, knobs)
+        full = softmax(_hide_new(full, mask, plan, query_pos), knobs.sink_logits)
+        return value_sum(full, native.value, [new.v], plan.v_dim), seen
+    out = scaled_dot_product_attention(
+        q, new.k, new.v, attn_mask=mask, is_causal=mask is None, scale=knobs.scale,
+        enable_gqa=q.shape[1] != plan.heads,
+    )  # fmt: skip
+    # A row with nothing to attend to is defined as zeros; fused kernels differ on it.
+    if mask is not None:
+        empty = ~allowed(mask).any(-1, keepdim=True)
+        out = out.masked_fill(empty & torch.isnan(out).all(-1, keepdim=True), 0.0)
+    return group(out, plan.heads), seen
+
+
+def _hide_new(
+    logits: Tensor, mask: Tensor | None, plan: LayerPlan, query_pos: Tensor
+) -> Tensor:
+    """Mask the new tokens' columns [B, Hkv, G, Q, T] for queries at ``query_pos`` [B, Q].
+
+    Without a mask they are causal among themselves.
+    """
+    length = logits.shape[-1]
+    newest = query_pos[:, -1:, None]
+    column_pos = newest - (length - 1) + torch.arange(
+        length, device=logits.device, dtype=torch.int32
+    )
+    rows = query_pos[:, :, None]
+    if mask is not None:
+        own = mask[..., -length:]
+        if own.shape[1] > 1:
+            own = own.unflatten(1, (plan.heads, -1))
+        else:
+            own = own[:, :, None]
+        logits = hide(logits, own)
+    else:
+        logits = hide(logits, (column_pos <= rows)[:, None, None])
+    if plan.sliding:
+        logits = hide(logits, (column_pos > rows - plan.sliding)[:, None, None])
+    return logits
+
+
+def _observation(
+    probs: Tensor, rows: Tensor, query_pos: Tensor, pos: Tensor, plan: LayerPlan
+) -> Observation:
+    """What the last W of these queries saw."""
+    length = probs.shape[-2]
+    newest = query_pos[:, -1, None, None]
+    # An old slot was last observed `length` queries ago; a new one has only lived its age + 1.
+    steps = (newest - pos + 1).clamp(min=1, max=length)
+    watched = slice(-plan.window, None)
+    return Observation(
+        probs=probs[..., watched, :],
+        rows=rows[:, watched],
+        query_pos=query_pos[:, watched],
+        pos=pos,
+        steps=steps.float(),
+        window=plan.window,
+    )
+

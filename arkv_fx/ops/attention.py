@@ -1,0 +1,134 @@
+"""Softmax attention over slots and new tokens: the reference every kernel is tested against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arkv_fx.ops.formats import Codec
+from arkv_fx.state.view import Segment
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """Arguments of one attention site.
+
+    ``scale`` multiplies the logits, ``softcap`` > 0 bounds them by tanh, ``sink_logits`` [Hq] is
+    one extra logit per query head that takes probability and gives no value.
+    """
+
+    scale: float
+    softcap: float = 0.0
+    sink_logits: Tensor | None = None
+
+
+def gather_mask(mask: Tensor, pos: Tensor, offset: Tensor, groups: int) -> Tensor:
+    """Columns of a mask by slot position.
+
+    Args:
+        mask: [B or 1, Hq or 1, T, S], bool (True attends) or additive.
+        pos: [B, Hkv, C] int, position of each slot.
+        offset: [B] int, position of the mask's first column.
+        groups: query heads per kv head.
+
+    Returns:
+        [B, Hkv, G or 1, T, C]; a position outside the mask takes an end column: such slots are
+        empty or out of the sliding window, and the caller hides them.
+    """
+    batch, heads, slots = pos.shape
+    length = mask.shape[-1]
+    column = (pos - offset[:, None, None]).clamp(min=0).clamp(max=length - 1).long()
+    per_head = groups if mask.shape[1] > 1 else 1
+    if mask.shape[1] > 1:
+        full = mask.expand(batch, -1, -1, -1).unflatten(1, (heads, groups))
+    else:
+        full = mask[:, :, None].expand(batch, heads, 1, -1, -1)
+    index = column[:, :, None, None, :].expand(-1, -1, per_head, mask.shape[-2], slots)
+    return full.gather(-1, index)
+
+
+def hide(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Apply a bool or additive mask, broadcast to ``logits``."""
+    if mask is None:
+        return logits
+    if mask.dtype == torch.bool:
+        return logits.masked_fill(~mask, float("-inf"))
+    return logits + mask.float()
+
+
+def allowed(mask: Tensor) -> Tensor:
+    """Bool form of a mask: an additive one hides below half of its dtype's lowest number."""
+    if mask.dtype == torch.bool:
+        return mask
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def group(q: Tensor, heads: int) -> Tensor:
+    """[B, Hq, T, D] -> [B, Hkv, G, T, D]."""
+    return q.unflatten(1, (heads, q.shape[1] // heads))
+
+
+def key_logits(q: Tensor, codec: Codec, fields: list[Tensor], dim: int) -> Tensor:
+    """q . k over the slots of one segment, float32 [B, Hkv, G, T, C].
+
+    The query is turned into the codec's stored basis once instead of every key out of it.
+    """
+    batch, heads, groups, length, _ = q.shape
+    keys = codec.decode(fields, dim, torch.float32)
+    rows = codec.to_stored(q.float()).flatten(2, 3)
+    return (rows @ keys.transpose(-1, -2)).view(batch, heads, groups, length, -1)
+
+
+def value_sum(p: Tensor, codec: Codec, fields: list[Tensor], dim: int) -> Tensor:
+    """p . v over one segment, float32 [B, Hkv, G, T, Dv], turned back once at the end."""
+    batch, heads, groups, length, _ = p.shape
+    values = codec.decode(fields, dim, torch.float32)
+    out = (p.flatten(2, 3) @ values).view(batch, heads, groups, length, dim)
+    return codec.from_stored(out)
+
+
+def slot_logits(
+    q: Tensor, segment: Segment, query_pos: Tensor, mask: Tensor | None, offset: Tensor,
+    sliding: int, knobs: Knobs,
+) -> Tensor:  # fmt: skip
+    """Masked logits of the queries against one segment, float32 [B, Hkv, G, T, C].
+
+    Args:
+        q: [B, Hkv, G, T, Dk]; query_pos: [B, T] int; mask: [B, H, T, S] by position, or None.
+    """
+    logits = cap(key_logits(q, segment.format.key, segment.k, q.shape[-1]) * knobs.scale, knobs)
+    pos = segment.pos[:, :, None, None, :]
+    shown = pos >= 0
+    if sliding:
+        shown = shown & (pos > query_pos[:, None, None, :, None] - sliding)
+    if mask is not None:
+        logits = hide(logits, gather_mask(mask, segment.pos, offset, q.shape[2]))
+    return logits.masked_fill(~shown, float("-inf"))
+
+
+def cap(logits: Tensor, knobs: Knobs) -> Tensor:
+    """Soft-capping of logits (Gemma 2): softcap * tanh(logits / softcap)."""
+    if knobs.softcap:
+        return torch.tanh(logits / knobs.softcap) * knobs.softcap
+    return logits
+
+
+def softmax(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """Softmax over the last axis; a row with nothing to attend to gives zeros, not NaN.
+
+    Args:
+        logits: [B, Hkv, G, T, N] float32; sink_logits: [Hq] or None.
+    """
+    top = logits.amax(-1, keepdim=True)
+    sink = None
+    if sink_logits is not None:
+        sink = sink_logits.float().view(1, logits.shape[1], logits.shape[2], 1, 1)
+        top = torch.maximum(top, sink)
+    top = torch.where(top == float("-inf"), 0.0, top)
+    weights = torch.exp(logits - top)
+    total = weights.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink - top)
+    return weights / torch.where(total == 0, 1.0, total)

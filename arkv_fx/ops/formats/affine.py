@@ -1,0 +1,60 @@
+"""What int4 and int3 share: codes * scale + zero in a rotated basis, packed into bytes."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from arkv_fx.ops.formats.base import (
+    SCALE_DTYPE,
+    TINY_SCALE,
+    Codec,
+    Field,
+    round_to_scale_dtype,
+)
+from arkv_fx.ops.formats.hadamard import rotate
+
+
+class RotatedAffine(Codec):
+    """Unsigned codes of `bits` bits, one scale and zero per vector, after a Hadamard rotation."""
+
+    bits: ClassVar[int]
+
+    @abstractmethod
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes `[..., D]` (uint8, below 2^bits) in bytes `[..., D * bits / 8]`."""
+
+    @abstractmethod
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The inverse of `pack`: codes `[..., D]` as int32."""
+
+    def fields(self, dim: int, native: torch.dtype) -> tuple[Field, ...]:
+        self.check(dim)
+        return (
+            Field("codes", dim * self.bits // 8, torch.uint8),
+            Field("scale", 1, SCALE_DTYPE),
+            Field("zero", 1, SCALE_DTYPE),
+        )
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.to_stored(x.to(torch.float32))
+        low, high = x.aminmax(dim=-1, keepdim=True)
+        top = 2**self.bits - 1
+        zero = round_to_scale_dtype(low)
+        # The span from the rounded zero, so that the codes still reach the largest element.
+        scale = round_to_scale_dtype(((high - zero) / top).clamp_min(TINY_SCALE))
+        codes = ((x - zero) / scale).round().clamp(0, top).to(torch.uint8)
+        return self.pack(codes), scale.to(SCALE_DTYPE), zero.to(SCALE_DTYPE)
+
+    def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
+        packed, scale, zero = parts
+        codes = self.unpack(packed).to(torch.float32)
+        return (codes * scale.to(torch.float32) + zero.to(torch.float32)).to(dtype)
+
+    def to_stored(self, x: Tensor) -> Tensor:
+        return rotate(x).to(x.dtype)
+
+    def from_stored(self, x: Tensor) -> Tensor:
+        return rotate(x).to(x.dtype)

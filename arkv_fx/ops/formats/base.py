@@ -1,0 +1,104 @@
+"""What a storage format is: a codec turns one vector into a few small tensors and back."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from arkv_fx.errors import UnsupportedFormatError
+
+# Scales and zero points: the range of float32 in two bytes, so no magnitude of the input
+# overflows. Codecs encode with the ROUNDED value, so having only eight bits costs nothing.
+SCALE_DTYPE = torch.bfloat16
+# The smallest scale: a normal number in bfloat16 and float32, so dividing by it is always safe.
+TINY_SCALE = torch.finfo(SCALE_DTYPE).tiny
+
+
+@dataclass(frozen=True)
+class Field:
+    """One storage tensor of a codec, `[..., width]` with one row per token and kv head."""
+
+    name: str
+    """`codes`, `scale` or `zero`."""
+    width: int
+    """Elements per token and kv head."""
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes per token and kv head."""
+        return self.width * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """How one vector (the key or the value of one token and kv head) is stored.
+
+    Codecs hold no state, so two of one class are equal, also after pickling. All arithmetic is in
+    float32, and nothing depends on the data but the data: everything traces and exports.
+    """
+
+    name: ClassVar[str]
+    multiple: ClassVar[int] = 1
+    """Vector lengths must be a multiple of this."""
+
+    def check(self, dim: int) -> None:
+        """Raise `UnsupportedFormatError` unless vectors of `dim` elements can be stored."""
+        if dim < 1 or dim % self.multiple:
+            raise UnsupportedFormatError(
+                f"{self.name} cannot store vectors of {dim} elements: "
+                f"the head dimension must be a positive multiple of {self.multiple}"
+            )
+
+    @abstractmethod
+    def fields(self, dim: int, native: torch.dtype) -> tuple[Field, ...]:
+        """The tensors that store vectors of `dim` elements of a model in dtype `native`."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Store `x` `[..., D]` (any float dtype): one tensor `[..., width]` for each field."""
+
+    @abstractmethod
+    def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
+        """The vectors `[..., dim]` in `dtype` from what `encode` gave, in the STORED basis.
+
+        The rotation is left in, because attention need not undo it for every slot: it rotates the
+        query once (an orthogonal map keeps q.k) and the sum over the values once.
+        """
+
+    def to_stored(self, x: Tensor) -> Tensor:
+        """`x` `[..., D]` in the basis of the stored vectors; same dtype, orthogonal: keeps q.k."""
+        return x
+
+    def from_stored(self, x: Tensor) -> Tensor:
+        """The inverse of `to_stored`, for `[..., D]`."""
+        return x
+
+    def roundtrip(self, x: Tensor) -> Tensor:
+        """What `x` `[..., D]` becomes when it is stored and read back, in its own dtype."""
+        stored = self.decode(self.encode(x), x.shape[-1], torch.float32)
+        return self.from_stored(stored).to(x.dtype)
+
+    def nbytes(self, dim: int, native: torch.dtype) -> int:
+        """Exact bytes per token and kv head, scales included."""
+        return sum(field.nbytes for field in self.fields(dim, native))
+
+
+def round_to_scale_dtype(x: Tensor) -> Tensor:
+    """`x` (float32) rounded to what `SCALE_DTYPE` can hold, still in float32.
+
+    On the bits, because Inductor computes bfloat16 in float32 and drops the rounding of a cast
+    there and back: the codes would be made with another scale than the one that is stored.
+    """
+    return ((x.view(torch.int32) + 0x8000) & ~0xFFFF).view(torch.float32)
+
+
+def symmetric_scale(x: Tensor, top: float) -> Tensor:
+    """The scale `[..., 1]` that maps the largest magnitude of `x` `[..., D]` to `top`.
+
+    float32 in and out, rounded to `SCALE_DTYPE`.
+    """
+    return round_to_scale_dtype((x.abs().amax(-1, keepdim=True) / top).clamp_min(TINY_SCALE))

@@ -1,0 +1,33 @@
+"""8-bit floats: the paper's format (ARKV, arXiv 2603.08727)."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from arkv_fx.ops.formats.base import SCALE_DTYPE, Codec, Field, symmetric_scale
+
+TOP = 448.0  # the largest e4m3 number
+
+
+class Fp8(Codec):
+    """e4m3 codes with one scale, absmax / 448, per vector."""
+
+    name: ClassVar[str] = "fp8"
+
+    def fields(self, dim: int, native: torch.dtype) -> tuple[Field, ...]:
+        self.check(dim)
+        # Held as bytes: gathers, scatters and selects of float8 are missing here and there.
+        return Field("codes", dim, torch.uint8), Field("scale", 1, SCALE_DTYPE)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = x.to(torch.float32)
+        scale = symmetric_scale(x, TOP)
+        # The cast makes NaN of what is too large, and a scale rounded down makes such values.
+        codes = (x / scale).clamp(-TOP, TOP)
+        return codes.to(torch.float8_e4m3fn).view(torch.uint8), scale.to(SCALE_DTYPE)
+
+    def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
+        codes, scale = parts
+        return (codes.view(torch.float8_e4m3fn).to(torch.float32) * scale.to(torch.float32)).to(dtype)

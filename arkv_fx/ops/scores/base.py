@@ -1,0 +1,111 @@
+"""What a score is: per-slot statistics, and the two orders (demotion, eviction) read off them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+Stats = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StatField:
+    """One statistic per slot (or, in ``layer_fields``, per kv head): name, dtype, width."""
+
+    name: str
+    dtype: torch.dtype
+    width: int = 1
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one step (or the last queries of a chunk) attended to, over N columns.
+
+    Columns are the ring, the tiers and the new tokens; empty ones have ``pos`` -1 and zero
+    probability.
+
+    Args:
+        probs: [B, Hkv, G, Q, N] float32 attention probabilities of the Q observed queries.
+        rows: [B, Q] bool, which of those queries are real (not padding).
+        query_pos: [B, Q] int, their absolute positions.
+        pos: [B, Hkv, N] int, absolute position of each column.
+        steps: [B, Hkv, N] float32, how many queries came since the column was last observed.
+        window: tokens that are always kept; columns younger than that need no score.
+    """
+
+    probs: Tensor
+    rows: Tensor
+    query_pos: Tensor
+    pos: Tensor
+    steps: Tensor
+    window: int
+
+    def now(self) -> Tensor:
+        """[B, 1, 1] position of the newest query."""
+        return self.query_pos[:, -1, None, None]
+
+    def masked_probs(self) -> Tensor:
+        """``probs`` with padding queries zeroed."""
+        return torch.where(self.rows[:, None, None, :, None], self.probs, 0.0)
+
+    def visible(self) -> Tensor:
+        """[B, Hkv, N] how many observed queries could see each column, at least 1."""
+        later = self.query_pos[:, None, :, None] >= self.pos[:, :, None, :]
+        return (later & self.rows[:, None, :, None]).sum(-2).clamp(min=1).float()
+
+
+class Score(ABC):
+    """Ranks the slots of a kv head; a larger rank is kept longer.
+
+    A new score is one subclass in one file plus its line in ``SCORES``. Everything must trace:
+    no branch on tensor values.
+    """
+
+    name: ClassVar[str]
+    slot_fields: tuple[StatField, ...] = ()
+
+    def layer_fields(self, k_dim: int) -> tuple[StatField, ...]:
+        """Statistics kept once per kv head (running sums)."""
+        return ()
+
+    def arrive(self, keys: Tensor, values: Tensor, valid: Tensor, layer: Stats) -> Stats:
+        """Statistics of new tokens before anyone attended to them.
+
+        Args:
+            keys: [B, Hkv, T, Dk], already with position encoding; values likewise.
+            valid: [B, T] bool, False for padding.
+            layer: the running sums of ``layer_fields``; replaced in the dict when they move on.
+        """
+        shape = keys.shape[:-1]
+        return {f.name: keys.new_zeros(shape, dtype=f.dtype) for f in self.slot_fields}
+
+    @abstractmethod
+    def observe(self, stats: Stats, seen: Observation) -> Stats:
+        """Statistics [B, Hkv, N] of all columns after the observation."""
+
+    @abstractmethod
+    def precision(self, stats: Stats, age: Tensor, valid: Tensor) -> Tensor:
+        """Rank that decides demotion to a cheaper format.
+
+        Args:
+            stats: [B, Hkv, N] each.
+            age: [B, Hkv, N] float32 tokens since the slot's token, 0 for the newest.
+            valid: [B, Hkv, N] bool, False for empty slots (their rank is ignored).
+        """
+
+    def eviction(self, stats: Stats, age: Tensor, valid: Tensor) -> Tensor:
+        """Rank that decides eviction; the same as ``precision`` unless a score knows better."""
+        return self.precision(stats, age, valid)
+
+
+def zscore(x: Tensor, valid: Tensor) -> Tensor:
+    """(x - mean) / std over the valid slots of each head, so that unlike scores compare."""
+    weight = valid.float()
+    n = weight.sum(-1, keepdim=True).clamp(min=1.0)
+    mean = (x * weight).sum(-1, keepdim=True) / n
+    var = ((x - mean).square() * weight).sum(-1, keepdim=True) / n
+    return (x - mean) / (var.sqrt() + 1e-6)

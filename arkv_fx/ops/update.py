@@ -1,0 +1,247 @@
+"""Tier moves: what enters the ring, what leaves it, what is demoted and what is evicted.
+
+Both forms keep, in every tier, the best ranked of the tokens it holds and the tokens that come
+down to it; the losers come down to the next tier, and those of the last tier are gone.
+``exchange_one`` does it in place for one token, ``merge_many`` by sorting for many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arkv_fx.ops.scores import Stats
+from arkv_fx.state.view import Segment, View
+
+
+@dataclass
+class Arrivals:
+    """Tokens in native precision on their way into the state.
+
+    ``k`` [B, Hkv, T, Dk], ``v`` [B, Hkv, T, Dv], ``pos`` [B, Hkv, T] int32 with -1 for "no
+    token", ``valid`` [B, T] bool, ``stats`` [B, Hkv, T] each.
+    """
+
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    valid: Tensor
+    stats: Stats
+
+
+def exchange_one(held: View, new: Arrivals, updated: Stats) -> None:
+    """The decode step: the new token takes its ring slot, the token there goes down the tiers.
+
+    Args:
+        updated: statistics of all columns [B, Hkv, N] (ring, tiers, new token) after the step.
+    """
+    _store_stats(held, updated)
+    ring, plan = held.ring, held.plan
+    count = held.count.long()
+    slot = torch.where(
+        count < plan.sinks, count, plan.sinks + (count - plan.sinks).remainder(plan.window)
+    )
+    at = _at(slot[:, None].expand(-1, plan.heads))
+    real = new.valid[:, :1]
+    token = Arrivals(
+        new.k, new.v, new.pos, new.valid, {n: t[..., -1:] for n, t in updated.items()}
+    )
+    leaving = _take(ring, at, plan.k_dim, plan.v_dim)
+    _put(ring, at, token, real.expand(-1, plan.heads))
+    carry = leaving
+    carry.pos = torch.where(real[:, :, None], leaving.pos, -1)
+    tiers = [t for t in held.tiers if t.slots]
+    for tier in tiers:
+        last = tier is tiers[-1]
+        rank = _rank(held, [tier, carry], held.seen, last)
+        weakest = rank.argmin(-1)
+        wins = weakest < tier.slots  # else the arrival itself is the weakest
+        at = _at(weakest.clamp(max=tier.slots - 1))
+        if last:
+            _put(tier, at, carry, wins)
+            break
+        out = _take(tier, at, plan.k_dim, plan.v_dim)
+        _put(tier, at, carry, wins)
+        carry = _choose(wins, out, carry)
+
+
+def merge_many(held: View, new: Arrivals, updated: Stats, fresh: bool) -> None:
+    """A chunk: ring and sinks take their tokens, all others are sorted into the tiers.
+
+    Tokens that stay in a tier are copied as codes, never encoded again.
+
+    Args:
+        updated: statistics [B, Hkv, N] after the chunk, of ring, tiers and new tokens, or of the
+            new tokens alone if ``fresh``.
+    """
+    plan, ring = held.plan, held.ring
+    if not fresh:
+        _store_stats(held, updated)
+    length = new.k.shape[2]
+    new = Arrivals(
+        new.k, new.v, new.pos, new.valid, {n: t[..., -length:] for n, t in updated.items()}
+    )
+    order = new.valid.long().cumsum(-1)  # 1-based index of each real token in the chunk
+    before = held.count.long()[:, None]
+    after = before + order[:, -1:]
+    # Which token (index among the row's real tokens) ends up in each ring slot.
+    slots = torch.arange(plan.ring, device=order.device)
+    target = torch.where(
+        slots < plan.sinks, slots, after - 1 - (after - 1 - slots).remainder(plan.window)
+    )
+    is_new = (target >= before) & (target < after) & ((slots < plan.sinks) | (target >= plan.sinks))
+    source = torch.searchsorted(order, (target - before + 1).contiguous())
+    source = source.clamp(max=length - 1)[:, None].expand(-1, plan.heads, -1)
+    index = order - 1 + before
+    in_ring = (index < plan.sinks) | (index >= torch.clamp(after - plan.window, min=plan.sinks))
+    stays_out = (new.valid & ~in_ring)[:, None]
+    out = Arrivals(new.k, new.v, torch.where(stays_out, new.pos, -1), new.valid, new.stats)
+    if not fresh:
+        out = _join(_leavers(ring, is_new), out)
+    picked = _pick(new, source)
+    here = is_new[:, None].expand(-1, plan.heads, -1)
+    for field, value in _fields(ring, picked):
+        choice = here if field.dim() == 3 else here[..., None]
+        field.copy_(torch.where(choice, value, field))
+    now = held.seen + length - 1
+    tiers = [t for t in held.tiers if t.slots]
+    for tier in tiers:
+        last = tier is tiers[-1]
+        rank = _rank(held, [tier, out], now, last)
+        best = rank.argsort(dim=-1, descending=True, stable=True)
+        winners, losers = best.split([tier.slots, best.shape[-1] - tier.slots], -1)
+        below = None if last else _pick(_join(_decode(tier, plan.k_dim, plan.v_dim), out), losers)
+        old = winners < tier.slots
+        kept = winners.clamp(max=tier.slots - 1)
+        came = _pick(out, (winners - tier.slots).clamp(min=0))
+        for field, value in _fields(tier, came):
+            moved = _gather(field, kept)
+            field.copy_(torch.where(old if field.dim() == 3 else old[..., None], moved, value))
+        if below is not None:
+            out = below
+
+
+def _rank(
+    held: View, columns: list[Segment | Arrivals], now: Tensor, last: bool
+) -> Tensor:
+    """Ranks [B, Hkv, N] of a tier's tokens and of those that come to it; -inf for no token."""
+    policy = held.plan.policy()
+    pos = torch.cat([c.pos for c in columns], -1)
+    stats = {n: torch.cat([c.stats[n] for c in columns], -1) for n in columns[0].stats}
+    valid = pos >= 0
+    if held.plan.sliding:  # the next query cannot see it: it is free to go
+        valid = valid & (pos > now[:, None, None] + 1 - held.plan.sliding)
+    age = (now[:, None, None] - pos).clamp(min=0).float()
+    rank = (policy.eviction if last else policy.precision)(stats, age, valid)
+    return torch.where(valid, rank, float("-inf"))
+
+
+def _store_stats(held: View, updated: Stats) -> None:
+    """Write the statistics of ring and tiers back in place."""
+    start = 0
+    for segment in held.segments:
+        for name, stat in segment.stats.items():
+            stat.copy_(updated[name][..., start : start + segment.slots])
+        start += segment.slots
+
+
+def _at(slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Index triple for one slot per sequence and head; ``slot`` [B, Hkv] int64."""
+    batch, heads = slot.shape
+    b = torch.arange(batch, device=slot.device)[:, None]
+    h = torch.arange(heads, device=slot.device)[None]
+    return b, h, slot
+
+
+def _take(
+    segment: Segment, at: tuple[Tensor, Tensor, Tensor], k_dim: int, v_dim: int
+) -> Arrivals:
+    """The token in one slot per head, decoded, as a [.., 1, ..] group."""
+    k, v = (
+        codec.from_stored(codec.decode([f[at] for f in fields], dim, torch.float32))[:, :, None]
+        for (codec, fields), dim in zip(segment.parts(), (k_dim, v_dim), strict=True)
+    )
+    pos = segment.pos[at][..., None]
+    stats = {n: t[at][..., None] for n, t in segment.stats.items()}
+    return Arrivals(k, v, pos, pos[:, 0] >= 0, stats)
+
+
+def _put(
+    segment: Segment, at: tuple[Tensor, Tensor, Tensor], token: Arrivals, where: Tensor
+) -> None:
+    """Write a token [.., 1, ..] into one slot per head where ``where`` [B, Hkv] says so."""
+    for field, value in _fields(segment, token):
+        value, old = value.squeeze(2), field[at]
+        choice = where if value.dim() == 2 else where[..., None]
+        field.index_put_(at, torch.where(choice, value, old))
+
+
+def _fields(segment: Segment, token: Arrivals) -> list[tuple[Tensor, Tensor]]:
+    """Each of a segment's tensors with what the tokens, encoded, would write into it."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for (codec, fields), x in zip(segment.parts(), (token.k, token.v), strict=True):
+        codes = codec.encode(x)
+        pairs += [(f, c.to(f.dtype)) for f, c in zip(fields, codes, strict=True)]
+    pairs.append((segment.pos, token.pos))
+    pairs += [(t, token.stats[n].to(t.dtype)) for n, t in segment.stats.items()]
+    return pairs
+
+
+def _choose(where: Tensor, a: Arrivals, b: Arrivals) -> Arrivals:
+    """Per head, a's token where ``where`` [B, Hkv], else b's."""
+    wide, flat = where[:, :, None, None], where[:, :, None]
+    return Arrivals(
+        torch.where(wide, a.k, b.k.to(a.k.dtype)),
+        torch.where(wide, a.v, b.v.to(a.v.dtype)),
+        torch.where(flat, a.pos, b.pos),
+        a.valid,
+        {n: torch.where(flat, a.stats[n], b.stats[n].to(a.stats[n].dtype)) for n in a.stats},
+    )
+
+
+def _leavers(ring: Segment, replaced: Tensor) -> Arrivals:
+    """The ring's tokens whose slots are taken; ``replaced`` [B, R] bool."""
+    pos = torch.where(replaced[:, None], ring.pos, -1)
+    stats = {n: t.clone() for n, t in ring.stats.items()}
+    return Arrivals(ring.k[0].clone(), ring.v[0].clone(), pos, replaced, stats)
+
+
+def _decode(segment: Segment, k_dim: int, v_dim: int) -> Arrivals:
+    """All of a tier's tokens in plain numbers."""
+    k, v = (
+        codec.from_stored(codec.decode(fields, dim, torch.float32))
+        for (codec, fields), dim in zip(segment.parts(), (k_dim, v_dim), strict=True)
+    )
+    return Arrivals(k, v, segment.pos, segment.pos[:, 0] >= 0, segment.stats)
+
+
+def _join(a: Arrivals, b: Arrivals) -> Arrivals:
+    """Both groups of tokens, a's first."""
+    return Arrivals(
+        torch.cat([a.k, b.k.to(a.k.dtype)], 2),
+        torch.cat([a.v, b.v.to(a.v.dtype)], 2),
+        torch.cat([a.pos, b.pos], -1),
+        torch.cat([a.valid, b.valid], -1),
+        {n: torch.cat([a.stats[n], b.stats[n].to(a.stats[n].dtype)], -1) for n in a.stats},
+    )
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Slots ``index`` [B, Hkv, M] of x [B, Hkv, N] or [B, Hkv, N, D]."""
+    if x.dim() == 3:
+        return x.gather(2, index)
+    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+
+def _pick(tokens: Arrivals, index: Tensor) -> Arrivals:
+    """The tokens ``index`` [B, Hkv, M] of each head."""
+    pos = _gather(tokens.pos, index)
+    return Arrivals(
+        _gather(tokens.k, index),
+        _gather(tokens.v, index),
+        pos,
+        pos[:, 0] >= 0,
+        {n: _gather(t, index) for n, t in tokens.stats.items()},
+    )

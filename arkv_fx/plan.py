@@ -1,0 +1,195 @@
+"""From a configuration and a layer's shape to the exact tensors that the layer will hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from arkv_fx.config import ArkvConfig
+from arkv_fx.errors import ConfigError
+from arkv_fx.ops.formats import Format, get_format
+from arkv_fx.ops.scores import Score, make_score
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One state tensor; ``shape`` leaves out the batch dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes per sequence."""
+        size = self.dtype.itemsize
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A number of slots per kv head in one storage format."""
+
+    format: str
+    slots: int
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Everything that fixes the shapes and the behaviour of one layer's state.
+
+    ``window`` and ``sinks`` are tokens of the native ring, ``sliding`` the layer's attention
+    window in tokens (0: unlimited), ``dtype`` the model's.
+    """
+
+    heads: int
+    k_dim: int
+    v_dim: int
+    dtype: torch.dtype
+    window: int
+    sinks: int
+    sliding: int
+    tiers: tuple[Tier, ...]
+    score: str
+    score_options: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def ring(self) -> int:
+        """Slots of the native ring: sinks first, then the window."""
+        return self.sinks + self.window
+
+    @property
+    def slots(self) -> int:
+        """All slots of one kv head."""
+        return self.ring + sum(t.slots for t in self.tiers)
+
+    def policy(self) -> Score:
+        """The score that ranks this layer's slots."""
+        return make_score(self.score, dict(self.score_options))
+
+    def segments(self) -> list[tuple[Format, int]]:
+        """(format, slots) of the ring and of every tier, in state order."""
+        return [(get_format("native"), self.ring)] + [
+            (get_format(t.format), t.slots) for t in self.tiers
+        ]
+
+    def specs(self) -> list[TensorSpec]:
+        """All state tensors in the order in which graphs take them."""
+        policy = self.policy()
+        out = [
+            TensorSpec("count", (), torch.int32),
+            TensorSpec("seen", (), torch.int32),
+            TensorSpec("bad", (), torch.int32),
+        ]
+        for field in policy.layer_fields(self.k_dim):
+            out.append(TensorSpec(field.name, (self.heads, field.width), field.dtype))
+        for index, (fmt, slots) in enumerate(self.segments()):
+            prefix = "ring" if index == 0 else f"tier{index - 1}"
+            for side, codec, dim in (("k", fmt.key, self.k_dim), ("v", fmt.value, self.v_dim)):
+                for f in codec.fields(dim, self.dtype):
+                    shape = (self.heads, slots, f.width)
+                    out.append(TensorSpec(f"{prefix}.{side}.{f.name}", shape, f.dtype))
+            out.append(TensorSpec(f"{prefix}.pos", (self.heads, slots), torch.int32, fill=-1))
+            for f in policy.slot_fields:
+                out.append(TensorSpec(f"{prefix}.{f.name}", (self.heads, slots), f.dtype))
+        return out
+
+    def nbytes(self, batch: int = 1) -> int:
+        """Exact bytes of the state for ``batch`` sequences."""
+        return batch * sum(spec.nbytes for spec in self.specs())
+
+    def full_nbytes(self, tokens: int, batch: int = 1, dtype: torch.dtype | None = None) -> int:
+        """Bytes of an uncompressed cache of ``tokens`` tokens in ``dtype`` (the model's)."""
+        held = min(tokens, self.sliding) if self.sliding else tokens
+        size = (dtype or self.dtype).itemsize
+        return batch * held * self.heads * (self.k_dim + self.v_dim) * size
+
+    def to_json(self) -> str:
+        """The plan as an operator argument; ``parse`` reads it."""
+        values = dict(self.__dict__)
+        values["dtype"] = str(self.dtype).removeprefix("torch.")
+        values["tiers"] = [[t.format, t.slots] for t in self.tiers]
+        return json.dumps(values, separators=(",", ":"))
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def parse(text: str) -> LayerPlan:
+        """Inverse of ``to_json``."""
+        values = json.loads(text)
+        values["dtype"] = getattr(torch, values["dtype"])
+        values["tiers"] = tuple(Tier(f, n) for f, n in values["tiers"])
+        values["score_options"] = tuple((k, v) for k, v in values["score_options"])
+        return LayerPlan(**values)
+
+
+def plan_layer(
+    config: ArkvConfig,
+    *,
+    heads: int,
+    k_dim: int,
+    v_dim: int,
+    dtype: torch.dtype,
+    sliding: int = 0,
+    oq_ratio: float | None = None,
+    where: str = "layer",
+) -> LayerPlan:
+    """Slots of one layer under the configured budget and this layer's OQ ratio.
+
+    Raises:
+        ConfigError: if the bytes do not even hold the window and the sinks.
+        UnsupportedFormatError: if a format cannot store these head dims.
+    """
+    for name in config.tiers:
+        get_format(name).check(k_dim, v_dim)
+    # A sliding layer never attends beyond its window, so sinks would expire and a longer ring
+    # would hold what nobody reads.
+    window = min(config.window, sliding) if sliding else config.window
+    sinks = 0 if sliding else config.sinks
+    share = config.oq_ratio if oq_ratio is None else oq_ratio
+
+    def build(counts: list[int]) -> LayerPlan:
+        tiers = tuple(Tier(f, n) for f, n in zip(config.tiers, counts, strict=True))
+        return LayerPlan(
+            heads, k_dim, v_dim, dtype, window, sinks, sliding, tiers,
+            config.score, config.score_options,
+        )  # fmt: skip
+
+    empty = build([0] * len(config.tiers))
+    shares = [share, 1 - share] if len(config.tiers) == 2 else [1.0]
+    if config.budget is not None:
+        total = min(config.budget, sliding) if sliding else config.budget
+        beyond = max(0, total - empty.ring)
+        # The paper's rule: Originals = ratio * (budget - window); the rest are Quantized.
+        first = round(shares[0] * beyond)
+        counts = [first, beyond - first] if len(shares) == 2 else [beyond]
+        return build(counts)
+    allowed = config.bytes
+    if config.compression is not None:
+        allowed = int(empty.full_nbytes(config.context) / config.compression)
+    assert allowed is not None
+    left = allowed - empty.nbytes()
+    if left < 0:
+        raise ConfigError(
+            f"{where}: a budget of {allowed} bytes does not hold the window and the sinks "
+            f"({empty.ring} native tokens and their bookkeeping: {empty.nbytes()} bytes); "
+            "lower compression, raise bytes or context, or shrink window"
+        )
+    counts = []
+    for index, part in enumerate(shares):
+        one = [int(i == index) for i in range(len(shares))]
+        per_slot = build(one).nbytes() - empty.nbytes()
+        room = (left if index == len(shares) - 1 else int(left * part)) // per_slot
+        count = room // config.round_to * config.round_to
+        counts.append(count)
+        left -= count * per_slot
+    if sliding:  # no more slots than the layer can ever see
+        beyond = max(0, sliding - empty.ring)
+        counts = [min(c, beyond) for c in counts]
+        counts[-1] = min(counts[-1], beyond - sum(counts[:-1]))
+    return build(counts)

@@ -1,0 +1,76 @@
+"""What became of every attention site, in rows that a person and a program can read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from arkv_fx.config import ArkvConfig
+
+if TYPE_CHECKING:
+    from arkv_fx.passes.site import Site
+
+
+@dataclass(frozen=True)
+class Report:
+    """One row per attention site: path, layer, fused, reason, formats and slots, bytes.
+
+    ``nbytes`` are per sequence; ``full_nbytes`` are those of the full cache in the model's dtype
+    at ``context`` tokens.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    context: int
+
+    @classmethod
+    def of(cls, graphs: Sequence[Sequence[Site]], config: ArkvConfig) -> Report:
+        """Merge the sites of all compiled graphs: a site counts as fused if every graph fused it."""
+        merged: dict[tuple[str, int], dict[str, Any]] = {}
+        for sites in graphs:
+            for site in sites:
+                row = site.row()
+                if site.plan is not None:
+                    plan = site.plan
+                    row["ring"] = plan.ring
+                    row["tiers"] = {t.format: t.slots for t in plan.tiers}
+                    row["slots"] = plan.slots
+                    row["nbytes"] = plan.nbytes()
+                    row["full_nbytes"] = plan.full_nbytes(config.context)
+                key = (row["path"], site.ordinal)
+                known = merged.get(key)
+                # Scoring calls run the same attention without a cache: that is no failure.
+                if known is None or (site.source and (known["source"] == "" or known["fused"])):
+                    merged[key] = row
+        return cls(tuple(merged.values()), config.context)
+
+    @property
+    def fused(self) -> int:
+        """Number of fused sites."""
+        return sum(bool(r["fused"]) for r in self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes per sequence of all fused sites."""
+        return sum(r.get("nbytes", 0) for r in self.rows)
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes per sequence that the full cache takes for the fused sites at ``context``."""
+        return sum(r.get("full_nbytes", 0) for r in self.rows)
+
+    def __str__(self) -> str:
+        lines = [f"{self.fused} of {len(self.rows)} attention sites fused"]
+        if self.nbytes:
+            lines[0] += (
+                f"; {self.nbytes / 2**20:.2f} MiB per sequence against "
+                f"{self.full_nbytes / 2**20:.2f} MiB at {self.context} tokens "
+                f"({self.full_nbytes / self.nbytes:.2f}x)"
+            )
+        for row in self.rows:
+            if row["fused"]:
+                tiers = " + ".join(f"{n} {f}" for f, n in row["tiers"].items())
+                lines.append(f"  fused    {row['path']}: {row['ring']} native + {tiers}")
+            else:
+                lines.append(f"  not      {row['path']}: {row['reason']}")
+        return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The cache's tensors: views by name, allocation, and sessions that own them."""

@@ -1,0 +1,103 @@
+"""State of absorbed caches: found by the storage of the zero-memory tensors a model carries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+
+from arkv_fx.errors import AbsorbedCacheError
+from arkv_fx.plan import LayerPlan
+from arkv_fx.state.session import LayerState
+
+
+@dataclass
+class _Entry:
+    storage: StorageWeakRef
+    state: LayerState
+    length: int
+
+
+_entries: dict[int, _Entry] = {}
+
+
+class Anchors:
+    """The absorbed states of one call of one graph."""
+
+    def __init__(self) -> None:
+        self.used: dict[int, _Entry] = {}
+
+    def state(
+        self,
+        past: tuple[Any, ...],
+        plan: LayerPlan,
+        batch: int,
+        device: torch.device,
+        fresh: bool,
+        where: str,
+    ) -> tuple[LayerState, Tensor]:
+        """The state behind a past (keys, values) pair and the anchor of its next cache value.
+
+        Raises:
+            AbsorbedCacheError: if the past is not what our graph returned last: cropped,
+                reordered, expanded, copied or filled by another model.
+        """
+        if fresh:
+            return self._start(plan, batch, device)
+        keys, values = past
+        entry = _entries.get(_key(keys))
+        if entry is None or entry.storage.expired():
+            raise AbsorbedCacheError(
+                f"{where}: the past keys {tuple(keys.shape)} were not returned by this compiled "
+                "model (beam search, batch expansion, a copy, or a cache filled elsewhere), so "
+                "their compressed state is unknown; use arkv_fx.transform with an ArkvCache"
+            )
+        if _key(values) != _key(keys):
+            raise AbsorbedCacheError(f"{where}: past keys and values are of different sequences")
+        if keys.shape[-2] != entry.length or values.shape[-2] != entry.length:
+            raise AbsorbedCacheError(
+                f"{where}: the past holds {keys.shape[-2]} tokens where {entry.length} were "
+                "returned: it was cropped, which a compressed cache cannot follow; use "
+                "arkv_fx.restore for rollback or assisted decoding"
+            )
+        if entry.state.plan != plan or entry.state.batch != batch:
+            raise AbsorbedCacheError(
+                f"{where}: batch or configuration changed in mid-sequence; start a new cache"
+            )
+        self.used[_key(keys)] = entry
+        return entry.state, keys.as_strided((1,), (0,), 0)
+
+    def _start(
+        self, plan: LayerPlan, batch: int, device: torch.device
+    ) -> tuple[LayerState, Tensor]:
+        for key in [k for k, e in _entries.items() if e.storage.expired()]:
+            del _entries[key]
+        anchor = torch.zeros(1, dtype=plan.dtype, device=device)
+        entry = _Entry(
+            StorageWeakRef(anchor.untyped_storage()), LayerState(plan, batch, device), 0
+        )
+        _entries[_key(anchor)] = self.used[_key(anchor)] = entry
+        return entry.state, anchor
+
+    def remember(self, outputs: Any) -> None:
+        """Note how many tokens each returned cache value claims to hold."""
+        if not self.used:
+            return
+        for leaf in tree_leaves(outputs):
+            if isinstance(leaf, Tensor) and leaf.dim() == 4:
+                entry = self.used.get(_key(leaf))
+                if entry is not None:
+                    entry.length = leaf.shape[-2]
+
+
+def _key(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)
+
+
+def absorbed_nbytes() -> int:
+    """Bytes of all live absorbed states."""
+    return sum(e.state.nbytes() for e in _entries.values() if not e.storage.expired())

@@ -1,0 +1,149 @@
+"""Sessions: who owns which state tensors, found by a handle that a compiled graph can carry."""
+
+from __future__ import annotations
+
+import itertools
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from arkv_fx.errors import CacheError, NonFiniteError
+from arkv_fx.plan import LayerPlan
+from arkv_fx.state.view import View, view
+
+_handles = itertools.count(1)
+_sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()
+
+
+class LayerState:
+    """The state tensors of one attention layer for a fixed batch."""
+
+    def __init__(self, plan: LayerPlan, batch: int, device: torch.device) -> None:
+        self.plan, self.batch = plan, batch
+        self.tensors = [
+            torch.full((batch, *spec.shape), spec.fill, dtype=torch.float32, device=device).to(
+                spec.dtype
+            )
+            if spec.fill
+            else torch.zeros((batch, *spec.shape), dtype=spec.dtype, device=device)
+            for spec in plan.specs()
+        ]
+
+    def check(self, layer: int) -> None:
+        """Refuse to go on with keys or values that were not finite.
+
+        Raises:
+            NonFiniteError: naming the layer and the rows of the batch.
+        """
+        bad = self.tensors[2]
+        if bad.any():
+            raise NonFiniteError(
+                f"layer {layer}: keys or values of sequence(s) {bad.nonzero().flatten().tolist()} "
+                "hold NaN or infinity: look at the model's dtype (float16 overflow?) or its "
+                "input. This cache is spoilt; start a new one"
+            )
+
+    def view(self) -> View:
+        """The tensors by name."""
+        return view(self.plan, self.tensors)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.untyped_storage().nbytes() for t in self.tensors)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the sequences ``rows`` (beam search, batch expansion)."""
+        self.tensors = [t.index_select(0, rows.to(t.device)).clone() for t in self.tensors]
+        self.batch = len(rows)
+
+
+class PlainLayer:
+    """Full-precision keys and values of a layer whose attention could not be rewritten."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add [B, H, T, D] and return everything so far."""
+        new = [k.detach(), v.detach()]
+        if self.tensors:
+            new = [torch.cat([old, x], -2) for old, x in zip(self.tensors, new, strict=True)]
+        self.tensors = [x.clone() for x in new] if not self.tensors else new
+        return self.tensors[0].clone(), self.tensors[1].clone()
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.untyped_storage().nbytes() for t in self.tensors)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the sequences ``rows``."""
+        self.tensors = [t.index_select(0, rows.to(t.device)) for t in self.tensors]
+
+
+class Session:
+    """The states of all layers of one batch of sequences.
+
+    Graphs find it by ``handle``, an int64 CPU scalar that travels as an ordinary input.
+    """
+
+    def __init__(self, owner: str = "") -> None:
+        number = next(_handles)
+        self.handle = torch.tensor(number, dtype=torch.int64)
+        self.owner = owner
+        self.layers: dict[int, LayerState] = {}
+        self.plain: dict[int, PlainLayer] = {}
+        self.active = False
+        _sessions[number] = self
+
+    def layer(self, index: int, plan: LayerPlan, batch: int, device: torch.device) -> LayerState:
+        """The state of a layer, made on first use.
+
+        Raises:
+            CacheError: if the batch or the plan is not the one the sequence began with.
+        """
+        state = self.layers.get(index)
+        if state is None:
+            if self.plain.get(index):
+                raise CacheError(
+                    f"layer {index} was computed unfused before and fused now: one sequence must "
+                    "stay with one transform; start a new cache"
+                )
+            state = self.layers[index] = LayerState(plan, batch, device)
+        if state.batch != batch:
+            raise CacheError(
+                f"layer {index}: the cache holds {state.batch} sequences, this call has {batch}; "
+                "a batch cannot change in mid-sequence: start a new cache, or use "
+                "batch_select_indices / batch_repeat_interleave"
+            )
+        if state.plan != plan:
+            raise CacheError(
+                f"layer {index}: the cache was begun under another configuration or calibration "
+                "than the one the model is transformed with now; start a new cache"
+            )
+        return state
+
+    def nbytes(self) -> int:
+        """Bytes of every tensor of every layer, the handle included."""
+        parts = [*self.layers.values(), *self.plain.values()]
+        return sum(p.nbytes() for p in parts) + self.handle.nbytes
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.layers.clear()
+        self.plain.clear()
+
+
+def find_session(handle: Tensor | int) -> Session:
+    """The session of a handle.
+
+    Raises:
+        CacheError: if its cache has been freed.
+    """
+    session = _sessions.get(int(handle))
+    if session is None:
+        raise CacheError(
+            f"no cache with handle {int(handle)}: it has been freed; keep a reference to the "
+            "ArkvCache while its sequence goes on"
+        )
+    return session

@@ -1,0 +1,86 @@
+"""The flat list of state tensors that a graph carries, seen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from arkv_fx.ops.formats import Codec, Format
+from arkv_fx.ops.scores import Stats
+from arkv_fx.plan import LayerPlan
+
+
+@dataclass
+class Segment:
+    """The ring or one tier: slots of one format.
+
+    ``k`` and ``v`` are the codec's fields [B, Hkv, C, width], ``pos`` int32 [B, Hkv, C] with -1
+    for an empty slot, ``stats`` the score's statistics [B, Hkv, C].
+    """
+
+    format: Format
+    slots: int
+    k: list[Tensor]
+    v: list[Tensor]
+    pos: Tensor
+    stats: Stats
+
+    def parts(self) -> list[tuple[Codec, list[Tensor]]]:
+        """(codec, fields) of the keys and of the values."""
+        return [(self.format.key, self.k), (self.format.value, self.v)]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in state order."""
+        return [*self.k, *self.v, self.pos, *self.stats.values()]
+
+
+@dataclass
+class View:
+    """All of a layer's state.
+
+    ``count`` [B] int32 real (not padding) tokens so far, ``seen`` [B] int32 positions so far,
+    ``bad`` [B] int32, set once keys or values were not finite; ``layer`` the score's sums.
+    """
+
+    plan: LayerPlan
+    count: Tensor
+    seen: Tensor
+    bad: Tensor
+    layer: Stats
+    segments: list[Segment]
+
+    @property
+    def ring(self) -> Segment:
+        """Sinks and window, in the model's dtype."""
+        return self.segments[0]
+
+    @property
+    def tiers(self) -> list[Segment]:
+        """The tiers, most precise first."""
+        return self.segments[1:]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in state order."""
+        out = [self.count, self.seen, self.bad, *self.layer.values()]
+        for segment in self.segments:
+            out += segment.tensors()
+        return out
+
+
+def view(plan: LayerPlan, tensors: Sequence[Tensor]) -> View:
+    """Name the tensors of ``plan.specs()``, given in that order."""
+    rest = iter(tensors)
+    policy = plan.policy()
+    count, seen, bad = next(rest), next(rest), next(rest)
+    layer = {f.name: next(rest) for f in policy.layer_fields(plan.k_dim)}
+    # A running sum is one vector per head; specs give it the layout [B, Hkv, width].
+    segments = []
+    for fmt, slots in plan.segments():
+        k = [next(rest) for _ in fmt.key.fields(plan.k_dim, plan.dtype)]
+        v = [next(rest) for _ in fmt.value.fields(plan.v_dim, plan.dtype)]
+        pos = next(rest)
+        stats = {f.name: next(rest) for f in policy.slot_fields}
+        segments.append(Segment(fmt, slots, k, v, pos, stats))
+    return View(plan, count, seen, bad, layer, segments)

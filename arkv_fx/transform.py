@@ -1,0 +1,252 @@
+"""``transform(model)``: the same model object, now computing over an ARKV cache."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arkv_fx.backend import ArkvBackend
+from arkv_fx.cache import ArkvCache
+from arkv_fx.calibration import Calibration
+from arkv_fx.config import ArkvConfig
+from arkv_fx.errors import ArkvError, CacheError, TransformError
+from arkv_fx.passes.context import Probe
+from arkv_fx.report import Report
+
+# Each batch size, a mask or none, one token or many: a model in real use needs more graphs than
+# Dynamo's default allows, and falling back to eager would leave the cache behind.
+RECOMPILE_LIMIT = 64
+
+
+class Transformed:
+    """What ``model.arkv`` is: configuration, compiled forward and report of a transformed model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ArkvConfig,
+        calibration: Calibration | None,
+        compile: str,
+        probe: Probe | None = None,
+    ) -> None:
+        self.name = f"{type(model).__name__}#{id(model):x}"
+        self.config, self.calibration = config, calibration
+        self.windows = sliding_windows(model)
+        self.sliding_layers = [w > 0 for w in self.windows]
+        self.first_layer = first_attention_layer(model)
+        self.backend = ArkvBackend(
+            config, calibration, compile=compile, sliding=self.windows, probe=probe
+        )
+        self.original: Callable[..., Any] = model.forward
+        self.compiled = torch.compile(model.forward, backend=self.backend)
+        self.model = model
+
+    def report(self) -> Report:
+        """Every attention site seen so far: fused or not and why, slots and bytes.
+
+        A model that has not run yet is run once on a few tokens.
+        """
+        if not self.backend.sites:
+            device = next(self.model.parameters()).device
+            self.model(torch.zeros(1, 8, dtype=torch.long, device=device))
+        return Report.of(self.backend.sites, self.config)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward with an ArkvCache where a cache is wanted."""
+        cache = kwargs.get("past_key_values")
+        if cache is None and self._wants_cache(args, kwargs):
+            cache = kwargs["past_key_values"] = ArkvCache(self.model)
+        if cache is None:
+            return self._call(args, kwargs)
+        if not isinstance(cache, ArkvCache):
+            raise CacheError(
+                f"the model is transformed but got a {type(cache).__name__}; pass "
+                "ArkvCache(model), or no cache at all, or undo with arkv_fx.restore(model)"
+            )
+        if cache.model_id != id(self):
+            raise CacheError(
+                f"this ArkvCache belongs to {cache.session.owner}, not to {self.name}: keys of one "
+                "model mean nothing to another; make one with ArkvCache(model)"
+            )
+        if self.model.training:
+            raise CacheError("the cache is not differentiated: call model.eval() or use_cache=False")
+        kwargs["attention_mask"] = _needed_mask(kwargs.get("attention_mask"))
+        self._mark_lengths(args, kwargs)
+        cache.session.active = True
+        try:
+            with torch.no_grad():
+                return self._call(args, kwargs)
+        finally:
+            cache.session.active = False
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        limits = {
+            "recompile_limit": RECOMPILE_LIMIT,
+            "accumulated_recompile_limit": 8 * RECOMPILE_LIMIT,
+            "fail_on_recompile_limit_hit": True,
+        }
+        try:
+            with torch._dynamo.config.patch(limits):
+                return self.compiled(*args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            inner = error.inner_exception
+            if isinstance(inner, ArkvError):
+                raise inner from None
+            raise
+
+    def _wants_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if self.model.training or len(args) > 1:
+            return False
+        use = kwargs.get("use_cache")
+        if use is None:
+            use = getattr(getattr(self.model, "config", None), "use_cache", False)
+        return bool(use)
+
+    def _mark_lengths(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let one graph serve prompts of every length."""
+        tensors = [*args[:1], *(kwargs.get(n) for n in ("input_ids", "inputs_embeds"))]
+        for x in (*tensors, kwargs.get("attention_mask"), kwargs.get("position_ids")):
+            if isinstance(x, Tensor) and x.dim() >= 2 and x.shape[1] > 1:
+                torch._dynamo.maybe_mark_dynamic(x, 1)
+
+
+def transform(
+    model: nn.Module,
+    config: ArkvConfig | None = None,
+    calibration: Calibration | None = None,
+    *,
+    compile: str = "inductor",
+) -> nn.Module:
+    """Give a model a small KV cache, in place; ``restore`` undoes it.
+
+    ``generate()``, pipelines and evaluation harnesses go on working: the model makes an
+    ``ArkvCache`` where it made a ``DynamicCache``. Attention that cannot be rewritten goes on
+    computing what it computed, and ``model.arkv.report()`` says which and why.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        config: budget, formats and ranking; the default is a quarter of the bytes at 4096 tokens.
+        calibration: OQ ratios from ``arkv_fx.calibrate``; without one each layer takes
+            ``config.oq_ratio``.
+        compile: "inductor", or "eager" to run the rewritten graph as it is.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        TransformError: if it is transformed already.
+        CalibrationError: if the calibration is of another model.
+        ConfigError: if the budget does not hold the window and the sinks.
+    """
+    return _transform(model, config, calibration, compile=compile)
+
+
+def _transform(
+    model: nn.Module,
+    config: ArkvConfig | None,
+    calibration: Calibration | None,
+    *,
+    compile: str,
+    probe: Probe | None = None,
+) -> nn.Module:
+    if hasattr(model, "arkv"):
+        raise TransformError("the model is transformed already: call arkv_fx.restore(model) first")
+    if not isinstance(model, nn.Module):
+        raise TransformError(f"transform takes an nn.Module, not a {type(model).__name__}")
+    if calibration is not None:
+        calibration.check(fingerprint(model))
+    state = Transformed(model, config or ArkvConfig(), calibration, compile, probe)
+
+    @functools.wraps(state.original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return state.run(*args, **kwargs)
+
+    model.arkv = state  # type: ignore[assignment]
+    model.forward = forward  # type: ignore[method-assign]
+    if hasattr(model, "_prepare_cache_for_generation"):
+        model._prepare_cache_for_generation = functools.partial(_prepare_cache, model)  # type: ignore[assignment]
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo ``transform``; the same object, as it was.
+
+    Raises:
+        TransformError: if the model is not transformed.
+    """
+    if not hasattr(model, "arkv"):
+        raise TransformError(f"{type(model).__name__} is not transformed: nothing to restore")
+    for name in ("arkv", "forward", "_prepare_cache_for_generation"):
+        model.__dict__.pop(name, None)
+    return model
+
+
+def _prepare_cache(
+    model: nn.Module, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> None:
+    """``generate()``'s hook: an ArkvCache instead of a DynamicCache."""
+    if generation_config.use_cache is False:
+        return
+    if generation_config.cache_implementation is not None:
+        raise CacheError(
+            f"cache_implementation={generation_config.cache_implementation!r} asks for a "
+            "transformers cache, but the model is transformed to use ArkvCache; leave it out, or "
+            "call arkv_fx.restore(model)"
+        )
+    cache = model_kwargs.get("past_key_values")
+    if cache is None:
+        model_kwargs["past_key_values"] = ArkvCache(model)
+    else:
+        cache._is_user_defined = True
+
+
+def _needed_mask(mask: Any) -> Any:
+    """None for a mask without padding: then no [T, S] mask is built at all."""
+    if isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all()):
+        return None
+    return mask
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        return config.get_text_config(decoder=True)
+    return config
+
+
+def sliding_windows(model: nn.Module) -> list[int]:
+    """Attention window of each layer in tokens, 0 for full attention."""
+    config = _text_config(model)
+    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
+    window = int(getattr(config, "sliding_window", 0) or 0)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        # Without layer types, a window that is switched on holds for every layer.
+        on = bool(window) and getattr(config, "use_sliding_window", True)
+        return [window if on else 0] * layers
+    return [window if kind == "sliding_attention" else 0 for kind in types]
+
+
+def first_attention_layer(model: nn.Module) -> int:
+    """Index of the first layer that updates the cache in a step."""
+    types = getattr(_text_config(model), "layer_types", None) or []
+    for index, kind in enumerate(types):
+        if "attention" in kind and "linear" not in kind:
+            return index
+    return 0
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Class and shape of a model: names, shapes of its parameters, and a sample of the weights."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        # A few numbers tell two trainings of one architecture apart, in whatever dtype.
+        sample = parameter.detach().flatten()[:4].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(sample.numpy().tobytes())
+    return f"{type(model).__name__}-{digest.hexdigest()[:16]}"

@@ -1,0 +1,1 @@
+"""Graph passes: one idea per file, listed in order by ``pipeline``. Imported as arkv_fx.passes."""

@@ -1,0 +1,76 @@
+"""Decide which sites are rewritten and give each of the others its reason; plan the fused ones.
+
+Leaves alone: attention without a cache (training, scoring), cross-attention, bidirectional
+attention over many new tokens.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from arkv_fx.passes.context import Context
+from arkv_fx.passes.nodes import example, shape
+from arkv_fx.passes.site import Site
+from arkv_fx.plan import plan_layer
+
+
+def run(graph: GraphModule, context: Context) -> None:
+    """Set ``plan`` on every site that will be rewritten and ``reason`` on every other."""
+    for site in context.sites:
+        if not site.reason:
+            _decide(site, context)
+
+
+def _decide(site: Site, context: Context) -> None:
+    if not site.source or site.new_k is None or site.new_v is None:
+        site.refuse(
+            "no cache: its keys and values come from this call alone (scoring, training, an "
+            "encoder or cross-attention)"
+        )
+        return
+    q, k, v = shape(site.q), shape(site.new_k), shape(site.new_v)
+    assert q is not None and k is not None and v is not None
+    if len(k) != 4 or len(v) != 4:
+        site.refuse(f"cached keys have shape {k}, not [batch, kv heads, tokens, head dim]")
+        return
+    if site.source == "marker":
+        site.fresh = _is_first_call(site)
+    many = not (isinstance(q[2], int) and q[2] == 1)
+    if many and site.mask is None and not (site.is_causal and site.fresh):
+        site.refuse(
+            "many new tokens without a mask and not causal from an empty cache: bidirectional "
+            "attention, or causal attention aligned to the first key"
+        )
+        return
+    if str(q[2]) != str(k[2]):
+        site.refuse(f"{q[2]} queries for {k[2]} new keys: not self-attention over new tokens")
+        return
+    # Extents of the state are numbers: a symbolic batch is specialised here, one graph each.
+    site.batch, site.heads = int(k[0]), int(k[1])
+    if int(q[1]) % site.heads:
+        site.refuse(f"{q[1]} query heads are not a multiple of {k[1]} kv heads")
+        return
+    if site.layer is not None and site.layer < len(context.sliding):
+        site.sliding = context.sliding[site.layer]
+    ratio = None
+    if context.calibration is not None and site.layer is not None:
+        ratio = context.calibration.ratio(site.layer)
+    site.plan = plan_layer(
+        context.config,
+        heads=site.heads,
+        k_dim=int(k[3]),
+        v_dim=int(v[3]),
+        dtype=example(site.new_k).dtype,
+        sliding=site.sliding,
+        oq_ratio=ratio,
+        where=f"layer {site.layer} ({site.path})",
+    )
+
+
+def _is_first_call(site: Site) -> bool:
+    """The marker's total equals its new tokens: nothing was cached before."""
+    marker = site.cache_nodes[0]
+    total = marker.args[4]
+    length = (shape(site.new_k) or (0, 0, 0))[2]
+    value = example(total) if hasattr(total, "meta") else total
+    return str(value) == str(length)

@@ -1,0 +1,41 @@
+"""What the passes share while they work on one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from arkv_fx.calibration import Calibration
+from arkv_fx.config import ArkvConfig
+from arkv_fx.passes.site import Site
+
+Probe = Callable[..., None]
+
+
+@dataclass
+class Context:
+    """Input of the passes (config, calibration, sliding windows) and what they find (sites).
+
+    ``sliding`` is the attention window of each layer in tokens, 0 for full attention; ``probe``,
+    if given, is called at run time with (layer, q, k, v, mask, scale) of every fused site.
+    """
+
+    config: ArkvConfig
+    calibration: Calibration | None = None
+    sliding: Sequence[int] = ()
+    probe: Probe | None = None
+    sites: list[Site] = field(default_factory=list)
+    state_inputs: list[list[Node]] = field(default_factory=list)
+    anchors: list[Node] = field(default_factory=list)
+
+    @property
+    def fused(self) -> list[Site]:
+        """The sites that are rewritten."""
+        return [s for s in self.sites if s.fused]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All sites as report rows."""
+        return [s.row() for s in self.sites]

@@ -1,0 +1,51 @@
+"""Recognise attention over an ``ArkvCache``: its keys and values are a marker's two outputs.
+
+Does NOT fire when keys and values come from different markers, in the wrong order, or through an
+operation that ``peel_gqa`` does not know: the marker then runs as it stands, in full precision.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from arkv_fx.passes.context import Context
+from arkv_fx.passes.nodes import op_name
+from arkv_fx.passes.site import Site
+
+
+def run(graph: GraphModule, context: Context) -> None:
+    """Set ``source="marker"`` and the new tokens of every site that reads a marker."""
+    for site in context.sites:
+        if not site.reason:
+            _match(site)
+
+
+def _match(site: Site) -> None:
+    k_marker, v_marker = _marker(site.k, 0), _marker(site.v, 1)
+    if k_marker is None and v_marker is None:
+        return
+    if k_marker is None or k_marker is not v_marker:
+        site.refuse(
+            "keys and values are not the two outputs of one cache update; something between the "
+            "cache and the attention changes them"
+        )
+        return
+    users = {u for u in k_marker.users if op_name(u) == "getitem"}
+    if len(k_marker.users) != len(users):
+        site.refuse("the cache update is used in a way other than its keys and values")
+        return
+    site.source = "marker"
+    site.new_k, site.new_v, site.handle = k_marker.args[:3]  # type: ignore[assignment]
+    layer = k_marker.args[3]
+    if not isinstance(layer, int):
+        site.refuse("the layer index is not a constant")
+        return
+    site.layer = layer
+    site.cache_nodes = [k_marker]
+
+
+def _marker(node: Node, output: int) -> Node | None:
+    if op_name(node) != "getitem" or node.args[1] != output:
+        return None
+    source = node.args[0]
+    return source if isinstance(source, Node) and op_name(source) == "kv_update" else None

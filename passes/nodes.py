@@ -1,0 +1,67 @@
+"""Reading FX nodes whatever their spelling: function, method or aten overload."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+
+def op_name(node: Any) -> str:
+    """The bare name of what a node calls ("cat", "expand", "scaled_dot_product_attention"), or ""."""
+    if not isinstance(node, Node):
+        return ""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[-1]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name.split("::")[-1]
+    return getattr(target, "__name__", "")
+
+
+def example(node: Any) -> Any:
+    """The fake value that tracing recorded for a node, or None."""
+    if not isinstance(node, Node):
+        return None
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def shape(node: Any) -> tuple[Any, ...] | None:
+    """Shape of a node's value, entries int or SymInt; None if it is no tensor."""
+    value = example(node)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def arguments(node: Node, names: list[str]) -> dict[str, Any]:
+    """A call's arguments by name, positional ones named in order."""
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the module that a node was traced in, "" if unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] if isinstance(entry, tuple) else str(entry) for entry in stack.values()]
+    if not paths:
+        return ""
+    path = str(paths[-1])
+    for prefix in ("L['self'].", "L['fn'].", "L['self']"):
+        path = path.removeprefix(prefix)
+    return path.replace("_modules['", "").replace("']", "").replace("['", ".")
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Equality of two extents without adding a guard on a symbol."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return str(a) == str(b)
+
+
+def parameters(function: Any) -> list[str]:
+    """Parameter names of a Python function."""
+    return list(inspect.signature(function).parameters)

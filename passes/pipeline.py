@@ -1,0 +1,46 @@
+"""The passes in order: the one list that transform, torch.compile and export share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from torch.fx import GraphModule
+
+from arkv_fx.passes import (
+    absorb_cat,
+    classify,
+    find_sdpa,
+    fuse_marker,
+    peel_gqa,
+    rewrite,
+    verify,
+)
+from arkv_fx.passes.context import Context
+
+Pass = Callable[[GraphModule, Context], None]
+
+PASSES: tuple[Pass, ...] = (
+    find_sdpa.run,
+    peel_gqa.run,
+    fuse_marker.run,
+    absorb_cat.run,
+    classify.run,
+    rewrite.run,
+    verify.run,
+)
+
+
+def apply(graph: GraphModule, context: Context) -> GraphModule:
+    """Run all passes on a copy: the tracer's graph must not change under it.
+
+    Raises:
+        PassError: if a rewrite went wrong.
+        ConfigError: if a layer cannot be planned under the configuration.
+    """
+    # A shallow copy shares parameters and submodules; only the graph is new.
+    work = GraphModule(graph, copy.deepcopy(graph.graph))
+    for step in PASSES:
+        step(work, context)
+    work.recompile()
+    return work

@@ -1,0 +1,35 @@
+"""Check the rewritten graph: structure sound, every state used once, no marker half fused.
+
+Raises ``PassError`` instead of letting a wrong graph run.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from arkv_fx.errors import PassError
+from arkv_fx.passes.context import Context
+from arkv_fx.passes.nodes import op_name
+
+
+def run(graph: GraphModule, context: Context) -> None:
+    """Raise if a fused site is not exactly one ``attend`` over its own state."""
+    graph.graph.lint()
+    attends = [n for n in graph.graph.nodes if op_name(n) == "attend"]
+    if len(attends) != len(context.fused):
+        raise PassError(
+            f"{len(context.fused)} sites were planned but {len(attends)} attend operators are in "
+            "the graph; this is a bug in arkv_fx: please report the model"
+        )
+    for states in context.state_inputs:
+        users = {user for state in states for user in state.users}
+        if len(users) != 1:
+            raise PassError(f"state {states[0].name}.. has {len(users)} users instead of one")
+    fused_layers = {s.layer for s in context.fused if s.source == "marker"}
+    for node in graph.graph.nodes:
+        if op_name(node) == "kv_update" and node.args[3] in fused_layers:
+            raise PassError(
+                f"layer {node.args[3]} has both a fused attention and a cache update that is "
+                "still read; its tokens would be kept twice"
+            )
+    graph.recompile()
