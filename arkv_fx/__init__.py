@@ -10,6 +10,7 @@ if not (Path(__file__).parent / "passes").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
 from arkv_fx.cache import ArkvCache
+from arkv_fx.calibrate import calibrate
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig, preset
 from arkv_fx.transform import restore, transform
@@ -18,6 +19,7 @@ __all__ = [
     "ArkvCache",
     "ArkvConfig",
     "Calibration",
+    "calibrate",
     "preset",
     "restore",
     "transform",

@@ -13,20 +13,23 @@ from torch.fx import GraphModule, Node
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import UnknownOptionError
+from arkv_fx.ops.regional import regional_attend
 from arkv_fx.passes import pipeline
 from arkv_fx.passes.context import Context, Probe
+from arkv_fx.passes.nodes import example
 from arkv_fx.passes.site import Site
 from arkv_fx.state.anchors import Anchors
 from arkv_fx.state.session import LayerState, find_session
 
 Compiled = Callable[..., Any]
-LOWERINGS = ("inductor", "eager")
+LOWERINGS = ("inductor", "regional", "eager")
 
 
 class ArkvBackend:
     """Compiles graphs of one model under one configuration.
 
-    ``graphs`` counts what was compiled, ``sites`` holds the report rows of every graph.
+    ``graphs`` counts what was compiled and ``calls`` how often any of it ran; ``sites`` holds the
+    attention sites of every graph.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class ArkvBackend:
         self.config, self.calibration, self.lowering = config, calibration, compile
         self.sliding, self.probe = tuple(sliding), probe
         self.graphs = 0
+        self.calls = 0
         self.sites: list[list[Site]] = []
 
     def __call__(self, graph: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
@@ -51,17 +55,34 @@ class ArkvBackend:
         work = pipeline.apply(graph, context)
         self.sites.append(context.sites)
         if not context.fused:
-            return self._lower(graph, list(example_inputs))
+            return self._counted(self._lower(graph, list(example_inputs)))
         extra = _example_state(context, example_inputs)
         compiled = self._lower(work, [*example_inputs, *extra])
-        return _Runner(graph, context, compiled)
+        return self._counted(_Runner(graph, context, compiled))
+
+    def _counted(self, compiled: Compiled) -> Compiled:
+        """Count calls, so that a model that runs without its graphs is noticed."""
+
+        def run(*inputs: Any) -> Any:
+            self.calls += 1
+            return compiled(*inputs)
+
+        return run
 
     def _lower(self, graph: GraphModule, inputs: list[Any]) -> Compiled:
         if self.lowering == "eager":
             return graph.forward
+        if self.lowering == "regional":
+            for node in graph.graph.find_nodes(
+                op="call_function", target=torch.ops.arkv.attend.default
+            ):
+                node.target = regional_attend
+            graph.recompile()
+            return graph.forward
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(graph, inputs)  # type: ignore[no-any-return]
+        compiled: Any = compile_fx(graph, inputs)
+        return compiled  # type: ignore[no-any-return]
 
 
 def _example_state(context: Context, example_inputs: Sequence[Any]) -> list[Tensor]:
@@ -88,9 +109,8 @@ def _example_state(context: Context, example_inputs: Sequence[Any]) -> list[Tens
 
 
 def _device(site: Site) -> torch.device:
-    assert site.new_k is not None
-    value = site.new_k.meta.get("example_value", site.new_k.meta.get("val"))
-    return value.device  # type: ignore[no-any-return]
+    device: torch.device = example(site.new_k).device
+    return device
 
 
 class _Runner:
@@ -141,7 +161,7 @@ def arkv_backend(
 ) -> Compiled:
     """``torch.compile(model, backend="arkv", options={"budget": 1024})``.
 
-    Options are those of ``ArkvConfig`` plus ``preset``, ``compile`` ("inductor" or "eager") and
+    Options are those of ``ArkvConfig`` plus ``preset``, ``compile`` (one of ``LOWERINGS``) and
     ``calibration`` (a ``Calibration``).
 
     Raises:

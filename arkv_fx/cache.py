@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ class ArkvCache(Cache):
         if self.batch_size > 0:
             self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
 
-    def crop(self, tokens_to_remove: int) -> NoReturn | None:
+    def crop(self, tokens_to_remove: int) -> None:
         """Refused: what the removed tokens displaced is gone or quantized.
 
         Raises:
@@ -144,5 +144,5 @@ class ArkvCache(Cache):
         )
 
     def _select(self, rows: Tensor) -> None:
-        for state in (*self.session.layers.values(), *self.session.plain.values()):
-            state.select(rows)
+        for part in self.session.parts():
+            part.select(rows)

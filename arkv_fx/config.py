@@ -91,7 +91,7 @@ class ArkvConfig:
 
     @classmethod
     def paper(cls, budget: int = 1024, **options: Any) -> ArkvConfig:
-        """The published method: native + fp8 tiers, the published score, no sinks, a token budget."""
+        """The published method: native and fp8 tiers, its score, no sinks, a token budget."""
         settings: dict[str, Any] = {
             "budget": budget,
             "tiers": ("native", "fp8"),

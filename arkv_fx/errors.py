@@ -43,3 +43,7 @@ class PassError(ArkvError):
 
 class ModelNotFoundError(ArkvError):
     """A model cannot be found or read; the message says what to install or choose."""
+
+
+class EvaluationError(ArkvError, ValueError):
+    """A text, a prompt or a file of results does not fit the measurement asked for."""

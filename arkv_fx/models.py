@@ -65,9 +65,9 @@ def load(
     """
     source = str(_smollm2_folder()) if name == SMOLLM2 else name
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ModelNotFoundError(f"cannot load the model {name!r}: {error}") from error
     return model.to(device).eval(), tokenizer
 
@@ -79,16 +79,19 @@ def random_model(arch: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     arguments give the same weights, and the global random state stays as it was.
     """
     if arch not in _ARCHITECTURES:
-        raise ModelNotFoundError(f"no architecture {arch!r}; choose from {', '.join(ARCHITECTURES)}")
+        raise ModelNotFoundError(
+            f"no architecture {arch!r}; choose from {', '.join(ARCHITECTURES)}"
+        )
     model_type, settings = _ARCHITECTURES[arch]
     config = AutoConfig.for_model(model_type, **{**_TINY, **settings, **overrides})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if name.endswith("q_norm.weight"):  # normed queries ignore initializer_range
             parameter.data += 2.0
-    return model.eval()
+    ready: PreTrainedModel = model.eval()
+    return ready
 
 
 def _smollm2_folder() -> Path:
@@ -121,7 +124,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     if missing:
         raise ModelNotFoundError(f"reading {gguf.name} needs: pip install {' '.join(missing)}")
     source = str(gguf.parent)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=gguf.name, dtype=torch.float32
+    )
     # The weights are plain tensors now, but the model still calls itself quantized, and would
     # refuse to be saved, or be read back as a GGUF file.
     model.hf_quantizer = None

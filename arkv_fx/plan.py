@@ -21,7 +21,7 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    fill: float = 0
+    fill: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -96,8 +96,8 @@ class LayerPlan:
                     shape = (self.heads, slots, f.width)
                     out.append(TensorSpec(f"{prefix}.{side}.{f.name}", shape, f.dtype))
             out.append(TensorSpec(f"{prefix}.pos", (self.heads, slots), torch.int32, fill=-1))
-            for f in policy.slot_fields:
-                out.append(TensorSpec(f"{prefix}.{f.name}", (self.heads, slots), f.dtype))
+            for stat in policy.slot_fields:
+                out.append(TensorSpec(f"{prefix}.{stat.name}", (self.heads, slots), stat.dtype))
         return out
 
     def nbytes(self, batch: int = 1) -> int:

@@ -25,7 +25,7 @@ class Report:
 
     @classmethod
     def of(cls, graphs: Sequence[Sequence[Site]], config: ArkvConfig) -> Report:
-        """Merge the sites of all compiled graphs: a site counts as fused if every graph fused it."""
+        """Merge the sites of all graphs: one is fused if every graph with a cache fused it."""
         merged: dict[tuple[str, int], dict[str, Any]] = {}
         for sites in graphs:
             for site in sites:

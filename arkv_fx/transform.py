@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -43,26 +44,41 @@ class Transformed:
             config, calibration, compile=compile, sliding=self.windows, probe=probe
         )
         self.original: Callable[..., Any] = model.forward
+        # Attributes of the instance that restore puts back (hooks set forward there).
+        names = ("forward", "_prepare_cache_for_generation")
+        self.replaced = {n: model.__dict__[n] for n in names if n in model.__dict__}
         self.compiled = torch.compile(model.forward, backend=self.backend)
         self.model = model
+        # Forward arguments by position, up to the first that can only be given by name.
+        self.parameters = [
+            name
+            for name, p in inspect.signature(model.forward).parameters.items()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
 
     def report(self) -> Report:
         """Every attention site seen so far: fused or not and why, slots and bytes.
 
         A model that has not run yet is run once on a few tokens.
         """
-        if not self.backend.sites:
+        if not self.backend.sites and "input_ids" in self.parameters:
             device = next(self.model.parameters()).device
             self.model(torch.zeros(1, 8, dtype=torch.long, device=device))
         return Report.of(self.backend.sites, self.config)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward with an ArkvCache where a cache is wanted."""
+        if "past_key_values" not in self.parameters:
+            return self._call(args, kwargs)
+        kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
-        if cache is None and self._wants_cache(args, kwargs):
+        if cache is None and self._wants_cache(kwargs.get("use_cache")):
             cache = kwargs["past_key_values"] = ArkvCache(self.model)
         if cache is None:
-            return self._call(args, kwargs)
+            # Else the model would make a cache of its own, which nobody compresses.
+            if "use_cache" in self.parameters:
+                kwargs["use_cache"] = False
+            return self._call((), kwargs)
         if not isinstance(cache, ArkvCache):
             raise CacheError(
                 f"the model is transformed but got a {type(cache).__name__}; pass "
@@ -74,21 +90,33 @@ class Transformed:
                 "model mean nothing to another; make one with ArkvCache(model)"
             )
         if self.model.training:
-            raise CacheError("the cache is not differentiated: call model.eval() or use_cache=False")
+            raise CacheError(
+                "the cache is not differentiated: call model.eval() or use_cache=False"
+            )
         kwargs["attention_mask"] = _needed_mask(kwargs.get("attention_mask"))
-        self._mark_lengths(args, kwargs)
+        self._mark_lengths(kwargs)
         cache.session.active = True
+        calls = self.backend.calls
         try:
             with torch.no_grad():
-                return self._call(args, kwargs)
+                out = self._call((), kwargs)
         finally:
             cache.session.active = False
+        if self.backend.calls == calls:
+            raise CacheError(
+                "the model ran without its compiled graphs, so nothing was compressed: "
+                "compilation is switched off, or another torch.compile reached Dynamo's "
+                "recompile limit on the same code; call torch._dynamo.reset() and raise "
+                "torch._dynamo.config.recompile_limit"
+            )
+        return out
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         limits = {
             "recompile_limit": RECOMPILE_LIMIT,
             "accumulated_recompile_limit": 8 * RECOMPILE_LIMIT,
             "fail_on_recompile_limit_hit": True,
+            "specialize_float": True,  # scales are constants of a layer
         }
         try:
             with torch._dynamo.config.patch(limits):
@@ -99,18 +127,17 @@ class Transformed:
                 raise inner from None
             raise
 
-    def _wants_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if self.model.training or len(args) > 1:
+    def _wants_cache(self, use: bool | None) -> bool:
+        if self.model.training:
             return False
-        use = kwargs.get("use_cache")
         if use is None:
             use = getattr(getattr(self.model, "config", None), "use_cache", False)
         return bool(use)
 
-    def _mark_lengths(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _mark_lengths(self, kwargs: dict[str, Any]) -> None:
         """Let one graph serve prompts of every length."""
-        tensors = [*args[:1], *(kwargs.get(n) for n in ("input_ids", "inputs_embeds"))]
-        for x in (*tensors, kwargs.get("attention_mask"), kwargs.get("position_ids")):
+        for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"):
+            x = kwargs.get(name)
             if isinstance(x, Tensor) and x.dim() >= 2 and x.shape[1] > 1:
                 torch._dynamo.maybe_mark_dynamic(x, 1)
 
@@ -133,7 +160,9 @@ def transform(
         config: budget, formats and ranking; the default is a quarter of the bytes at 4096 tokens.
         calibration: OQ ratios from ``arkv_fx.calibrate``; without one each layer takes
             ``config.oq_ratio``.
-        compile: "inductor", or "eager" to run the rewritten graph as it is.
+        compile: "inductor" for the whole graph; "regional" to compile the decode attention alone,
+            once per layer shape (starts much sooner, the rest runs eagerly); "eager" to run the
+            rewritten graph as it is.
 
     Returns:
         The same model object.
@@ -181,13 +210,19 @@ def restore(model: nn.Module) -> nn.Module:
     """
     if not hasattr(model, "arkv"):
         raise TransformError(f"{type(model).__name__} is not transformed: nothing to restore")
+    state: Transformed = model.arkv  # type: ignore[assignment]
     for name in ("arkv", "forward", "_prepare_cache_for_generation"):
         model.__dict__.pop(name, None)
+    model.__dict__.update(state.replaced)
     return model
 
 
 def _prepare_cache(
-    model: nn.Module, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    model: nn.Module,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
     """``generate()``'s hook: an ArkvCache instead of a DynamicCache."""
     if generation_config.use_cache is False:

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import re
 
-from torch.fx import GraphModule, Node
-
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import op_name, shape
 from arkv_fx.passes.site import Site
+from torch.fx import GraphModule, Node
 
 
 def run(graph: GraphModule, context: Context) -> None:
@@ -26,13 +25,13 @@ def run(graph: GraphModule, context: Context) -> None:
 
 
 def _match(site: Site) -> None:
-    found = [_past_and_new(x) for x in (site.k, site.v)]
-    if found[0] is None and found[1] is None:
+    keys, values = _past_and_new(site.k), _past_and_new(site.v)
+    if keys is None and values is None:
         return
-    if found[0] is None or found[1] is None:
+    if keys is None or values is None:
         site.refuse("only one of keys and values is concatenated with its past")
         return
-    (past_k, new_k, fresh), (past_v, new_v, fresh_v) = found
+    (past_k, new_k, fresh), (past_v, new_v, fresh_v) = keys, values
     if fresh != fresh_v:
         site.refuse("keys have a past and values have none, or the reverse")
         return
@@ -68,7 +67,8 @@ def _past_and_new(node: Node) -> tuple[Node | None, Node, bool] | None:
         return None, new, True
     if past.op != "placeholder":
         return None
-    return past, new, past_shape is not None and past_shape[-2] == 0
+    length = past_shape[-2] if past_shape is not None else None
+    return past, new, isinstance(length, int) and length == 0
 
 
 VIEWS = {

@@ -6,11 +6,12 @@ attention over many new tokens.
 
 from __future__ import annotations
 
-from torch.fx import GraphModule
-
+import torch
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import example, shape
 from arkv_fx.passes.site import Site
+from torch.fx import GraphModule
+
 from arkv_fx.plan import plan_layer
 
 
@@ -30,6 +31,9 @@ def _decide(site: Site, context: Context) -> None:
         return
     q, k, v = shape(site.q), shape(site.new_k), shape(site.new_v)
     assert q is not None and k is not None and v is not None
+    if site.source == "cat" and torch.is_grad_enabled() and _wants_grad(site):
+        site.refuse("gradients are wanted, and a cache is not differentiated: use torch.no_grad()")
+        return
     if len(k) != 4 or len(v) != 4:
         site.refuse(f"cached keys have shape {k}, not [batch, kv heads, tokens, head dim]")
         return
@@ -65,6 +69,11 @@ def _decide(site: Site, context: Context) -> None:
         oq_ratio=ratio,
         where=f"layer {site.layer} ({site.path})",
     )
+
+
+def _wants_grad(site: Site) -> bool:
+    values = [example(n) for n in (site.q, site.new_k, site.new_v)]
+    return any(v is not None and v.requires_grad for v in values)
 
 
 def _is_first_call(site: Site) -> bool:

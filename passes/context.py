@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from arkv_fx.passes.site import Site
 from torch.fx import Node
 
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
-from arkv_fx.passes.site import Site
 
 Probe = Callable[..., None]
 

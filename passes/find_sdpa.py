@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
-
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import arguments, example, module_path, op_name, shape
 from arkv_fx.passes.site import Site
+from torch.fx import GraphModule, Node
 
 ARGUMENTS = [
     "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",

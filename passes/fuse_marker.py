@@ -6,11 +6,10 @@ operation that ``peel_gqa`` does not know: the marker then runs as it stands, in
 
 from __future__ import annotations
 
-from torch.fx import GraphModule, Node
-
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import op_name
 from arkv_fx.passes.site import Site
+from torch.fx import GraphModule, Node
 
 
 def run(graph: GraphModule, context: Context) -> None:

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 
 def op_name(node: Any) -> str:
-    """The bare name of what a node calls ("cat", "expand", "scaled_dot_product_attention"), or ""."""
+    """The bare name of what a node calls ("cat", "scaled_dot_product_attention"), or ""."""
     if not isinstance(node, Node):
         return ""
     if node.op == "call_method":

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.fx import GraphModule, Node
-
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import example, op_name, same_size, shape
+from torch.fx import GraphModule, Node
 
 
 def run(graph: GraphModule, context: Context) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-from torch.fx import GraphModule
-
 from arkv_fx.passes import (
     absorb_cat,
     classify,
@@ -17,6 +15,7 @@ from arkv_fx.passes import (
     verify,
 )
 from arkv_fx.passes.context import Context
+from torch.fx import GraphModule
 
 Pass = Callable[[GraphModule, Context], None]
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.fx import GraphModule, Node
-
-import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import example, shape
 from arkv_fx.passes.site import Site
+from torch.fx import GraphModule, Node
+
+import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 
 
 def run(graph: GraphModule, context: Context) -> None:

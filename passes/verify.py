@@ -5,11 +5,11 @@ Raises ``PassError`` instead of letting a wrong graph run.
 
 from __future__ import annotations
 
+from arkv_fx.passes.context import Context
+from arkv_fx.passes.nodes import op_name
 from torch.fx import GraphModule
 
 from arkv_fx.errors import PassError
-from arkv_fx.passes.context import Context
-from arkv_fx.passes.nodes import op_name
 
 
 def run(graph: GraphModule, context: Context) -> None:

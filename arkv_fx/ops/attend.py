@@ -108,8 +108,7 @@ def _attend_all(
     grouped = group(q, plan.heads)
     offset = held.seen + length - (mask.shape[-1] if mask is not None else 0)
     logits = [
-        slot_logits(grouped, s, query_pos, mask, offset, plan.sliding, knobs)
-        for s in held.segments
+        slot_logits(grouped, s, query_pos, mask, offset, plan.sliding, knobs) for s in held.segments
     ]
     native = get_format("native")
     own = cap(key_logits(grouped, native.key, [new.k], plan.k_dim) * knobs.scale, knobs)
@@ -129,7 +128,6 @@ def _prefill(
 ) -> tuple[Tensor, Observation]:
     """Fused attention over the prompt; only the last W queries' probabilities are written out."""
     plan = held.plan
-    length = query_pos.shape[1]
     grouped = group(q, plan.heads)
     # The last min(W, T) queries, without a branch on a symbolic T.
     watched = grouped[:, :, :, -plan.window :]
@@ -154,17 +152,15 @@ def _prefill(
     return group(out, plan.heads), seen
 
 
-def _hide_new(
-    logits: Tensor, mask: Tensor | None, plan: LayerPlan, query_pos: Tensor
-) -> Tensor:
+def _hide_new(logits: Tensor, mask: Tensor | None, plan: LayerPlan, query_pos: Tensor) -> Tensor:
     """Mask the new tokens' columns [B, Hkv, G, Q, T] for queries at ``query_pos`` [B, Q].
 
     Without a mask they are causal among themselves.
     """
     length = logits.shape[-1]
     newest = query_pos[:, -1:, None]
-    column_pos = newest - (length - 1) + torch.arange(
-        length, device=logits.device, dtype=torch.int32
+    column_pos = (
+        newest - (length - 1) + torch.arange(length, device=logits.device, dtype=torch.int32)
     )
     rows = query_pos[:, :, None]
     if mask is not None:
@@ -198,4 +194,3 @@ def _observation(
         steps=steps.float(),
         window=plan.window,
     )
-

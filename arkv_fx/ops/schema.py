@@ -15,7 +15,9 @@ from arkv_fx.state.session import PlainLayer, find_session
 
 
 @torch.library.custom_op("arkv::kv_update", mutates_args=())
-def kv_update(k: Tensor, v: Tensor, handle: Tensor, layer: int, total: int) -> tuple[Tensor, Tensor]:
+def kv_update(
+    k: Tensor, v: Tensor, handle: Tensor, layer: int, total: int
+) -> tuple[Tensor, Tensor]:
     """Append new keys and values [B, H, T, D] and read all ``total`` back.
 
     A marker: the passes fuse it with the attention that follows. Where they cannot, this runs as

@@ -45,9 +45,7 @@ def exchange_one(held: View, new: Arrivals, updated: Stats) -> None:
     )
     at = _at(slot[:, None].expand(-1, plan.heads))
     real = new.valid[:, :1]
-    token = Arrivals(
-        new.k, new.v, new.pos, new.valid, {n: t[..., -1:] for n, t in updated.items()}
-    )
+    token = Arrivals(new.k, new.v, new.pos, new.valid, {n: t[..., -1:] for n, t in updated.items()})
     leaving = _take(ring, at, plan.k_dim, plan.v_dim)
     _put(ring, at, token, real.expand(-1, plan.heads))
     carry = leaving
@@ -123,9 +121,7 @@ def merge_many(held: View, new: Arrivals, updated: Stats, fresh: bool) -> None:
             out = below
 
 
-def _rank(
-    held: View, columns: list[Segment | Arrivals], now: Tensor, last: bool
-) -> Tensor:
+def _rank(held: View, columns: list[Segment | Arrivals], now: Tensor, last: bool) -> Tensor:
     """Ranks [B, Hkv, N] of a tier's tokens and of those that come to it; -inf for no token."""
     policy = held.plan.policy()
     pos = torch.cat([c.pos for c in columns], -1)
@@ -155,9 +151,7 @@ def _at(slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return b, h, slot
 
 
-def _take(
-    segment: Segment, at: tuple[Tensor, Tensor, Tensor], k_dim: int, v_dim: int
-) -> Arrivals:
+def _take(segment: Segment, at: tuple[Tensor, Tensor, Tensor], k_dim: int, v_dim: int) -> Arrivals:
     """The token in one slot per head, decoded, as a [.., 1, ..] group."""
     k, v = (
         codec.from_stored(codec.decode([f[at] for f in fields], dim, torch.float32))[:, :, None]

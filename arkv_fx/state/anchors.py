@@ -77,9 +77,7 @@ class Anchors:
         for key in [k for k, e in _entries.items() if e.storage.expired()]:
             del _entries[key]
         anchor = torch.zeros(1, dtype=plan.dtype, device=device)
-        entry = _Entry(
-            StorageWeakRef(anchor.untyped_storage()), LayerState(plan, batch, device), 0
-        )
+        entry = _Entry(StorageWeakRef(anchor.untyped_storage()), LayerState(plan, batch, device), 0)
         _entries[_key(anchor)] = self.used[_key(anchor)] = entry
         return entry.state, anchor
 
@@ -100,4 +98,5 @@ def _key(x: Tensor) -> int:
 
 def absorbed_nbytes() -> int:
     """Bytes of all live absorbed states."""
-    return sum(e.state.nbytes() for e in _entries.values() if not e.storage.expired())
+    live = [e for e in _entries.values() if not e.storage.expired()]
+    return sum(entry.state.nbytes() for entry in live)

@@ -21,14 +21,12 @@ class LayerState:
 
     def __init__(self, plan: LayerPlan, batch: int, device: torch.device) -> None:
         self.plan, self.batch = plan, batch
-        self.tensors = [
-            torch.full((batch, *spec.shape), spec.fill, dtype=torch.float32, device=device).to(
-                spec.dtype
-            )
-            if spec.fill
-            else torch.zeros((batch, *spec.shape), dtype=spec.dtype, device=device)
-            for spec in plan.specs()
-        ]
+        # Born under inference_mode they could not be written outside of it.
+        with torch.inference_mode(False):
+            self.tensors = [
+                torch.full((batch, *s.shape), s.fill, dtype=s.dtype, device=device)
+                for s in plan.specs()
+            ]
 
     def check(self, layer: int) -> None:
         """Refuse to go on with keys or values that were not finite.
@@ -125,8 +123,11 @@ class Session:
 
     def nbytes(self) -> int:
         """Bytes of every tensor of every layer, the handle included."""
-        parts = [*self.layers.values(), *self.plain.values()]
-        return sum(p.nbytes() for p in parts) + self.handle.nbytes
+        return sum(part.nbytes() for part in self.parts()) + int(self.handle.nbytes)
+
+    def parts(self) -> list[LayerState | PlainLayer]:
+        """The states of all layers, compressed and plain."""
+        return [*self.layers.values(), *self.plain.values()]
 
     def reset(self) -> None:
         """Forget everything."""

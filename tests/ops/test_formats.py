@@ -62,6 +62,8 @@ def error_bound(codec: Codec, x: Tensor) -> Tensor:
     low, high = x.aminmax(dim=-1, keepdim=True)
     if codec.name == "native":
         return torch.zeros_like(x)
+    if codec.name == "bf16":  # seven explicit bits; below the normal range, a fixed step
+        return torch.maximum(x.abs() / 2**8, torch.tensor(2.0**-133))
     if codec.name == "fp8":  # three explicit bits, and subnormals 2^-9 apart
         step = torch.maximum(x.abs() / 8, absmax / 448 * 2.0**-9)
     elif codec.name == "int8":

@@ -30,4 +30,6 @@ class Fp8(Codec):
 
     def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
         codes, scale = parts
-        return (codes.view(torch.float8_e4m3fn).to(torch.float32) * scale.to(torch.float32)).to(dtype)
+        return (codes.view(torch.float8_e4m3fn).to(torch.float32) * scale.to(torch.float32)).to(
+            dtype
+        )

@@ -1,0 +1,113 @@
+"""``calibrate(model, input_ids)``: run sample prefills and read each layer's attention."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arkv_fx.calibration import Calibration
+from arkv_fx.config import ArkvConfig
+from arkv_fx.errors import CalibrationError
+from arkv_fx.statistics import Moments, measure, observed_attention, oq_ratios
+from arkv_fx.transform import _transform, fingerprint, restore
+
+
+def calibrate(
+    model: nn.Module,
+    input_ids: Tensor | Sequence[Tensor],
+    config: ArkvConfig | None = None,
+    attention_mask: Tensor | Sequence[Tensor] | None = None,
+) -> Calibration:
+    """Measure a model's attention on sample prompts and give every layer its OQ ratio.
+
+    The same passes find the attention; a probe on each site reads the last ``config.window``
+    queries. The model is restored afterwards, also after an error.
+
+    Args:
+        input_ids: [B, T] int64, or a list of them; a few prompts of the length and kind to be
+            served are enough. Statistics are averaged over prompts.
+        config: its ``calibration`` mode, ``taus``, ``window`` and ``oq_ratio`` are used.
+        attention_mask: [B, T] per prompt, 0 for padding.
+
+    Raises:
+        CalibrationError: if a prompt is shorter than two tokens or no attention could be read.
+        TransformError: if the model is transformed: restore it first.
+    """
+    config = config or ArkvConfig()
+    prompts = [input_ids] if isinstance(input_ids, Tensor) else list(input_ids)
+    masks: list[Any] = (
+        [attention_mask] * len(prompts)
+        if attention_mask is None or isinstance(attention_mask, Tensor)
+        else list(attention_mask)
+    )
+    if not prompts or len(masks) != len(prompts):
+        raise CalibrationError("give at least one prompt, and one attention mask for each or none")
+    for prompt in prompts:
+        if prompt.dim() != 2 or prompt.shape[1] < 2:
+            raise CalibrationError(
+                f"a prompt has shape {tuple(prompt.shape)}; [batch, tokens >= 2] is needed"
+            )
+    found: dict[int, list[Moments]] = defaultdict(list)
+    published = config.calibration == "paper"
+
+    def probe(
+        layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    ) -> None:
+        probs, real = observed_attention(q, k, mask, scale, config.window)
+        found[layer].append(measure(probs, real, published=published))
+
+    # The state of this run is not used; the smallest plan keeps it out of the way.
+    small = ArkvConfig(
+        budget=config.window, window=config.window, sinks=0, tiers=("native",), score="mass"
+    )
+    _transform(model, small, None, compile="eager", probe=probe)
+    try:
+        for prompt, mask in zip(prompts, masks, strict=True):
+            model(input_ids=prompt, attention_mask=mask, use_cache=True)
+    finally:
+        restore(model)
+    if not found:
+        raise CalibrationError(
+            f"no attention of {type(model).__name__} could be read: model.arkv.report() after "
+            "transform says why each site is left alone"
+        )
+    layers = sorted(found)
+    rows = oq_ratios(
+        layers, [_mean(found[i]) for i in layers], config.taus, config.calibration, config.oq_ratio
+    )
+    samples = tuple(int(p.shape[1]) for p in prompts)
+    return Calibration(fingerprint(model), config.calibration, config.taus, samples, rows)
+
+
+def _mean(samples: Sequence[Moments]) -> Moments:
+    columns = torch.tensor([[m.entropy, m.variance, m.kurtosis] for m in samples])
+    return Moments(*columns.double().mean(0).tolist())
+
+
+def plot(calibration: Calibration, path: str | Path) -> None:
+    """Draw statistics and OQ ratios by layer into an image file.
+
+    Raises:
+        CalibrationError: if matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise CalibrationError("plots need matplotlib: pip install 'arkv-fx[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers = [row.layer for row in calibration.layers]
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+    for axis, name in zip(axes.flat, ("entropy", "variance", "kurtosis", "oq_ratio"), strict=True):
+        axis.bar(layers, [getattr(row, name) for row in calibration.layers], color="tab:blue")
+        axis.set_title("OQ ratio" if name == "oq_ratio" else name)
+        axis.set_xlabel("layer")
+    figure.suptitle(f"{calibration.fingerprint}, {calibration.mode}, prompts {calibration.samples}")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,21 @@
+"""The command ``arkv``."""
+
+from __future__ import annotations
+
+import typer
+
+from arkv_fx.commands import evaluate
+from arkv_fx.commands.common import Group
+
+app = typer.Typer(
+    name="arkv",
+    cls=Group,
+    help="A small KV cache for any PyTorch language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(evaluate.app, name="eval")
+
+if __name__ == "__main__":
+    app()

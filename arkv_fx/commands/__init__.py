@@ -1,0 +1,1 @@
+"""The subcommands of ``arkv``: one file each."""

@@ -1,0 +1,117 @@
+"""What the subcommands share: options, loading, errors as one line, where output goes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import torch
+import typer
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+from typer.core import TyperGroup
+
+from arkv_fx import models
+from arkv_fx.calibration import Calibration
+from arkv_fx.errors import ArkvError, EvaluationError
+
+# Results go to stdout, everything else to stderr.
+out = Console()
+err = Console(stderr=True)
+
+
+class Group(TyperGroup):
+    """A command group in which our errors and unreadable files are one line and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ArkvError, OSError) as error:
+            err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+
+
+class DType(StrEnum):
+    """Dtypes that models are loaded in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Lowering(StrEnum):
+    """How rewritten graphs run."""
+
+    eager = "eager"
+    inductor = "inductor"
+
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="smollm2, a transformers id or a local folder.")
+]
+DTypeOption = Annotated[DType, typer.Option("--dtype", help="The dtype of weights and cache.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Also write the result here, as JSON.")
+]
+CalibrationFile = Annotated[
+    Path | None, typer.Option("--calibration", help="OQ ratios from `arkv calibrate`.")
+]
+
+
+def load(
+    name: str, dtype: DType, device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in eval mode, and its tokenizer.
+
+    Raises:
+        ModelNotFoundError: if there is no such model.
+        EvaluationError: if there is no such device.
+    """
+    transformers_logging.disable_progress_bar()
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise EvaluationError(f"device {device!r} is not to be had: {error}") from error
+    return models.load(name, getattr(torch, dtype), place)
+
+
+def load_calibration(path: Path | None) -> Calibration | None:
+    """The calibration in a file, or None without a file."""
+    return Calibration.load(path) if path else None
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        EvaluationError: if it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path}: cannot be read as text: {error}") from error
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    """Write ``value`` if a path is given."""
+    if path is not None:
+        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def spinner() -> Generator[Callable[[str], None]]:
+    """A function that shows what is being done: a spinner, or lines where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda message: err.print(message, markup=False, highlight=False, soft_wrap=True)
+        return
+    with err.status("") as status:
+        yield lambda message: status.update(message)

@@ -1,0 +1,131 @@
+"""The methods to compare: a name and a compression make a configuration of the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arkv_fx.config import ArkvConfig
+from arkv_fx.errors import ConfigError, UnknownOptionError
+from arkv_fx.transform import sliding_windows
+
+
+@dataclass(frozen=True)
+class FullCache:
+    """What a full cache in bf16 takes: ``layers`` are bytes per token, ``windows`` tokens."""
+
+    layers: tuple[int, ...]
+    windows: tuple[int, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: nn.Module) -> FullCache:
+        """Measure a model that is not transformed, by a forward of one token."""
+        device = next(model.parameters()).device
+        ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+        layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+        pairs = [(x.keys, x.values) for x in layers if isinstance(getattr(x, "keys", None), Tensor)]
+        if not pairs:
+            raise ConfigError(f"{type(model).__name__} holds no keys and values in its cache")
+        size = torch.bfloat16.itemsize
+        return cls(
+            tuple((k.numel() + v.numel()) * size for k, v in pairs), tuple(sliding_windows(model))
+        )
+
+    def per_layer(self, context: int) -> int:
+        """Bytes of the largest layer at ``context`` tokens, sliding windows ignored."""
+        return context * max(self.layers)
+
+    def nbytes(self, context: int) -> int:
+        """Bytes of all layers of one sequence at ``context`` tokens."""
+        windows = self.windows or (0,) * len(self.layers)
+        return sum(
+            size * (min(context, window) if window else context)
+            for size, window in zip(self.layers, windows, strict=False)
+        )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is asked for: prompt tokens, later tokens, bytes per layer and sequence."""
+
+    context: int
+    steps: int
+    layer_bytes: int
+
+
+def _full(setting: Setting) -> ArkvConfig:
+    return ArkvConfig(
+        budget=setting.context + setting.steps + 64, tiers=("native",), score="mass", sinks=0
+    )
+
+
+def _of_bytes(**options: Any) -> Callable[[Setting], ArkvConfig]:
+    return lambda setting: ArkvConfig.make({"bytes": setting.layer_bytes, **options})
+
+
+def _paper(budget: int) -> Callable[[Setting], ArkvConfig]:
+    return lambda setting: ArkvConfig.paper(budget)
+
+
+# In a float32 model the tier of `evict` is bf16, so that its bytes are those of a bf16 model.
+METHODS: dict[str, Callable[[Setting], ArkvConfig]] = {
+    "full": _full,
+    "evict": _of_bytes(tiers=("bf16",), score="mass"),
+    "uniform-int8": _of_bytes(tiers=("int8",)),
+    "uniform-int4": _of_bytes(tiers=("int4",)),
+    "paper-512": _paper(512),
+    "paper-1024": _paper(1024),
+    "paper-2048": _paper(2048),
+    "default": _of_bytes(),
+}
+"""Configuration factories by method name; one line adds a method."""
+
+
+def is_sized(name: str) -> bool:
+    """Whether a method's size follows from the compression, not from its own token budget."""
+    return not name.startswith(("full", "paper-"))
+
+
+def make_config(name: str, setting: Setting) -> ArkvConfig:
+    """The configuration of a method, written ``name`` or ``name:option=value,option=value``.
+
+    Options are those of ``ArkvConfig``; tiers are joined by ``+``, and ``score.x`` is option x of
+    the score: ``default:tiers=int8+int4,oq_ratio=0.2,score.decay=0.95``.
+
+    Raises:
+        UnknownOptionError: for an unknown method or option.
+        ConfigError: for a value that cannot work.
+    """
+    base, _, changes = name.partition(":")
+    if base not in METHODS:
+        raise UnknownOptionError(f"unknown method {base!r}; known: {', '.join(METHODS)}")
+    config = METHODS[base](setting)
+    if not changes:
+        return config
+    options = config.to_dict()
+    score: dict[str, float] = dict(config.score_options)
+    for change in changes.split(","):
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise ConfigError(f"method {name!r}: {change!r} is not option=value")
+        if key.startswith("score."):
+            score[key.removeprefix("score.")] = _value(text)
+        elif key == "tiers":
+            options[key] = tuple(text.split("+"))
+        else:
+            options[key] = _value(text)
+    options["score_options"] = tuple(score.items())
+    return ArkvConfig.make(options)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,158 @@
+"""Many caches of one model: traced once, prefilled once, then each decoded by its own method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from arkv_fx.backend import ArkvBackend
+from arkv_fx.cache import ArkvCache
+from arkv_fx.calibration import Calibration
+from arkv_fx.config import ArkvConfig
+from arkv_fx.errors import ConfigError
+from arkv_fx.ops.attend import attend
+from arkv_fx.ops.attention import Knobs
+from arkv_fx.plan import LayerPlan, plan_layer
+from arkv_fx.state.session import PlainLayer
+from arkv_fx.transform import Transformed, restore, transform
+
+
+class _NoOutput(TorchFunctionMode):
+    """Leaves out the fused attention of a prefill whose output nobody reads.
+
+    The state takes only the last queries' probabilities, which are computed apart; the fused
+    attention is most of a long prefill's time, and every method would repeat it.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is scaled_dot_product_attention:
+            query, _, value = args[:3]
+            return query.new_zeros(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+class Contest:
+    """One model under several configurations, as a context manager that restores the model.
+
+    Dynamo traces the model once; every method rewrites the captured graph with the ordinary
+    passes. The first method prefills in the ordinary way, and a probe on each attention gives the
+    same queries, keys and values to the states of all others, so every cache holds exactly what
+    its own prefill would have put there.
+
+    Args:
+        model: a model that is not transformed.
+        configs: configuration of each method by name.
+        calibration: OQ ratios for all of them.
+        compile: "eager" or "inductor", as for ``arkv_fx.transform``.
+
+    Raises:
+        ConfigError: if there is no method, or a budget does not hold the window and the sinks.
+        TransformError: if the model is transformed already.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        configs: Mapping[str, ArkvConfig],
+        calibration: Calibration | None = None,
+        *,
+        compile: str = "eager",
+    ) -> None:
+        if not configs:
+            raise ConfigError("no method to compare: name at least one")
+        self.model, self.configs, self.calibration = model, dict(configs), calibration
+        self.first = next(iter(self.configs))
+        self._active = self.first
+        self._fed: dict[str, ArkvCache] = {}
+        transform(model, self.configs[self.first], calibration, compile=compile)
+        self._arkv: Transformed = model.arkv  # type: ignore[assignment]
+        self._arkv.compiled = torch.compile(self._arkv.original, backend=self._capture)
+        self._compile = compile
+
+    def __enter__(self) -> Contest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        restore(self.model)
+
+    def prefill(self, input_ids: Tensor) -> dict[str, ArkvCache]:
+        """A cache of every method after the prompt ``input_ids`` [B, T] int64, T > 1."""
+        caches = {name: ArkvCache(self.model) for name in self.configs}
+        first = caches[self.first]
+        self._active = self.first
+        self._fed = {name: cache for name, cache in caches.items() if name != self.first}
+        try:
+            self._forward(input_ids, first)
+        finally:
+            self._fed = {}
+        for cache in caches.values():
+            cache.seen = first.seen
+            for index, plain in first.session.plain.items():
+                if cache is not first:  # attention that is not rewritten is native in every method
+                    copy = cache.session.plain[index] = PlainLayer()
+                    copy.append(plain.tensors[0], plain.tensors[1])
+        return caches
+
+    def step(self, name: str, input_ids: Tensor, cache: ArkvCache) -> Tensor:
+        """Logits [B, vocabulary] after the next tokens ``input_ids`` [B, T] of one method."""
+        self._active = name
+        return self._forward(input_ids, cache)
+
+    def _forward(self, input_ids: Tensor, cache: ArkvCache) -> Tensor:
+        out = self.model(
+            input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def _capture(self, graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The Dynamo backend: compile a captured graph for each method when it first runs it."""
+        compiled: dict[str, Callable[..., Any]] = {}
+
+        def run(*args: Any) -> Any:
+            name = self._active
+            if name not in compiled:
+                backend = ArkvBackend(
+                    self.configs[name],
+                    self.calibration,
+                    compile=self._compile,
+                    sliding=self._arkv.windows,
+                    probe=self._feed if name == self.first else None,
+                )
+                compiled[name] = backend(graph, inputs)
+                self._arkv.backend.sites += backend.sites
+            return compiled[name](*args)
+
+        return run
+
+    def _feed(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    ) -> None:
+        """The probe: a whole prefill of one layer into the states of the other methods."""
+        for name, cache in self._fed.items():
+            plan = self._plan(self.configs[name], layer, k, v)
+            state = cache.session.layer(layer, plan, k.shape[0], k.device)
+            with _NoOutput():
+                attend(q, k, v, mask, state.tensors, plan, Knobs(scale), fresh=True)
+            state.check(layer)
+
+    def _plan(self, config: ArkvConfig, layer: int, k: Tensor, v: Tensor) -> LayerPlan:
+        windows = self._arkv.windows
+        return plan_layer(
+            config,
+            heads=k.shape[1],
+            k_dim=k.shape[-1],
+            v_dim=v.shape[-1],
+            dtype=k.dtype,
+            sliding=windows[layer] if layer < len(windows) else 0,
+            oq_ratio=self.calibration.ratio(layer) if self.calibration else None,
+            where=f"layer {layer}",
+        )
