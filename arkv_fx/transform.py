@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,7 @@ class Transformed:
         # Attributes of the instance that restore puts back (hooks set forward there).
         names = ("forward", "_prepare_cache_for_generation")
         self.replaced = {n: model.__dict__[n] for n in names if n in model.__dict__}
-        self.compiled = torch.compile(model.forward, backend=self.backend)
+        self.compiled = torch.compile(_own_code(model.forward), backend=self.backend)
         self.model = model
         # Forward arguments by position, up to the first that can only be given by name.
         self.parameters = [
@@ -140,6 +141,23 @@ class Transformed:
             x = kwargs.get(name)
             if isinstance(x, Tensor) and x.dim() >= 2 and x.shape[1] > 1:
                 torch._dynamo.maybe_mark_dynamic(x, 1)
+
+
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` behind a code object of its own.
+
+    Dynamo counts recompilations per code object, and all transformers models share one: a second
+    model would eat the first one's limit.
+    """
+
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return types.FunctionType(
+        entry.__code__.replace(co_name="arkv_forward"),
+        entry.__globals__,
+        closure=entry.__closure__,
+    )
 
 
 def transform(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import re
 from typing import Any
 
 import torch
@@ -49,9 +49,8 @@ def module_path(node: Node) -> str:
     paths = [entry[0] if isinstance(entry, tuple) else str(entry) for entry in stack.values()]
     if not paths:
         return ""
-    path = str(paths[-1])
-    for prefix in ("L['self'].", "L['fn'].", "L['self']"):
-        path = path.removeprefix(prefix)
+    # Dynamo writes where it found the module: L['self'].model, L['function'].__self__.model.
+    path = re.sub(r"^L\['\w+'\]\.?(__self__\.?)?", "", str(paths[-1]))
     return path.replace("_modules['", "").replace("']", "").replace("['", ".")
 
 
@@ -60,8 +59,3 @@ def same_size(a: Any, b: Any) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return str(a) == str(b)
-
-
-def parameters(function: Any) -> list[str]:
-    """Parameter names of a Python function."""
-    return list(inspect.signature(function).parameters)

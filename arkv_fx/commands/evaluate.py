@@ -74,7 +74,8 @@ def fidelity(
         )
     if json:
         rows_.write(json, found)
-    out.print(rows_.table(f"Fidelity to the full cache: {model}, {dtype}", found))
+    shown = fidelity_.means(found) if text is None or len(text) > 1 else found
+    out.print(rows_.table("Fidelity to the full cache", shown))
 
 
 def _texts(chosen: list[str] | None) -> dict[str, str]:

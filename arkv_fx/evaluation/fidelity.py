@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +132,20 @@ def fidelity(
                     }
                 )
     return rows
+
+
+def means(rows: Sequence[Row]) -> list[Row]:
+    """Rows of ``fidelity`` averaged over texts, in order of method and compression."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["compression"]), []).append(row)
+    out = []
+    for group in groups.values():
+        average = {n: statistics.fmean(r[n] for r in group) for n in ("kl_mean", "top1")}
+        ratio = statistics.geometric_mean(r["ppl_ratio"] for r in group)
+        text = f"mean of {len(group)}"
+        out.append({**group[0], "text": text, **average, "ppl_ratio": ratio})
+    return out
 
 
 def _batch(texts: Mapping[str, Tensor], length: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from arkv_fx.backend import ArkvBackend
+from arkv_fx.backend import ArkvBackend, Compiled
 from arkv_fx.cache import ArkvCache
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
@@ -20,7 +20,7 @@ from arkv_fx.ops.attend import attend
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.plan import LayerPlan, plan_layer
 from arkv_fx.state.session import PlainLayer
-from arkv_fx.transform import Transformed, restore, transform
+from arkv_fx.transform import Transformed, _own_code, restore, transform
 
 
 class _NoOutput(TorchFunctionMode):
@@ -70,12 +70,15 @@ class Contest:
             raise ConfigError("no method to compare: name at least one")
         self.model, self.configs, self.calibration = model, dict(configs), calibration
         self.first = next(iter(self.configs))
-        self._active = self.first
+        self.active = self.first
         self._fed: dict[str, ArkvCache] = {}
         transform(model, self.configs[self.first], calibration, compile=compile)
         self._arkv: Transformed = model.arkv  # type: ignore[assignment]
-        self._arkv.compiled = torch.compile(self._arkv.original, backend=self._capture)
-        self._compile = compile
+        self.windows = self._arkv.windows
+        self._arkv.backend = _Switch(self, compile)
+        self._arkv.compiled = torch.compile(
+            _own_code(self._arkv.original), backend=self._arkv.backend
+        )
 
     def __enter__(self) -> Contest:
         return self
@@ -87,7 +90,7 @@ class Contest:
         """A cache of every method after the prompt ``input_ids`` [B, T] int64, T > 1."""
         caches = {name: ArkvCache(self.model) for name in self.configs}
         first = caches[self.first]
-        self._active = self.first
+        self.active = self.first
         self._fed = {name: cache for name, cache in caches.items() if name != self.first}
         try:
             self._forward(input_ids, first)
@@ -103,7 +106,7 @@ class Contest:
 
     def step(self, name: str, input_ids: Tensor, cache: ArkvCache) -> Tensor:
         """Logits [B, vocabulary] after the next tokens ``input_ids`` [B, T] of one method."""
-        self._active = name
+        self.active = name
         return self._forward(input_ids, cache)
 
     def _forward(self, input_ids: Tensor, cache: ArkvCache) -> Tensor:
@@ -113,27 +116,7 @@ class Contest:
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def _capture(self, graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The Dynamo backend: compile a captured graph for each method when it first runs it."""
-        compiled: dict[str, Callable[..., Any]] = {}
-
-        def run(*args: Any) -> Any:
-            name = self._active
-            if name not in compiled:
-                backend = ArkvBackend(
-                    self.configs[name],
-                    self.calibration,
-                    compile=self._compile,
-                    sliding=self._arkv.windows,
-                    probe=self._feed if name == self.first else None,
-                )
-                compiled[name] = backend(graph, inputs)
-                self._arkv.backend.sites += backend.sites
-            return compiled[name](*args)
-
-        return run
-
-    def _feed(
+    def feed(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     ) -> None:
         """The probe: a whole prefill of one layer into the states of the other methods."""
@@ -145,7 +128,7 @@ class Contest:
             state.check(layer)
 
     def _plan(self, config: ArkvConfig, layer: int, k: Tensor, v: Tensor) -> LayerPlan:
-        windows = self._arkv.windows
+        windows = self.windows
         return plan_layer(
             config,
             heads=k.shape[1],
@@ -156,3 +139,31 @@ class Contest:
             oq_ratio=self.calibration.ratio(layer) if self.calibration else None,
             where=f"layer {layer}",
         )
+
+
+class _Switch(ArkvBackend):
+    """A Dynamo backend that compiles a captured graph for each method when it first runs it."""
+
+    def __init__(self, contest: Contest, compile: str) -> None:
+        super().__init__(contest.configs[contest.first], contest.calibration, compile=compile)
+        self.contest = contest
+
+    def __call__(self, graph: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
+        compiled: dict[str, Compiled] = {}
+
+        def run(*inputs: Any) -> Any:
+            self.calls += 1
+            name = self.contest.active
+            if name not in compiled:
+                backend = ArkvBackend(
+                    self.contest.configs[name],
+                    self.calibration,
+                    compile=self.lowering,
+                    sliding=self.contest.windows,
+                    probe=self.contest.feed if name == self.contest.first else None,
+                )
+                compiled[name] = backend(graph, example_inputs)
+                self.sites += backend.sites
+            return compiled[name](*inputs)
+
+        return run

@@ -39,12 +39,15 @@ def read(path: str | Path) -> list[Row]:
 
 
 def table(title: str, rows: Sequence[Row]) -> Table:
-    """A rich table with a column for each key of the first row."""
-    out = Table(title=title, title_justify="left")
+    """A rich table with a column for each key; what is the same in all rows goes below it."""
     columns = list(rows[0]) if rows else []
+    same = [c for c in columns if len(rows) > 1 and len({repr(row.get(c)) for row in rows}) == 1]
+    caption = ", ".join(f"{name} {_text(rows[0][name])}" for name in same)
+    out = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    columns = [name for name in columns if name not in same]
     for name in columns:
         numeric = all(isinstance(row.get(name), int | float | None) for row in rows)
-        out.add_column(name, justify="right" if numeric else "left")
+        out.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         out.add_row(*(_text(row.get(name)) for name in columns))
     return out

@@ -1,0 +1,32 @@
+"""What all tests share: one thread, quick hypothesis settings, no graphs from another module."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# tests/ops holds the naive attention that tests/state uses too.
+sys.path.insert(0, str(Path(__file__).parent / "ops"))
+
+torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
+
+settings.register_profile(
+    "arkv",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("arkv")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_graphs_left_over() -> Iterator[None]:
+    """Dynamo counts recompilations per code object, and all transformers models share theirs."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
