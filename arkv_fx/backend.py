@@ -55,7 +55,7 @@ class ArkvBackend:
         work = pipeline.apply(graph, context)
         self.sites.append(context.sites)
         if not context.fused:
-            return self._counted(self._lower(graph, list(example_inputs)))
+            return self._counted(_Runner(graph, context, self._lower(graph, [*example_inputs])))
         extra = _example_state(context, example_inputs)
         compiled = self._lower(work, [*example_inputs, *extra])
         return self._counted(_Runner(graph, context, compiled))
@@ -142,6 +142,7 @@ class _Runner:
                 )
                 extra += [*state.tensors, anchor]
             states.append(state)
+        anchors.refuse_strangers(inputs)
         out = self.compiled(*inputs, *extra)
         for state, layer in zip(states, self.layers, strict=True):
             state.check(layer)

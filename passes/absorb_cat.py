@@ -2,9 +2,9 @@
 
 ``K = cat([past_k, k], -2)`` with ``past_k`` a graph input (or an empty tensor: the first call),
 the same for values. The new cache value that the graph returns becomes a zero-memory tensor of
-the right shape whose storage is the key to our state. Does NOT fire when the concatenated keys
-are used by anything but this attention, shape queries, slices and the graph's output, since
-that use would read nothing.
+the right shape whose storage is the key to our state. Does NOT fire when the past or the joined
+tensor is used by anything but this attention, shape queries and the graph's output, since that
+use would read nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import op_name, shape
+from arkv_fx.passes.readers import foreign_reader
 from arkv_fx.passes.site import Site
 from torch.fx import GraphModule, Node
 
@@ -35,12 +36,17 @@ def _match(site: Site) -> None:
     if fresh != fresh_v:
         site.refuse("keys have a past and values have none, or the reverse")
         return
-    for joined in (site.k, site.v):
-        reader = _foreign_reader(joined, site)
+    readers = [foreign_reader(x, [site.node], output=True) for x in (site.k, site.v)]
+    readers += [
+        foreign_reader(past, [joined])
+        for past, joined in ((past_k, site.k), (past_v, site.v))
+        if past is not None
+    ]
+    for reader in readers:
         if reader is not None:
             site.refuse(
-                f"the concatenated cache is also read by {reader.format_node()}, which cannot "
-                "see compressed tokens; pass an ArkvCache instead"
+                f"the cache is also read by {reader.format_node()}, which cannot see compressed "
+                "tokens; pass an ArkvCache instead"
             )
             return
     site.source, site.fresh = "cat", fresh
@@ -69,25 +75,6 @@ def _past_and_new(node: Node) -> tuple[Node | None, Node, bool] | None:
         return None
     length = past_shape[-2] if past_shape is not None else None
     return past, new, isinstance(length, int) and length == 0
-
-
-VIEWS = {
-    "getitem", "unsqueeze", "expand", "reshape", "view", "contiguous", "repeat_interleave",
-    "flatten", "slice", "clone",
-}  # fmt: skip
-SIZES = {"size", "dim", "getattr", "sym_size"}
-
-
-def _foreign_reader(joined: Node, site: Site) -> Node | None:
-    """A use of the joined tensor that needs its numbers, other than the site's attention."""
-    todo = list(joined.users)
-    while todo:
-        user = todo.pop()
-        if op_name(user) in VIEWS:
-            todo += list(user.users)
-        elif user is not site.node and user.op != "output" and op_name(user) not in SIZES:
-            return user
-    return None
 
 
 def _sliding_window(joined: Node) -> int:

@@ -1,13 +1,15 @@
 """Recognise attention over an ``ArkvCache``: its keys and values are a marker's two outputs.
 
 Does NOT fire when keys and values come from different markers, in the wrong order, or through an
-operation that ``peel_gqa`` does not know: the marker then runs as it stands, in full precision.
+operation that ``peel_gqa`` does not know, or when something else reads them too: the marker then
+runs as it stands, in full precision.
 """
 
 from __future__ import annotations
 
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import op_name
+from arkv_fx.passes.readers import foreign_reader
 from arkv_fx.passes.site import Site
 from torch.fx import GraphModule, Node
 
@@ -29,9 +31,12 @@ def _match(site: Site) -> None:
             "cache and the attention changes them"
         )
         return
-    users = {u for u in k_marker.users if op_name(u) == "getitem"}
-    if len(k_marker.users) != len(users):
-        site.refuse("the cache update is used in a way other than its keys and values")
+    reader = foreign_reader(k_marker, [site.node])
+    if reader is not None:
+        site.refuse(
+            f"what the cache returns is also read by {reader.format_node()}; only one attention "
+            "can read a compressed cache"
+        )
         return
     site.source = "marker"
     site.new_k, site.new_v, site.handle = k_marker.args[:3]  # type: ignore[assignment]

@@ -99,7 +99,7 @@ def fidelity(
     rows: list[Row] = []
     with Contest(model, configs, calibration) as contest:
         progress(f"prefill: {ids.shape[0]} x {context} tokens, {len(chosen)} caches")
-        caches = contest.prefill(ids[:, :context])
+        _, caches = contest.prefill(ids[:, :context])
         for entry in chosen:
             progress(f"{entry.method}, compression {entry.compression}: {steps} steps")
             cache = caches.pop(entry.name)

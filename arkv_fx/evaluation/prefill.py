@@ -43,8 +43,8 @@ class Contest:
     """One model under several configurations, as a context manager that restores the model.
 
     Dynamo traces the model once; every method rewrites the captured graph with the ordinary
-    passes. The first method prefills in the ordinary way, and a probe on each attention gives the
-    same queries, keys and values to the states of all others, so every cache holds exactly what
+    passes. One method prefills in the ordinary way, and a probe on each attention gives the
+    same queries, keys and values to the states of the others, so every cache holds exactly what
     its own prefill would have put there.
 
     Args:
@@ -69,10 +69,9 @@ class Contest:
         if not configs:
             raise ConfigError("no method to compare: name at least one")
         self.model, self.configs, self.calibration = model, dict(configs), calibration
-        self.first = next(iter(self.configs))
-        self.active = self.first
+        self.active = next(iter(self.configs))
         self._fed: dict[str, ArkvCache] = {}
-        transform(model, self.configs[self.first], calibration, compile=compile)
+        transform(model, self.configs[self.active], calibration, compile=compile)
         self._arkv: Transformed = model.arkv  # type: ignore[assignment]
         self.windows = self._arkv.windows
         self._arkv.backend = _Switch(self, compile)
@@ -86,23 +85,34 @@ class Contest:
     def __exit__(self, *_: object) -> None:
         restore(self.model)
 
-    def prefill(self, input_ids: Tensor) -> dict[str, ArkvCache]:
-        """A cache of every method after the prompt ``input_ids`` [B, T] int64, T > 1."""
-        caches = {name: ArkvCache(self.model) for name in self.configs}
-        first = caches[self.first]
-        self.active = self.first
-        self._fed = {name: cache for name, cache in caches.items() if name != self.first}
+    def prefill(
+        self, input_ids: Tensor, methods: Sequence[str] | None = None
+    ) -> tuple[Tensor, dict[str, ArkvCache]]:
+        """One forward of a prompt that fills the caches of ``methods`` (None: of all).
+
+        Args:
+            input_ids: [B, T] int64 without padding, T > 1.
+
+        Returns:
+            Logits [B, vocabulary] after the prompt, which no compression has touched, and a cache
+            for each method.
+        """
+        names = list(methods or self.configs)
+        caches = {name: ArkvCache(self.model) for name in names}
+        self.active = names[0]
+        first = caches[self.active]
+        self._fed = {name: caches[name] for name in names[1:]}
         try:
-            self._forward(input_ids, first)
+            logits = self._forward(input_ids, first)
         finally:
-            self._fed = {}
-        for cache in caches.values():
+            fed, self._fed = self._fed, {}
+        for cache in fed.values():
             cache.seen = first.seen
+            # Attention that is not rewritten keeps everything, whatever the method.
             for index, plain in first.session.plain.items():
-                if cache is not first:  # attention that is not rewritten is native in every method
-                    copy = cache.session.plain[index] = PlainLayer()
-                    copy.append(plain.tensors[0], plain.tensors[1])
-        return caches
+                copy = cache.session.plain[index] = PlainLayer()
+                copy.append(plain.tensors[0], plain.tensors[1])
+        return logits, caches
 
     def step(self, name: str, input_ids: Tensor, cache: ArkvCache) -> Tensor:
         """Logits [B, vocabulary] after the next tokens ``input_ids`` [B, T] of one method."""
@@ -145,7 +155,7 @@ class _Switch(ArkvBackend):
     """A Dynamo backend that compiles a captured graph for each method when it first runs it."""
 
     def __init__(self, contest: Contest, compile: str) -> None:
-        super().__init__(contest.configs[contest.first], contest.calibration, compile=compile)
+        super().__init__(contest.configs[contest.active], contest.calibration, compile=compile)
         self.contest = contest
 
     def __call__(self, graph: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
@@ -160,7 +170,7 @@ class _Switch(ArkvBackend):
                     self.calibration,
                     compile=self.lowering,
                     sliding=self.contest.windows,
-                    probe=self.contest.feed if name == self.contest.first else None,
+                    probe=self.contest.feed,
                 )
                 compiled[name] = backend(graph, example_inputs)
                 self.sites += backend.sites

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,21 @@ class Anchors:
         entry = _Entry(StorageWeakRef(anchor.untyped_storage()), LayerState(plan, batch, device), 0)
         _entries[_key(anchor)] = self.used[_key(anchor)] = entry
         return entry.state, anchor
+
+    def refuse_strangers(self, inputs: Sequence[Any]) -> None:
+        """Refuse inputs that stand for a compressed cache where no rewritten site takes them.
+
+        Raises:
+            AbsorbedCacheError: such a tensor would be read as zeros.
+        """
+        for x in inputs if _entries else ():
+            if isinstance(x, Tensor) and x.dim() == 4 and _key(x) in _entries:
+                if _key(x) not in self.used and not _entries[_key(x)].storage.expired():
+                    raise AbsorbedCacheError(
+                        f"a compressed cache of shape {tuple(x.shape)} is read by a graph whose "
+                        "attention could not be rewritten, or has been sliced or reused elsewhere; "
+                        "use arkv_fx.transform with an ArkvCache"
+                    )
 
     def remember(self, outputs: Any) -> None:
         """Note how many tokens each returned cache value claims to hold."""

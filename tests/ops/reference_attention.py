@@ -79,7 +79,8 @@ def _bias(mask: Tensor, b: int, h: int, t: int, pos: int) -> float:
     value = mask[b if mask.shape[0] > 1 else 0, h if mask.shape[1] > 1 else 0, t, pos]
     if mask.dtype == torch.bool:
         return 0.0 if bool(value) else HIDDEN
-    return float(value)
+    # transformers hides with the lowest finite number.
+    return float(value) if value > torch.finfo(mask.dtype).min / 2 else HIDDEN
 
 
 @dataclass
@@ -171,8 +172,9 @@ def make_mask(
     """The mask of the last `length` of the positions `valid` [B, S], as transformers makes it.
 
     Args:
-        kind: "none"; "bool" or "additive" [B, 1, T, S]; the same with "-heads" at the end: one
-            mask per query head, each hiding some more (or, additive, biasing) at random.
+        kind: "none"; "bool", "additive" (hiding with -inf) or "lowest" (with the lowest finite
+            number) [B, 1, T, S]; the same with "-heads" at the end: one mask per query head, each
+            hiding some more (or, additive, biasing) at random.
     """
     if kind == "none":
         return None
@@ -190,4 +192,5 @@ def make_mask(
         bias = torch.randn(shape, generator=generator)
     if kind.startswith("bool"):
         return mask
-    return torch.where(mask, bias, HIDDEN).to(dtype)
+    hidden = torch.finfo(dtype).min if kind.startswith("lowest") else HIDDEN
+    return bias.to(dtype).masked_fill(~mask, hidden)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from arkv_fx.config import PAPER_GAMMA
+from arkv_fx.errors import ConfigError
 from arkv_fx.ops.scores.base import Observation, Score, StatField, Stats
 
 
@@ -23,6 +24,8 @@ class PaperScore(Score):
     slot_fields = (StatField("mass", torch.float32),)
 
     def __init__(self, gamma: float = PAPER_GAMMA, kernel: float = 5) -> None:
+        if kernel < 1 or kernel % 2 != 1:
+            raise ConfigError(f"score option kernel={kernel!r}: must be an odd number >= 1")
         self.gamma, self.kernel = float(gamma), int(kernel)
 
     def observe(self, stats: Stats, seen: Observation) -> Stats:

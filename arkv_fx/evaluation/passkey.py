@@ -1,0 +1,189 @@
+"""Passkey retrieval: five digits hidden in a long text, asked for at its end."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from arkv_fx.calibration import Calibration
+from arkv_fx.errors import EvaluationError
+from arkv_fx.evaluation import texts
+from arkv_fx.evaluation.methods import FullCache, Setting, make_config
+from arkv_fx.evaluation.prefill import Contest
+from arkv_fx.evaluation.rows import Row
+
+DEFAULT_METHODS = ("full", "evict", "uniform-int4", "paper-512", "paper-1024", "default")
+FILLERS = ("repeated", "prose")
+SENTENCES = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
+NEEDLE = " The pass key is {key}. Remember it. {key} is the pass key. "
+END = "\n\nThe pass key is"
+# 6 and 34 tokens for SmolLM2's tokenizer; the longer one fills a window of 32 queries.
+QUESTIONS = (
+    END,
+    "\n\nYou have now read the whole text. Somewhere in it a pass key was given. "
+    "Say which one, in digits only." + END,
+)
+DEPTHS = tuple(range(10, 100, 10))
+STEPS = 7
+"""Tokens generated after the first, which comes from the prefill: a space and digits."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``ids`` [T] int64 ending in a question, and the five digits that answer it."""
+
+    ids: Tensor
+    key: str
+
+
+def make_prompt(
+    tokenizer: PreTrainedTokenizerBase, filler: str, question: str, context: int, index: int
+) -> Prompt:
+    """Prompt number ``index`` of exactly ``context`` tokens; depths and texts cycle.
+
+    Raises:
+        EvaluationError: if the context does not hold the question and the key.
+    """
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    key = str(random.Random(index).randint(10000, 99999))
+    start = [] if tokenizer.bos_token_id is None else tokenizer("a").input_ids[:1]
+    start = [token for token in start if token == tokenizer.bos_token_id]
+    needle, end = encode(NEEDLE.format(key=key)), encode(question)
+    room = context - len(start) - len(needle) - len(end)
+    if room < 32:
+        raise EvaluationError(f"context={context} leaves no room for a text around the pass key")
+    hay = encode(_haystack(filler, index))
+    hay = (hay * (room // len(hay) + 1))[:room]
+    # The key goes behind the next end of a sentence.
+    stop = encode("The end.")[-1]
+    depth = room * DEPTHS[index % len(DEPTHS)] // 100
+    cut = hay.index(stop, depth) + 1 if stop in hay[depth:] else depth
+    return Prompt(torch.tensor([*start, *hay[:cut], *needle, *hay[cut:], *end]), key)
+
+
+def _haystack(filler: str, index: int) -> str:
+    if filler == "repeated":
+        return SENTENCES
+    if filler != "prose":
+        raise EvaluationError(f"filler {filler!r}: choose one of {', '.join(FILLERS)}")
+    names = texts.names()
+    return texts.read(names[index % len(names)])
+
+
+def passkey(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    contexts: Sequence[int] = (2048, 4096),
+    methods: Sequence[str] = DEFAULT_METHODS,
+    prompts: int = 20,
+    compression: float = 4.0,
+    fillers: Sequence[str] = FILLERS,
+    calibration: Calibration | None = None,
+    batch: int = 5,
+    name: str = "",
+    compile: str = "eager",
+    progress: Callable[[str], None] = lambda message: None,
+) -> list[Row]:
+    """Greedy answers of every method to the same prompts; a hit has all five digits in order.
+
+    Args:
+        model: a causal language model that is not transformed, in eval mode.
+        contexts: prompt lengths in tokens, question included.
+        prompts: prompts for each filler, question and context.
+        compression: bytes of a bf16 cache at the context divided by those allowed.
+        batch: prompts that run at a time.
+
+    Returns:
+        One row per filler, question (its length in tokens), context and method with ``correct``
+        of ``total`` prompts.
+
+    Raises:
+        EvaluationError: for a context that is too short or a filler that does not exist.
+        ConfigError: for a method or size that cannot work.
+    """
+    full = FullCache.of(model)
+    device = next(model.parameters()).device
+    methods = list(dict.fromkeys(methods))
+    configs = {
+        f"{method}@{context}": make_config(
+            method, Setting(context, STEPS, int(full.per_layer(context) / compression))
+        )
+        for context in contexts
+        for method in methods
+    }
+    rows: list[Row] = []
+    with Contest(model, configs, calibration, compile=compile) as contest:
+        for context in contexts:
+            names = [f"{method}@{context}" for method in methods]
+            for filler in fillers:
+                for question in QUESTIONS:
+                    made = [
+                        make_prompt(tokenizer, filler, question, context, i) for i in range(prompts)
+                    ]
+                    asked = len(tokenizer(question, add_special_tokens=False).input_ids)
+                    hits = dict.fromkeys(names, 0)
+                    for start in range(0, prompts, batch):
+                        progress(
+                            f"{context} tokens, {filler}, question of {asked}: "
+                            f"prompts {start + 1} to {min(start + batch, prompts)}"
+                        )
+                        part = made[start : start + batch]
+                        for method, hit in _answer(contest, names, part, batch, tokenizer, device):
+                            hits[method] += hit
+                    for method, key in zip(methods, names, strict=True):
+                        rows.append(
+                            {
+                                "model": name,
+                                "filler": filler,
+                                "question": asked,
+                                "context": context,
+                                "method": method,
+                                "compression": compression,
+                                "correct": hits[key],
+                                "total": prompts,
+                            }
+                        )
+    return rows
+
+
+def _answer(
+    contest: Contest,
+    names: Sequence[str],
+    prompts: Sequence[Prompt],
+    batch: int,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+) -> list[tuple[str, int]]:
+    """(method, hits) over ``prompts``, which are filled up to ``batch`` with the last one.
+
+    A graph is made for one batch size, so a smaller last batch would be traced anew.
+    """
+    filled = [*prompts, *[prompts[-1]] * (batch - len(prompts))]
+    logits, caches = contest.prefill(torch.stack([p.ids for p in filled]).to(device), names)
+    out = []
+    for name in names:
+        cache = caches.pop(name)
+        tokens = [logits.argmax(-1, keepdim=True)]
+        for _ in range(STEPS):
+            tokens.append(contest.step(name, tokens[-1], cache).argmax(-1, keepdim=True))
+        answers = tokenizer.batch_decode(torch.cat(tokens, -1)[: len(prompts)])
+        hit = [is_hit(text, p.key) for text, p in zip(answers, prompts, strict=True)]
+        out.append((name, sum(hit)))
+    return out
+
+
+def is_hit(answer: str, key: str) -> bool:
+    """Whether the first number in the answer is the key, however its digits are spaced."""
+    return key in re.sub(r"\s+", "", answer)

@@ -1,0 +1,309 @@
+"""Where tokens are: never twice, never back, never encoded again, never dropped while room is left."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from reference_attention import Layer, make_mask
+from torch import Tensor
+
+import arkv_fx.ops.attend as attend_module
+import arkv_fx.ops.update as update
+from arkv_fx.ops.attention import Knobs
+from arkv_fx.ops.scores import SCORES
+from arkv_fx.plan import LayerPlan, Tier
+
+RING = 0  # levels: 0 the ring, 1 and 2 the tiers
+EVICTED = 9
+KNOBS = Knobs(0.35)
+DIM = 8
+
+
+@dataclass(frozen=True)
+class Held:
+    """One token as it lies in its slot."""
+
+    level: int
+    codes: tuple[Tensor, ...]
+    stats: dict[str, float]
+
+
+Where = list[list[dict[int, Held]]]  # [sequence][head][position]
+
+
+def where(layer: Layer) -> Where:
+    """All tokens held, by position. A position held twice fails here."""
+    out: Where = [[{} for _ in range(layer.plan.heads)] for _ in range(layer.batch)]
+    for level, segment in enumerate(layer.state.view().segments):
+        for b, h, slot in (segment.pos >= 0).nonzero().tolist():
+            pos = int(segment.pos[b, h, slot])
+            assert pos not in out[b][h], f"position {pos} is held twice"
+            codes = tuple(f[b, h, slot].clone() for f in (*segment.k, *segment.v))
+            stats = {n: float(t[b, h, slot]) for n, t in segment.stats.items()}
+            out[b][h][pos] = Held(level, codes, stats)
+    return out
+
+
+def check(layer: Layer, before: Where, evicted: list[list[set[int]]]) -> None:
+    """All that holds after a step, given what was held before it; updates `evicted`."""
+    plan, view, now = layer.plan, layer.state.view(), where(layer)
+    assert torch.equal(view.count, layer.valid.sum(-1).int()), "count is wrong"
+    assert (view.seen == layer.seen).all(), "seen is wrong"
+    assert not view.bad.any()
+    first_useful = layer.seen + 1 - plan.sliding if plan.sliding else 0
+    for b in range(layer.batch):
+        real = layer.valid[b].nonzero().flatten().tolist()
+        kept = set(real[: plan.sinks]) | set(real[plan.sinks :][-plan.window :])
+        for h in range(plan.heads):
+            held, old = now[b][h], before[b][h]
+            assert {p for p, x in held.items() if x.level == RING} == kept, "ring is wrong"
+            assert set(held) <= set(real), "padding is held"
+            assert not set(held) & evicted[b][h], "an evicted token returned"
+            for pos, token in held.items():
+                _check_token(layer, b, h, pos, token, old.get(pos))
+            gone = set(real) - set(held)
+            # Every token that anyone can still attend to is kept while there is room.
+            useful = {p for p in gone - evicted[b][h] if p >= first_useful}
+            room = sum(t.slots for t in plan.tiers)
+            room -= sum(x.level != RING and p >= first_useful for p, x in held.items())
+            assert not (useful and room), f"{useful} dropped with {room} slots free"
+            evicted[b][h] |= gone
+            assert len(held) + len(evicted[b][h]) == len(real)
+
+
+def _check_token(layer: Layer, b: int, h: int, pos: int, token: Held, old: Held | None) -> None:
+    plan = layer.plan
+    if old is not None:
+        assert token.level >= old.level, f"{pos} went up from {old.level} to {token.level}"
+        if token.level == old.level:
+            same = all(torch.equal(*pair) for pair in zip(token.codes, old.codes, strict=True))
+            assert same, f"{pos} was encoded again"
+        for name in {"novelty", "norm"} & set(token.stats):
+            assert token.stats[name] == old.stats[name], f"{pos} has another token's {name}"
+    fmt = plan.segments()[token.level][0]
+    split = len(fmt.key.fields(plan.k_dim, plan.dtype))
+    parts = (fmt.key, token.codes[:split], layer.k), (fmt.value, token.codes[split:], layer.v)
+    for codec, codes, history in parts:
+        original = history[b, h, pos].float()
+        stored = codec.from_stored(codec.decode(codes, original.shape[-1], torch.float32))
+        if fmt.name == "native":
+            assert torch.equal(stored, original), f"{pos} is not exact in level {token.level}"
+        else:  # its own numbers, not a neighbour's
+            assert (stored - original).norm() < 0.4 * original.norm(), f"{pos} is another token"
+
+
+def step(layer: Layer, valid: Tensor, generator: torch.Generator, fresh: bool = False) -> None:
+    """One call with random numbers."""
+    batch, length = valid.shape
+    dtype, heads = layer.plan.dtype, layer.plan.heads
+    q = torch.randn(batch, heads * 2, length, DIM, generator=generator).to(dtype) * 2
+    k, v = torch.randn(2, batch, heads, length, DIM, generator=generator).to(dtype)
+    mask = make_mask(torch.cat([layer.valid, valid], 1), length, kind="bool",
+                     sliding=layer.plan.sliding)  # fmt: skip
+    layer.step(q, k, v, mask, KNOBS, valid, fresh)
+
+
+TIERS = (
+    ("int8", "int4"), ("native", "fp8"), ("k8v4", "k4v3"), ("native", "native"), ("native",), ("int4",),
+)  # fmt: skip
+
+
+@st.composite
+def histories(draw: st.DrawFn, score: str) -> tuple[LayerPlan, list[Tensor], int]:
+    """A plan, which tokens of each call are real, and a seed."""
+    tiers = draw(st.sampled_from(TIERS))
+    sliding = draw(st.sampled_from((0, 0, 0, 5)))
+    plan = LayerPlan(
+        heads=2, k_dim=DIM, v_dim=DIM,
+        dtype=draw(st.sampled_from((torch.float32, torch.bfloat16))),
+        window=draw(st.integers(1, 4)), sinks=0 if sliding else draw(st.integers(0, 2)),
+        sliding=sliding,
+        tiers=tuple(Tier(name, draw(st.integers(0, 5))) for name in tiers), score=score,
+    )  # fmt: skip
+    batch = draw(st.integers(1, 2))
+    lengths = draw(st.lists(st.sampled_from((1, 1, 1, 2, 5, 9)), min_size=1, max_size=9))
+    padded = draw(st.booleans())
+    seed = draw(st.integers(0, 999))
+    generator = torch.Generator().manual_seed(seed)
+    chance = 0.7 if padded else 1.0
+    valid = [torch.rand(batch, n, generator=generator) < chance for n in lengths]
+    return plan, valid, seed
+
+
+def run(history: tuple[LayerPlan, list[Tensor], int]) -> None:
+    """Check the whole history, step by step."""
+    plan, calls, seed = history
+    layer = Layer(plan, len(calls[0]))
+    generator = torch.Generator().manual_seed(seed)
+    evicted: list[list[set[int]]] = [[set(), set()] for _ in range(layer.batch)]
+    for number, valid in enumerate(calls):
+        before = where(layer)
+        step(layer, valid, generator, fresh=number == 0 and seed % 2 == 0)
+        check(layer, before, evicted)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_tokens_are_conserved(score: str) -> None:
+    @settings(max_examples=60)
+    @given(history=histories(score))
+    def conserved(history: tuple[LayerPlan, list[Tensor], int]) -> None:
+        run(history)
+
+    conserved()
+
+
+def untied(*args: Any, original: Any = update._rank) -> Tensor:
+    """Ranks without ties: equal ones (up to the order of sums) are told apart by position."""
+    columns = args[1]
+    pos = torch.cat([c.pos for c in columns], -1)
+    return (original(*args).double() * 1e4).round() / 1e4 + pos * 1e-6
+
+
+def merge_one(held: Any, new: Any, updated: Any) -> None:
+    """The decode step by way of the sorting form."""
+    update.merge_many(held, new, updated, False)
+
+
+def compare_forms(history: tuple[LayerPlan, list[Tensor], int]) -> None:
+    """After any history, both forms of the decode step leave the same."""
+    plan, calls, seed = history
+    generator = torch.Generator().manual_seed(seed)
+    layer = Layer(plan, len(calls[0]))
+    for valid in calls:
+        step(layer, valid, generator)
+    for _ in range(3):
+        other = copy.deepcopy(layer)
+        other_generator = torch.Generator()
+        other_generator.set_state(generator.get_state())
+        valid = torch.rand(layer.batch, 1, generator=torch.Generator().manual_seed(seed)) < 0.8
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(update, "_rank", untied)
+            step(layer, valid, generator)
+            patch.setattr(attend_module, "exchange_one", merge_one)
+            step(other, valid, other_generator)
+        one, many = where(layer), where(other)
+        for b in range(layer.batch):
+            for h in range(plan.heads):
+                assert one[b][h].keys() == many[b][h].keys(), "the forms hold different tokens"
+                for pos, token in one[b][h].items():
+                    twin = many[b][h][pos]
+                    assert token.level == twin.level, f"{pos} lies in different tiers"
+                    same = all(torch.equal(*x) for x in zip(token.codes, twin.codes, strict=True))
+                    assert same, f"{pos} has different codes"
+                    assert token.stats == pytest.approx(twin.stats), f"{pos}: statistics"
+        names = [s.name for s in plan.specs()]
+        for name, a, b_ in zip(names, layer.state.tensors, other.state.tensors, strict=True):
+            if "." not in name:  # per sequence and head, not per slot
+                assert torch.allclose(a, b_), name
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_one_token_is_a_chunk_of_one(score: str) -> None:
+    @settings(max_examples=40)
+    @given(history=histories(score))
+    def same(history: tuple[LayerPlan, list[Tensor], int]) -> None:
+        compare_forms(history)
+
+    same()
+
+
+def test_the_weakest_goes_and_one_tier_down_at_a_time() -> None:
+    """Masses set by hand: the token that leaves the ring displaces the weakest of each tier."""
+    options = (("age", 0), ("decay", 0.9999999))
+    tiers = (Tier("native", 3), Tier("int8", 2))
+    plan = LayerPlan(1, DIM, DIM, torch.float32, 2, 0, 0, tiers, "mass", options)
+    layer, generator = Layer(plan, 1), torch.Generator().manual_seed(0)
+    real = torch.ones(1, 1, dtype=torch.bool)
+    step(layer, real.expand(1, 7), generator)
+    first, second = layer.state.view().tiers
+    assert sorted(first.pos.flatten().tolist() + second.pos.flatten().tolist()) == [0, 1, 2, 3, 4]
+    ring = layer.state.view().ring
+
+    def decode(leaving: float, strong: list[float], weak: list[float]) -> tuple[set[int], set[int]]:
+        first.stats["mass"].copy_(torch.tensor(strong))
+        second.stats["mass"].copy_(torch.tensor(weak))
+        ring.stats["mass"].fill_(leaving)
+        step(layer, real, generator)
+        return set(first.pos.flatten().tolist()), set(second.pos.flatten().tolist())
+
+    a, b, c = first.pos.flatten().tolist()
+    d, e = second.pos.flatten().tolist()
+    # 5 leaves the ring: it beats b, which beats e.
+    assert decode(50.0, [90, 40, 80], [30, 20]) == ({a, 5, c}, {d, b})
+    # 6 is weaker than all of the first tier and beats d in the second.
+    assert decode(25.0, [90, 40, 80], [20, 30]) == ({a, 5, c}, {6, b})
+    # 7 is the weakest of all: it is gone.
+    assert decode(10.0, [90, 40, 80], [20, 30]) == ({a, 5, c}, {6, b})
+
+
+# Negative controls: each breaks one thing, and the checks above must notice.
+
+
+def _twice(condition: Tensor, a: Any, b: Any, original: Callable[..., Any]) -> Any:
+    return original(torch.ones_like(condition), a, b)
+
+
+def _ignores_where(segment: Any, at: Any, token: Any, where: Tensor, original: Any) -> None:
+    original(segment, at, token, torch.ones_like(where))
+
+
+def _nothing_leaves(ring: Any, replaced: Tensor, original: Any) -> Any:
+    return original(ring, torch.zeros_like(replaced))
+
+
+def _shifted(x: Tensor, index: Tensor, original: Any) -> Tensor:
+    return original(x, index.roll(1, -1) if x.dim() == 4 else index)
+
+
+def _renewed(segment: Any, token: Any, original: Any) -> Any:
+    for codec, fields in segment.parts():  # what the published code does: decode, encode
+        for f, x in zip(fields, codec.encode(codec.decode(fields, DIM, torch.float32)), strict=True):
+            f.copy_(x)
+    return original(segment, token)
+
+
+BROKEN = {
+    "a demoted token also stays": ("_choose", _twice, "held twice"),
+    "padding is stored": ("_put", _ignores_where, "ring is wrong|padding is held"),
+    "what leaves the ring is lost": ("_leavers", _nothing_leaves, "dropped with"),
+    "codes are mixed up": ("_gather", _shifted, "another token|encoded again|not exact"),
+    "codes are renewed": ("_fields", _renewed, "encoded again|another token|not exact"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_update_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attribute, replacement, message = BROKEN[name]
+    tiers = (Tier("int8", 4), Tier("int4", 3))
+    plan = LayerPlan(2, DIM, DIM, torch.float32, 3, 1, 0, tiers, "mass")
+    generator = torch.Generator().manual_seed(5)
+    calls = [torch.rand(2, n, generator=generator) < 0.8 for n in (6, 3, 9, *[1] * 12, 6, 1, 1)]
+    run((plan, calls, 1))
+    original = getattr(update, attribute)
+    monkeypatch.setattr(update, attribute, lambda *args: replacement(*args, original))
+    with pytest.raises(AssertionError, match=message):
+        run((plan, calls, 1))
+
+
+def test_different_forms_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = LayerPlan(2, DIM, DIM, torch.float32, 2, 1, 0, (Tier("native", 3),), "mass")
+    history = (plan, [torch.ones(1, 9, dtype=torch.bool)], 0)
+    compare_forms(history)
+    merge = update.merge_many
+
+    def backwards(*args: Any) -> None:
+        """Merge by the opposite order of the tokens."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(update, "_rank", lambda *call: -untied(*call).nan_to_num(neginf=9.0))
+            merge(*args)
+
+    monkeypatch.setattr(update, "merge_many", backwards)
+    with pytest.raises(AssertionError, match="different tokens"):
+        compare_forms(history)
