@@ -6,6 +6,9 @@ import typer
 
 from arkv_fx.commands import evaluate
 from arkv_fx.commands.common import Group
+from arkv_fx.commands.doctor import doctor
+from arkv_fx.commands.generate import generate
+from arkv_fx.commands.inspect import calibrate, report
 
 app = typer.Typer(
     name="arkv",
@@ -15,6 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+for command in (generate, calibrate, report, doctor):
+    app.command()(command)
 app.add_typer(evaluate.app, name="eval")
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -147,9 +147,9 @@ def plan_layer(
     """
     for name in config.tiers:
         get_format(name).check(k_dim, v_dim)
-    # A sliding layer never attends beyond its window, so sinks would expire and a longer ring
-    # would hold what nobody reads.
-    window = min(config.window, sliding) if sliding else config.window
+    # A sliding layer never attends beyond its window, so sinks would expire; its ring takes no
+    # more than an eighth of the window, else a short one would leave nothing to compress.
+    window = min(config.window, max(1, sliding // 8)) if sliding else config.window
     sinks = 0 if sliding else config.sinks
     share = config.oq_ratio if oq_ratio is None else oq_ratio
 
@@ -174,6 +174,9 @@ def plan_layer(
         allowed = int(empty.full_nbytes(config.context) / config.compression)
     assert allowed is not None
     left = allowed - empty.nbytes()
+    if left < 0 and sliding:
+        # So short a window is not worth its bookkeeping: keep all of it as it is.
+        return replace(empty, window=sliding)
     if left < 0:
         raise ConfigError(
             f"{where}: a budget of {allowed} bytes does not hold the window and the sinks "

@@ -1,5 +1,6 @@
 """What all tests share: one thread, quick hypothesis settings, no graphs from another module."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from hypothesis import HealthCheck, settings
 sys.path.insert(0, str(Path(__file__).parent / "ops"))
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
+
+# Each compilation logs a trace for tools; pytest would format and keep all of it.
+logging.getLogger("torch.__trace").propagate = False
 
 settings.register_profile(
     "arkv",

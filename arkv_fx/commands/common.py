@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import torch
 import typer
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
 from arkv_fx import models
 from arkv_fx.calibration import Calibration
-from arkv_fx.errors import ArkvError, EvaluationError
+from arkv_fx.config import PRESETS, ArkvConfig, preset
+from arkv_fx.errors import ArkvError, ConfigError, EvaluationError, ModelNotFoundError
+from arkv_fx.evaluation import texts
 
 # Results go to stdout, everything else to stderr.
 out = Console()
@@ -30,11 +32,12 @@ err = Console(stderr=True)
 class Group(TyperGroup):
     """A command group in which our errors and unreadable files are one line and exit code 1."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (ArkvError, OSError) as error:
-            err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            line = "error: " + " ".join(str(error).split())
+            err.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
 
@@ -50,6 +53,7 @@ class Lowering(StrEnum):
     """How rewritten graphs run."""
 
     eager = "eager"
+    regional = "regional"
     inductor = "inductor"
 
 
@@ -61,6 +65,16 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Also write the result here, as JSON.")
 ]
+Compression = Annotated[
+    float | None, typer.Option(min=1, help="Times fewer bytes than the full cache (4).")
+]
+Budget = Annotated[
+    int | None, typer.Option(min=1, help="Tokens kept per layer, instead of a compression.")
+]
+Context = Annotated[
+    int | None, typer.Option(min=1, help="Tokens at which the compression is meant.")
+]
+Preset = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
 CalibrationFile = Annotated[
     Path | None, typer.Option("--calibration", help="OQ ratios from `arkv calibrate`.")
 ]
@@ -72,7 +86,7 @@ def load(
     """The model, in eval mode, and its tokenizer.
 
     Raises:
-        ModelNotFoundError: if there is no such model.
+        ModelNotFoundError: if there is no such model or its weights are damaged.
         EvaluationError: if there is no such device.
     """
     transformers_logging.disable_progress_bar()
@@ -81,7 +95,26 @@ def load(
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise EvaluationError(f"device {device!r} is not to be had: {error}") from error
-    return models.load(name, getattr(torch, dtype), place)
+    try:
+        return models.load(name, getattr(torch, dtype), place)
+    except SafetensorError as error:
+        raise ModelNotFoundError(f"the weights of {name!r} are damaged: {error}") from error
+
+
+def configure(name: str, compression: float | None, budget: int | None, context: int) -> ArkvConfig:
+    """The preset ``name`` with the size that was asked for.
+
+    Raises:
+        ConfigError: if both sizes are given or the preset is unknown.
+    """
+    if compression is not None and budget is not None:
+        raise ConfigError("give --compression or --budget, not both")
+    size: dict[str, Any] = {"context": context}
+    if compression is not None:
+        size["compression"] = compression
+    if budget is not None:
+        size["budget"] = budget
+    return preset(name).replace(**size)
 
 
 def load_calibration(path: Path | None) -> Calibration | None:
@@ -99,6 +132,24 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{path}: cannot be read as text: {error}") from error
+
+
+def tokens_of(
+    tokenizer: PreTrainedTokenizerBase, chosen: Sequence[str] | None
+) -> dict[str, torch.Tensor]:
+    """Token ids [T] by name: of files where they exist, else of the shipped texts (None: all).
+
+    Raises:
+        UnknownOptionError: if it is neither a file nor a text.
+    """
+    contents = {
+        Path(name).stem: read_text(Path(name)) if Path(name).is_file() else texts.read(name)
+        for name in chosen or texts.names()
+    }
+    return {
+        name: tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+        for name, text in contents.items()
+    }
 
 
 def write_json(path: Path | None, value: Any) -> None:

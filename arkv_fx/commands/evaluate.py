@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,16 +12,17 @@ from arkv_fx.commands.common import (
     DType,
     DTypeOption,
     JsonFile,
+    Lowering,
     Model,
     load,
     load_calibration,
     out,
-    read_text,
     spinner,
+    tokens_of,
 )
 from arkv_fx.evaluation import fidelity as fidelity_
+from arkv_fx.evaluation import passkey as passkey_
 from arkv_fx.evaluation import rows as rows_
-from arkv_fx.evaluation import texts
 from arkv_fx.evaluation.methods import METHODS
 
 app = typer.Typer(help="Measure what compression costs.", no_args_is_help=True)
@@ -35,6 +35,7 @@ Methods = Annotated[
         "default:tiers=int8+int4,oq_ratio=0.2,score.decay=0.95. May be repeated.",
     ),
 ]
+Compile = Annotated[Lowering, typer.Option("--compile", help="How the rewritten graphs run.")]
 
 
 @app.command()
@@ -47,12 +48,14 @@ def fidelity(
     context: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 4096,
     steps: Annotated[int, typer.Option(min=1, help="Teacher-forced tokens after it.")] = 128,
     compression: Annotated[
-        list[float] | None, typer.Option(help="Times fewer bytes than bf16. May be repeated.")
+        list[float] | None,
+        typer.Option(min=1, help="Times fewer bytes than bf16 (4). May be repeated."),
     ] = None,
     method: Methods = None,
     calibration: CalibrationFile = None,
     dtype: DTypeOption = DType.float32,
     device: Device = "cpu",
+    compile: Compile = Lowering.eager,
     json: JsonFile = None,
 ) -> None:
     """Divergence from the full cache's predictions, on real text, step by step."""
@@ -60,16 +63,14 @@ def fidelity(
     with spinner() as progress:
         found = fidelity_.fidelity(
             network,
-            {
-                name: tokenizer(content, return_tensors="pt", verbose=False).input_ids[0]
-                for name, content in _texts(text).items()
-            },
+            tokens_of(tokenizer, text),
             context=context,
             steps=steps,
             compressions=compression or [4.0],
             methods=method or fidelity_.DEFAULT_METHODS,
             calibration=load_calibration(calibration),
             name=model,
+            compile=compile,
             progress=progress,
         )
     if json:
@@ -78,9 +79,42 @@ def fidelity(
     out.print(rows_.table("Fidelity to the full cache", shown))
 
 
-def _texts(chosen: list[str] | None) -> dict[str, str]:
-    """Contents by name: files where they exist, else the texts that are shipped."""
-    return {
-        Path(name).stem: read_text(Path(name)) if Path(name).is_file() else texts.read(name)
-        for name in chosen or texts.names()
-    }
+@app.command()
+def passkey(
+    model: Model = "smollm2",
+    context: Annotated[
+        list[int] | None, typer.Option(help="Prompt tokens (2048 and 4096). May be repeated.")
+    ] = None,
+    method: Methods = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts per row.")] = 20,
+    compression: Annotated[float, typer.Option(min=1, help="Times fewer bytes than bf16.")] = 4.0,
+    filler: Annotated[
+        list[str] | None, typer.Option(help="repeated or prose (both). May be repeated.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts that run at a time.")] = 5,
+    calibration: CalibrationFile = None,
+    dtype: DTypeOption = DType.float32,
+    device: Device = "cpu",
+    compile: Compile = Lowering.eager,
+    json: JsonFile = None,
+) -> None:
+    """Retrieval of five digits hidden in a long text, asked for at its end."""
+    network, tokenizer = load(model, dtype, device)
+    with spinner() as progress:
+        found = passkey_.passkey(
+            network,
+            tokenizer,
+            contexts=context or (2048, 4096),
+            methods=method or passkey_.DEFAULT_METHODS,
+            prompts=prompts,
+            compression=compression,
+            fillers=filler or passkey_.FILLERS,
+            calibration=load_calibration(calibration),
+            batch=batch,
+            name=model,
+            compile=compile,
+            progress=progress,
+        )
+    if json:
+        rows_.write(json, found)
+    out.print(rows_.table("Passkey retrieval", found))

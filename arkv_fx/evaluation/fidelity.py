@@ -66,6 +66,7 @@ def fidelity(
     methods: Sequence[str] = DEFAULT_METHODS,
     calibration: Calibration | None = None,
     name: str = "",
+    compile: str = "eager",
     progress: Callable[[str], None] = lambda message: None,
 ) -> list[Row]:
     """Prefill ``context`` tokens, then ``steps`` teacher-forced tokens, one at a time.
@@ -97,7 +98,7 @@ def fidelity(
     progress(f"full cache: {ids.shape[0]} x {context + steps} tokens")
     reference = _reference(model, ids[:, :-1], steps)
     rows: list[Row] = []
-    with Contest(model, configs, calibration) as contest:
+    with Contest(model, configs, calibration, compile=compile) as contest:
         progress(f"prefill: {ids.shape[0]} x {context} tokens, {len(chosen)} caches")
         _, caches = contest.prefill(ids[:, :context])
         for entry in chosen:

@@ -115,7 +115,7 @@ def passkey(
     """
     full = FullCache.of(model)
     device = next(model.parameters()).device
-    methods = list(dict.fromkeys(methods))
+    methods, batch = list(dict.fromkeys(methods)), min(batch, prompts)
     configs = {
         f"{method}@{context}": make_config(
             method, Setting(context, STEPS, int(full.per_layer(context) / compression))
@@ -185,5 +185,5 @@ def _answer(
 
 
 def is_hit(answer: str, key: str) -> bool:
-    """Whether the first number in the answer is the key, however its digits are spaced."""
+    """Whether the key's digits stand in the answer one after the other, spaces ignored."""
     return key in re.sub(r"\s+", "", answer)

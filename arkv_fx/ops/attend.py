@@ -147,8 +147,7 @@ def _prefill(
     )  # fmt: skip
     # A row with nothing to attend to is defined as zeros; fused kernels differ on it.
     if mask is not None:
-        empty = ~allowed(mask).any(-1, keepdim=True)
-        out = out.masked_fill(empty & torch.isnan(out).all(-1, keepdim=True), 0.0)
+        out = out.masked_fill(~allowed(mask).any(-1, keepdim=True), 0.0)
     return group(out, plan.heads), seen
 
 

@@ -53,9 +53,9 @@ def hide(logits: Tensor, mask: Tensor | None) -> Tensor:
     """Apply a bool or additive mask, broadcast to ``logits``."""
     if mask is None:
         return logits
-    if mask.dtype == torch.bool:
-        return logits.masked_fill(~mask, float("-inf"))
-    return logits + mask.float()
+    if mask.dtype != torch.bool:
+        logits = logits + mask.float()
+    return logits.masked_fill(~allowed(mask), float("-inf"))
 
 
 def allowed(mask: Tensor) -> Tensor:

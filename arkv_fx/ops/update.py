@@ -54,7 +54,8 @@ def exchange_one(held: View, new: Arrivals, updated: Stats) -> None:
     for tier in tiers:
         last = tier is tiers[-1]
         rank = _rank(held, [tier, carry], held.seen, last)
-        weakest = rank.argmin(-1)
+        # Of equals the last one loses, as in merge_many's stable sort: the arrival, if among them.
+        weakest = rank.shape[-1] - 1 - rank.flip(-1).argmin(-1)
         wins = weakest < tier.slots  # else the arrival itself is the weakest
         at = _at(weakest.clamp(max=tier.slots - 1))
         if last:

@@ -51,13 +51,18 @@ def where(layer: Layer) -> Where:
     return out
 
 
+def first_useful(layer: Layer) -> int:
+    """The first position that the next query can see: older ones may be kept or not."""
+    return layer.seen + 1 - layer.plan.sliding if layer.plan.sliding else 0
+
+
 def check(layer: Layer, before: Where, evicted: list[list[set[int]]]) -> None:
     """All that holds after a step, given what was held before it; updates `evicted`."""
     plan, view, now = layer.plan, layer.state.view(), where(layer)
     assert torch.equal(view.count, layer.valid.sum(-1).int()), "count is wrong"
     assert (view.seen == layer.seen).all(), "seen is wrong"
     assert not view.bad.any()
-    first_useful = layer.seen + 1 - plan.sliding if plan.sliding else 0
+    first = first_useful(layer)
     for b in range(layer.batch):
         real = layer.valid[b].nonzero().flatten().tolist()
         kept = set(real[: plan.sinks]) | set(real[plan.sinks :][-plan.window :])
@@ -70,9 +75,9 @@ def check(layer: Layer, before: Where, evicted: list[list[set[int]]]) -> None:
                 _check_token(layer, b, h, pos, token, old.get(pos))
             gone = set(real) - set(held)
             # Every token that anyone can still attend to is kept while there is room.
-            useful = {p for p in gone - evicted[b][h] if p >= first_useful}
+            useful = {p for p in gone - evicted[b][h] if p >= first}
             room = sum(t.slots for t in plan.tiers)
-            room -= sum(x.level != RING and p >= first_useful for p, x in held.items())
+            room -= sum(x.level != RING and p >= first for p, x in held.items())
             assert not (useful and room), f"{useful} dropped with {room} slots free"
             evicted[b][h] |= gone
             assert len(held) + len(evicted[b][h]) == len(real)
@@ -191,9 +196,13 @@ def compare_forms(history: tuple[LayerPlan, list[Tensor], int]) -> None:
         one, many = where(layer), where(other)
         for b in range(layer.batch):
             for h in range(plan.heads):
-                assert one[b][h].keys() == many[b][h].keys(), "the forms hold different tokens"
-                for pos, token in one[b][h].items():
-                    twin = many[b][h][pos]
+                useful, others = (
+                    {p: x for p, x in held[b][h].items() if p >= first_useful(layer)}
+                    for held in (one, many)
+                )
+                assert useful.keys() == others.keys(), "the forms hold different tokens"
+                for pos, token in useful.items():
+                    twin = others[pos]
                     assert token.level == twin.level, f"{pos} lies in different tiers"
                     same = all(torch.equal(*x) for x in zip(token.codes, twin.codes, strict=True))
                     assert same, f"{pos} has different codes"

@@ -1,0 +1,185 @@
+"""``arkv generate``: text from a model with a small cache, and what it took."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from arkv_fx.cache import ArkvCache
+from arkv_fx.commands.common import (
+    Budget,
+    CalibrationFile,
+    Compression,
+    Context,
+    Device,
+    DType,
+    DTypeOption,
+    JsonFile,
+    Lowering,
+    Model,
+    Preset,
+    configure,
+    err,
+    load,
+    load_calibration,
+    out,
+    read_text,
+    write_json,
+)
+from arkv_fx.errors import EvaluationError
+from arkv_fx.transform import transform
+
+COMPILE_WORTHWHILE = 512
+"""Tokens from which on compiling pays for itself on a CPU."""
+
+
+def generate(
+    prompt_file: Annotated[Path, typer.Option(help="The prompt, a UTF-8 file.")],
+    model: Model = "smollm2",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
+    compression: Compression = None,
+    context: Context = None,
+    budget: Budget = None,
+    preset: Preset = "default",
+    calibration: CalibrationFile = None,
+    compile: Annotated[
+        Lowering | None, typer.Option(help="Default: eager for short texts on a CPU, else regional")
+    ] = None,
+    dtype: DTypeOption = DType.float32,
+    device: Device = "cpu",
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the chat template.")] = False,
+    json: JsonFile = None,
+) -> None:
+    """Continue a prompt, greedily; --context is the prompt's length unless given."""
+    text = read_text(prompt_file)
+    network, tokenizer = load(model, dtype, device)
+    ids = encode(tokenizer, text, chat).to(network.device)
+    config = configure(preset, compression, budget, context or ids.shape[1])
+    lowering = compile or _lowering(network.device, max_new_tokens)
+    transform(network, config, load_calibration(calibration), compile=lowering)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("compile", total=max_new_tokens)
+        _warm_up(network, ids)
+        clock = _Clock(lambda done: progress.update(task, description="generate", completed=done))
+        cache, new = _run(network, ids, max_new_tokens, clock)
+    answer = str(tokenizer.decode(new, skip_special_tokens=True))
+    row = {
+        "model": model,
+        "dtype": str(dtype),
+        "prompt_tokens": ids.shape[1],
+        "new_tokens": len(new),
+        **clock.rates(ids.shape[1]),
+        **_sizes(cache),
+        "text": answer,
+    }
+    write_json(json, row)
+    out.print(answer, markup=False, highlight=False)
+    err.print(_summary(row), highlight=False)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> Tensor:
+    """The prompt's token ids [1, T].
+
+    Raises:
+        EvaluationError: if there are fewer than two, or there is no chat template.
+    """
+    if chat:
+        if not tokenizer.chat_template:
+            raise EvaluationError("the model's tokenizer has no chat template: use --no-chat")
+        message = [{"role": "user", "content": text}]
+        text = str(
+            tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        )
+    ids: Tensor = tokenizer(
+        text, return_tensors="pt", add_special_tokens=not chat, verbose=False
+    ).input_ids
+    if ids.shape[1] < 2:
+        raise EvaluationError(f"the prompt has {ids.shape[1]} tokens: give two at least")
+    return ids
+
+
+class _Clock(BaseStreamer):
+    """Notes when the prompt and each token came; ``generate`` calls it."""
+
+    def __init__(self, shown: Any = lambda done: None) -> None:
+        self.times: list[float] = []
+        self.shown = shown
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+        self.shown(len(self.times) - 1)
+
+    def end(self) -> None:
+        pass
+
+    def rates(self, prompt: int) -> dict[str, float | None]:
+        """Tokens per second of the prompt, and of the median step (None for a single token)."""
+        spans = [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+        return {
+            "prefill_tokens_per_second": prompt / spans[0],
+            "decode_tokens_per_second": 1 / statistics.median(spans[1:]) if spans[1:] else None,
+        }
+
+
+def _run(
+    model: PreTrainedModel, ids: Tensor, tokens: int, clock: _Clock
+) -> tuple[ArkvCache, list[int]]:
+    """Generate greedily: the cache afterwards and the new tokens."""
+    cache = ArkvCache(model)
+    result: Any = model.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=tokens,
+        do_sample=False,
+        streamer=clock,
+    )
+    return cache, result[0, ids.shape[1] :].tolist()
+
+
+def _warm_up(model: PreTrainedModel, ids: Tensor) -> None:
+    """Trace and compile both graphs, so that the run itself is timed without it."""
+    _run(model, ids[:, :64], 4, _Clock())
+
+
+def _lowering(device: torch.device, tokens: int) -> str:
+    if device.type == "cpu" and (tokens < COMPILE_WORTHWHILE or not shutil.which("c++")):
+        return "eager"
+    return "regional"
+
+
+def _sizes(cache: ArkvCache) -> dict[str, Any]:
+    """Bytes held, and those of a full cache in the model's dtype at the same length."""
+    session = cache.session
+    full = sum(s.plan.full_nbytes(cache.seen, s.batch) for s in session.layers.values())
+    full += sum(plain.nbytes() for plain in session.plain.values())
+    held = cache.nbytes()
+    return {"bytes": held, "full_bytes": full, "compression": full / held}
+
+
+def _summary(row: dict[str, Any]) -> str:
+    decode = row["decode_tokens_per_second"]
+    return (
+        f"{row['prompt_tokens']} + {row['new_tokens']} tokens; "
+        f"prefill {row['prefill_tokens_per_second']:.1f} tokens/s, "
+        f"decode {f'{decode:.1f}' if decode else '-'} tokens/s; "
+        f"cache {row['bytes'] / 2**20:.2f} MiB, full {row['full_bytes'] / 2**20:.2f} MiB "
+        f"({row['compression']:.2f}x)"
+    )

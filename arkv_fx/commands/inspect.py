@@ -1,0 +1,96 @@
+"""``arkv calibrate`` and ``arkv report``: look into a model before it is used."""
+
+from __future__ import annotations
+
+import json as json_
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from arkv_fx.calibrate import calibrate as calibrate_
+from arkv_fx.calibrate import plot as plot_
+from arkv_fx.commands.common import (
+    Budget,
+    CalibrationFile,
+    Compression,
+    Context,
+    Device,
+    DType,
+    DTypeOption,
+    Model,
+    Preset,
+    configure,
+    load,
+    load_calibration,
+    out,
+    spinner,
+    tokens_of,
+)
+from arkv_fx.config import ArkvConfig
+from arkv_fx.config import preset as preset_
+from arkv_fx.evaluation.rows import table
+from arkv_fx.transform import Transformed, transform
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def calibrate(
+    model: Model = "smollm2",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="A file, or the name of a text that is shipped (all). Repeatable."),
+    ] = None,
+    context: Annotated[int, typer.Option(min=2, help="Tokens read of every text.")] = 2048,
+    preset: Preset = "default",
+    calibration_file: Annotated[
+        Path | None, typer.Option("--out", help="Where the calibration is saved.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="An image file to draw it into.")] = None,
+    dtype: DTypeOption = DType.float32,
+    device: Device = "cpu",
+    json: AsJson = False,
+) -> None:
+    """Measure each layer's attention on sample texts and derive its OQ ratio."""
+    config = preset_(preset)
+    network, tokenizer = load(model, dtype, device)
+    samples = [
+        ids[None, :context].to(network.device) for ids in tokens_of(tokenizer, text).values()
+    ]
+    with spinner() as progress:
+        progress(f"prefill: {len(samples)} texts of up to {context} tokens")
+        calibration = calibrate_(network, samples, config)
+    if calibration_file:
+        calibration.save(calibration_file)
+    if plot:
+        plot_(calibration, plot)
+    if json:
+        print(json_.dumps(asdict(calibration)))
+    else:
+        rows = [asdict(row) for row in calibration.layers]
+        out.print(table(f"{calibration.fingerprint}, {calibration.mode}", rows))
+
+
+def report(
+    model: Annotated[str, typer.Argument(help="smollm2, a transformers id or a local folder.")],
+    compression: Compression = None,
+    context: Context = None,
+    budget: Budget = None,
+    preset: Preset = "default",
+    calibration: CalibrationFile = None,
+    dtype: DTypeOption = DType.float32,
+    device: Device = "cpu",
+    json: AsJson = False,
+) -> None:
+    """Every attention of a model: whether it is rewritten, why not, and what its cache takes."""
+    config = configure(preset, compression, budget, context or ArkvConfig.context)
+    network, _ = load(model, dtype, device)
+    transform(network, config, load_calibration(calibration), compile="eager")
+    transformed: Transformed = network.arkv  # type: ignore[assignment]
+    found = transformed.report()
+    if json:
+        total = {"context": found.context, "bytes": found.nbytes, "full_bytes": found.full_nbytes}
+        print(json_.dumps({**total, "sites": found.rows}))
+    else:
+        out.print(str(found), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,151 @@
+"""The command line: what it prints and writes, and that errors are one line and exit code 1."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_model
+from typer.testing import CliRunner, Result
+
+from arkv_fx import Calibration
+from arkv_fx.cli import app
+
+PROMPT = "It is a truth universally acknowledged, that a single man in possession of a good "
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_model.save(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def prompt(tmp_path: Path) -> str:
+    path = tmp_path / "prompt.txt"
+    path.write_text(PROMPT * 4)
+    return str(path)
+
+
+def run(*args: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def test_generate_prints_the_text_and_writes_the_measurements(
+    model: str, prompt: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "g.json"
+    result = run(
+        "generate", "--model", model, "--prompt-file", prompt, "--max-new-tokens", "6",
+        "--compression", "2", "--json", out,
+    )  # fmt: skip
+    row = json.loads(out.read_text())
+    assert row["prompt_tokens"] == len(PROMPT) * 4
+    assert row["new_tokens"] == 6
+    assert row["full_bytes"] == 2 * (len(PROMPT) * 4 + 5) * 2 * 32 * 4
+    assert row["bytes"] <= row["full_bytes"] / 1.9
+    assert row["decode_tokens_per_second"] > 0
+    assert row["text"].strip() in result.stdout
+    assert "tokens/s" in result.stderr
+
+
+def test_generate_with_a_budget_and_a_preset(model: str, prompt: str, tmp_path: Path) -> None:
+    out = tmp_path / "g.json"
+    args = ["generate", "--model", model, "--prompt-file", prompt, "--max-new-tokens", "2"]
+    run(*args, "--preset", "paper", "--budget", "64", "--json", out)
+    assert json.loads(out.read_text())["bytes"] < 2 * 2 * 64 * (2 * 16 * 4 + 16)
+
+
+def test_calibrate_then_report(model: str, tmp_path: Path) -> None:
+    out, picture = tmp_path / "c.json", tmp_path / "c.png"
+    pytest.importorskip("matplotlib")
+    result = run(
+        "calibrate", "--model", model, "--text", "esther", "--context", "200", "--out", out,
+        "--plot", picture, "--json",
+    )  # fmt: skip
+    calibration = Calibration.load(out)
+    assert json.loads(result.stdout)["fingerprint"] == calibration.fingerprint
+    assert picture.stat().st_size > 1000
+    found = json.loads(
+        run("report", model, "--calibration", out, "--context", "1024", "--json").stdout
+    )
+    assert [site["fused"] for site in found["sites"]] == [True, True]
+    assert found["bytes"] <= found["full_bytes"] / 4
+
+
+def test_eval_fidelity(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "f.json"
+    result = run(
+        "eval", "fidelity", "--model", model, "--text", "esther", "--context", "300", "--steps",
+        "2", "--compression", "2", "--method", "full", "--method", "default:window=8",
+        "--json", out,
+    )  # fmt: skip
+    rows = json.loads(out.read_text())
+    assert [row["method"] for row in rows] == ["full", "default:window=8"]
+    assert {row["text"] for row in rows} == {"esther"}
+    assert "kl_mean" in result.stdout
+
+
+def test_eval_passkey(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    run(
+        "eval", "passkey", "--model", model, "--context", "300", "--method", "full", "--prompts",
+        "1", "--filler", "prose", "--json", out,
+    )  # fmt: skip
+    assert [row["total"] for row in json.loads(out.read_text())] == [1, 1]
+
+
+def test_report_as_text(model: str) -> None:
+    assert "2 of 2 attention sites fused" in run("report", model, "--budget", "64").stdout
+
+
+def test_doctor() -> None:
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["packages"]["torch"] and found["devices"]
+    assert "C++ compiler" in run("doctor").stdout
+
+
+def test_commands_are_listed() -> None:
+    shown = run("--help").stdout
+    assert all(name in shown for name in ("generate", "calibrate", "report", "eval", "doctor"))
+
+
+def fails(*args: str, says: str) -> None:
+    result = run(*args, code=1)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and says in lines[0] and result.stderr.strip().endswith(lines[0])
+
+
+def test_errors_are_one_line(model: str, prompt: str, tmp_path: Path) -> None:
+    with_model = ["generate", "--model", model, "--prompt-file"]
+    empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
+    empty.write_text("")
+    binary.write_bytes(b"\xff\xfe\x00")
+    fails(*with_model, tmp_path / "none.txt", says="cannot be read as text")
+    fails(*with_model, binary, says="cannot be read as text")
+    fails(*with_model, empty, says="has 0 tokens")
+    fails(*with_model, prompt, "--chat", says="no chat template")
+    fails(*with_model, prompt, "--device", "nowhere", says="device 'nowhere'")
+    fails(*with_model, prompt, "--preset", "best", says="unknown preset")
+    fails(*with_model, prompt, "--budget", "8", "--compression", "2", says="not both")
+    fails(*with_model, prompt, "--compression", "90", says="does not hold the window")
+    fails(*with_model, prompt, "--calibration", prompt, says="as a calibration")
+    fails("report", str(tmp_path), says="cannot load the model")
+    evaluate = ["eval", "fidelity", "--model", model]
+    fails(*evaluate, "--text", "hamlet", says="unknown text")
+    fails(*evaluate, "--context", "90000", says="tokens; context + steps")
+    fails(*evaluate, "--method", "best", says="unknown method")
+    fails("eval", "passkey", "--model", model, "--filler", "noise", says="choose one of")
+
+
+def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
+    folder = tiny_model.save(tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    fails("report", str(folder), says="")
+
+
+@pytest.mark.parametrize("args", [["generate", "--bogus"], ["bogus"], ["eval", "fidelity", "x"]])
+def test_unknown_options_are_refused(args: list[str]) -> None:
+    run(*args, code=2)

@@ -1,0 +1,177 @@
+"""With room for everything, the small cache changes nothing: real architectures, real `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from arkv_fx import ArkvCache, ArkvConfig, models, transform
+from arkv_fx.backend import ArkvBackend
+
+PROMPT, STEPS = 40, 40
+ROOMY = ArkvConfig(budget=128, tiers=("native",))
+TOLERANCE = 1e-4
+ARCHITECTURES = ("llama", "qwen3", "gemma3", "gpt2", "qwen3_moe")
+LOWERINGS = ("eager", pytest.param("inductor", marks=pytest.mark.slow))
+
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_of_the_last_test() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Greedy tokens [B, STEPS] and the logits they were taken from [B, STEPS, vocabulary]."""
+
+    tokens: Tensor
+    logits: Tensor
+
+
+def prompts() -> dict[str, tuple[Tensor, Tensor]]:
+    """(ids, mask) of a single prompt and of a left-padded batch."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 128, (3, PROMPT), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :7], mask[2, :25] = 0, 0
+    return {"single": (ids[:1], mask[:1]), "padded": (ids * mask, mask)}
+
+
+@torch.no_grad()
+def loop(
+    call: Callable[..., Any],
+    ids: Tensor,
+    mask: Tensor,
+    cache: Any,
+    at_half: Callable[[Any], None] = lambda _: None,
+) -> Answer:
+    """Greedy decoding by hand, with positions counted from the first real token."""
+    tokens, logits = [], []
+    new = ids
+    for step in range(STEPS):
+        if step == STEPS // 2:
+            at_half(cache)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        last = call(
+            input_ids=new, attention_mask=mask, position_ids=positions, past_key_values=cache
+        ).logits[:, -1]
+        new = last.argmax(-1, keepdim=True)
+        mask = torch.cat([mask, torch.ones_like(new)], -1)
+        tokens.append(new)
+        logits.append(last)
+    return Answer(torch.cat(tokens, -1), torch.stack(logits, 1))
+
+
+def generate(model: PreTrainedModel, ids: Tensor, mask: Tensor, **options: Any) -> Answer:
+    """The same by `generate()`."""
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=STEPS, do_sample=False, output_logits=True,
+        return_dict_in_generate=True, **options,
+    )  # fmt: skip
+    return Answer(out.sequences[:, PROMPT:], torch.stack(out.logits, 1))
+
+
+def random_model(arch: str) -> PreTrainedModel:
+    # With tied embeddings, gemma3 only repeats the last token, whatever its attention says.
+    return models.random_model(arch, tie_word_embeddings=False)
+
+
+@lru_cache
+def reference(arch: str, batch: str) -> Answer:
+    """The untransformed model with transformers' own cache."""
+    model = random_model(arch)
+    ids, mask = prompts()[batch]
+    answer = loop(model, ids, mask, DynamicCache(config=model.config))
+    assert len(answer.tokens.unique()) > 5, "a model that repeats itself tests nothing"
+    return answer
+
+
+def compare(answer: Answer, expected: Answer) -> None:
+    difference = (answer.logits - expected.logits).abs().max() / expected.logits.abs().max()
+    assert difference <= TOLERANCE, f"logits differ by {difference:.1e}"
+    assert torch.equal(answer.tokens, expected.tokens), "other tokens"
+
+
+def test_generate_and_the_loop_are_the_same_reference() -> None:
+    for batch, (ids, mask) in prompts().items():
+        compare(generate(random_model("llama"), ids, mask), reference("llama", batch))
+
+
+def transformed(arch: str, lowering: str) -> PreTrainedModel:
+    model = random_model(arch)
+    transform(model, ROOMY, compile=lowering)
+    return model
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_a_transformed_model_answers_as_before(arch: str, lowering: str) -> None:
+    model = transformed(arch, lowering)
+    for batch, (ids, mask) in prompts().items():
+        compare(generate(model, ids, mask), reference(arch, batch))
+        cache = ArkvCache(model)
+        if batch == "single":
+            answer = generate(model, ids, mask, past_key_values=cache)
+        else:
+            answer = loop(model, ids, mask, cache)
+        compare(answer, reference(arch, batch))
+        assert cache.get_seq_length() == PROMPT + STEPS - 1
+        assert not cache.session.plain, "a layer kept everything in full precision"
+    assert model.arkv.report().fused == 2, "the small cache was not used at all"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_torch_compile_of_an_unmodified_model_answers_as_before(arch: str, lowering: str) -> None:
+    model = random_model(arch)
+    backend = ArkvBackend(ROOMY, compile=lowering)
+    compiled = torch.compile(model, backend=backend)
+    for batch, (ids, mask) in prompts().items():
+        if batch == "single" and lowering == "eager" and arch not in ("llama", "gemma3"):
+            continue  # to save time
+        answer = loop(compiled, ids, mask, DynamicCache(config=model.config))
+        compare(answer, reference(arch, batch))
+    assert all(site.fused for sites in backend.sites for site in sites)
+
+
+def test_torch_compile_by_name() -> None:
+    model = random_model("llama")
+    options = {"budget": 128, "tiers": ["native"], "compile": "eager"}
+    compiled = torch.compile(model, backend="arkv", options=options)
+    ids, mask = prompts()["single"]
+    cache = DynamicCache(config=model.config)
+    compare(loop(compiled, ids, mask, cache), reference("llama", "single"))
+    held = cache.layers[0].keys
+    assert held.shape[-2] == PROMPT + STEPS - 1
+    assert held.untyped_storage().nbytes() == held.dtype.itemsize, "the cache takes memory"
+
+
+def test_a_lost_token_is_noticed() -> None:
+    """Negative control: one position less, in one layer, half way."""
+
+    def drop(cache: ArkvCache) -> None:
+        cache.session.layers[0].view().ring.pos[:, :, 1] = -1
+
+    model = transformed("llama", "eager")
+    ids, mask = prompts()["single"]
+    with pytest.raises(AssertionError, match="logits differ"):
+        compare(loop(model, ids, mask, ArkvCache(model), drop), reference("llama", "single"))
+
+
+def test_a_wrong_value_in_a_slot_is_noticed() -> None:
+    def scale(cache: ArkvCache) -> None:
+        cache.session.layers[1].view().tiers[0].v[0][:, 0, 3] *= 2
+
+    model = transformed("llama", "eager")
+    ids, mask = prompts()["padded"]
+    with pytest.raises(AssertionError, match="logits differ"):
+        compare(loop(model, ids, mask, ArkvCache(model), scale), reference("llama", "padded"))
