@@ -80,11 +80,7 @@ class Transformed:
             if "use_cache" in self.parameters:
                 kwargs["use_cache"] = False
             return self._call((), kwargs)
-        if not isinstance(cache, ArkvCache):
-            raise CacheError(
-                f"the model is transformed but got a {type(cache).__name__}; pass "
-                "ArkvCache(model), or no cache at all, or undo with arkv_fx.restore(model)"
-            )
+        _require_ours(cache)
         if cache.model_id != id(self):
             raise CacheError(
                 f"this ArkvCache belongs to {cache.session.owner}, not to {self.name}: keys of one "
@@ -255,7 +251,16 @@ def _prepare_cache(
     if cache is None:
         model_kwargs["past_key_values"] = ArkvCache(model)
     else:
+        _require_ours(cache)
         cache._is_user_defined = True
+
+
+def _require_ours(cache: Any) -> None:
+    if not isinstance(cache, ArkvCache):
+        raise CacheError(
+            f"the model is transformed but got a {type(cache).__name__}; pass ArkvCache(model), "
+            "or no cache at all, or undo with arkv_fx.restore(model)"
+        )
 
 
 def _needed_mask(mask: Any) -> Any:

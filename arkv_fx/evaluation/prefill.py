@@ -119,6 +119,11 @@ class Contest:
         self.active = name
         return self._forward(input_ids, cache)
 
+    @property
+    def graphs(self) -> int:
+        """Graphs that were traced so far."""
+        return self._arkv.backend.graphs
+
     def _forward(self, input_ids: Tensor, cache: ArkvCache) -> Tensor:
         out = self.model(
             input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1
@@ -159,6 +164,7 @@ class _Switch(ArkvBackend):
         self.contest = contest
 
     def __call__(self, graph: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
+        self.graphs += 1
         compiled: dict[str, Compiled] = {}
 
         def run(*inputs: Any) -> Any:

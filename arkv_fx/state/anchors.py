@@ -77,7 +77,8 @@ class Anchors:
     ) -> tuple[LayerState, Tensor]:
         for key in [k for k, e in _entries.items() if e.storage.expired()]:
             del _entries[key]
-        anchor = torch.zeros(1, dtype=plan.dtype, device=device)
+        # NaN, so that whoever reads it as numbers (an uncompiled model, user code) notices.
+        anchor = torch.full((1,), float("nan"), dtype=plan.dtype, device=device)
         entry = _Entry(StorageWeakRef(anchor.untyped_storage()), LayerState(plan, batch, device), 0)
         _entries[_key(anchor)] = self.used[_key(anchor)] = entry
         return entry.state, anchor
@@ -86,7 +87,7 @@ class Anchors:
         """Refuse inputs that stand for a compressed cache where no rewritten site takes them.
 
         Raises:
-            AbsorbedCacheError: such a tensor would be read as zeros.
+            AbsorbedCacheError: such a tensor holds no numbers.
         """
         for x in inputs if _entries else ():
             if isinstance(x, Tensor) and x.dim() == 4 and _key(x) in _entries:

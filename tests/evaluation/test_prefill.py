@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from arkv_fx import ArkvCache, ArkvConfig, restore, transform
+from arkv_fx import ArkvCache, ArkvConfig, transform
 from arkv_fx.errors import ConfigError, TransformError
 from arkv_fx.evaluation.prefill import Contest
 from arkv_fx.models import random_model
@@ -19,56 +19,46 @@ CONFIGS = {
 }
 
 
-def direct(arch: str, name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """State and next logits of one method through a transformed model of its own."""
-    model = random_model(arch)
-    transform(model, CONFIGS[name], compile="eager")
-    cache = ArkvCache(model)
-    model(input_ids=IDS, past_key_values=cache, logits_to_keep=1)
-    held = {n: t.clone() for n, t in cache.tensors().items() if n != "handle"}
-    logits = model(input_ids=NEXT, past_key_values=cache).logits[:, -1]
-    restore(model)
-    return held, logits
+def held(cache: ArkvCache) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in cache.tensors().items() if name != "handle"}
 
 
-@pytest.mark.parametrize(
-    ("arch", "checked"), [("llama", ["evict", "paper"]), ("gemma3", ["evict"])]
-)
-def test_fed_states_are_those_of_a_direct_prefill(arch: str, checked: list[str]) -> None:
-    model = random_model(arch)
-    with Contest(model, CONFIGS) as contest:
-        logits, caches = contest.prefill(IDS)
-        held = {
-            name: {n: t.clone() for n, t in cache.tensors().items() if n != "handle"}
-            for name, cache in caches.items()
-        }
-        later = {name: contest.step(name, NEXT, cache) for name, cache in caches.items()}
-    torch.testing.assert_close(logits, model(IDS, logits_to_keep=1).logits[:, -1])
-    for name in checked:
-        expected, expected_logits = direct(arch, name)
-        assert held[name].keys() == expected.keys()
-        for key, tensor in expected.items():
-            assert torch.equal(held[name][key], tensor), (name, key)
-        assert torch.equal(later[name], expected_logits), name
-    assert not torch.equal(later["evict"], later["full"])
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in right.items():
+        assert torch.equal(left[name], tensor), name
 
 
-def test_some_methods_at_a_time_and_prompts_of_several_lengths() -> None:
+def test_fed_states_are_those_of_a_direct_prefill() -> None:
     model = random_model("llama")
     with Contest(model, CONFIGS) as contest:
-        _, both = contest.prefill(IDS)
-        _, one = contest.prefill(IDS, ["evict"])
+        logits, caches = contest.prefill(IDS)
+        shared = held(caches["evict"])
+        later = {name: contest.step(name, NEXT, cache) for name, cache in caches.items()}
+    torch.testing.assert_close(logits, model(IDS, logits_to_keep=1).logits[:, -1])
+    assert not torch.equal(later["evict"], later["full"])
+    transform(model, CONFIGS["evict"], compile="eager")
+    own = ArkvCache(model)
+    model(input_ids=IDS, past_key_values=own, logits_to_keep=1)
+    assert_same(shared, held(own))
+    assert torch.equal(later["evict"], model(NEXT, past_key_values=own).logits[:, -1])
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_fed_states_are_those_of_a_prefill_alone(arch: str) -> None:
+    with Contest(random_model(arch), CONFIGS) as contest:
+        _, caches = contest.prefill(IDS)
+        for name in CONFIGS:
+            _, alone = contest.prefill(IDS, [name])
+            assert_same(held(caches[name]), held(alone[name]))
         _, longer = contest.prefill(torch.cat([IDS, IDS], 1), ["full", "paper"])
-        graphs = len(contest.model.arkv.backend.sites)
-    assert (list(one), list(longer)) == (["evict"], ["full", "paper"])
+    assert list(longer) == ["full", "paper"]
     assert longer["paper"].seen == 180
-    for key, tensor in both["evict"].tensors().items():
-        assert key == "handle" or torch.equal(one["evict"].tensors()[key], tensor)
-    assert graphs <= 6  # at most two captured graphs, rewritten for the methods that ran first
+    assert contest.graphs == 1  # traced once for all methods and lengths
 
 
 def test_attention_that_is_not_rewritten_keeps_everything_in_every_cache() -> None:
-    model = random_model("llama", attn_implementation="eager")
+    model = random_model("llama", attn_implementation="eager", num_hidden_layers=1)
     expected = model(torch.cat([IDS, NEXT], 1)).logits[:, -1]
     with Contest(model, CONFIGS) as contest:
         _, caches = contest.prefill(IDS)

@@ -144,7 +144,9 @@ class Layer:
                 if len(slots):
                     codes = [f[b, h, slots] for f in fields]
                     side.append(codec.from_stored(codec.decode(codes, dim, torch.float32)))
-        return Tokens(pos, *(torch.cat([torch.zeros(0, d), *s]) for s, d in zip(sides, dims)))
+        return Tokens(
+            pos, *(torch.cat([torch.zeros(0, d), *s]) for s, d in zip(sides, dims, strict=True))
+        )
 
 
 def join(a: list[list[Tokens]], b: list[list[Tokens]]) -> list[list[Tokens]]:

@@ -1,0 +1,641 @@
+"""The passes on small graphs: what each rewrites, what each leaves alone and why, before and after."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import arkv_fx.ops.schema  # noqa: F401  (registers the marker)
+from arkv_fx import ArkvConfig, Calibration
+from arkv_fx.backend import ArkvBackend
+from arkv_fx.calibration import LayerStatistics
+from arkv_fx.errors import PassError, UnsupportedFormatError
+from arkv_fx.passes import pipeline, rewrite
+from arkv_fx.passes.context import Context
+from arkv_fx.passes.nodes import op_name
+from arkv_fx.report import Report
+from arkv_fx.state.session import Session
+
+ROOMY = ArkvConfig(budget=64, tiers=("native",))
+HEADS, GROUPS, DIM = 2, 3, 8
+
+Function = Callable[..., Any]
+
+
+@dataclass
+class Rewritten:
+    """A captured graph, what the passes made of it, and what they found."""
+
+    before: GraphModule
+    after: GraphModule
+    context: Context
+
+    def count(self, name: str) -> tuple[int, int]:
+        """Nodes of that operator before and after."""
+        return tuple(  # type: ignore[return-value]
+            sum(op_name(n) == name for n in g.graph.nodes) for g in (self.before, self.after)
+        )
+
+    @property
+    def reasons(self) -> list[str]:
+        return [s.reason for s in self.context.sites]
+
+
+def apply(function: Function, *args: Any, config: ArkvConfig = ROOMY, **options: Any) -> Rewritten:
+    """Capture with Dynamo and run the passes."""
+    found: list[Rewritten] = []
+
+    def backend(graph: GraphModule, _: Any) -> Function:
+        context = Context(config, **options)
+        found.append(Rewritten(graph, pipeline.apply(graph, context), context))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, fullgraph=True)(*args)
+    assert len(found) == 1
+    return found[0]
+
+
+def session() -> Session:
+    new = Session("a test")
+    new.active = True
+    return new
+
+
+def tensors(length: int, query_heads: int = HEADS * GROUPS, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, h, length, DIM, generator=generator)
+            for h in (query_heads, HEADS, HEADS)]  # fmt: skip
+
+
+def cached(
+    expand: Callable[[Tensor], Tensor] = lambda x: x,
+    attention: Function = F.scaled_dot_product_attention,
+    expand_values: Callable[[Tensor], Tensor] | None = None,
+    **options: Any,
+) -> Function:
+    """An attention over a marker, as transformers writes it."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
+        keys, values = torch.ops.arkv.kv_update(k, v, handle, 0, total)
+        many = q.shape[2] > 1
+        settings = {"is_causal": many, **options}
+        return attention(q, expand(keys), (expand_values or expand)(values), **settings)
+
+    return function
+
+
+def check_output(function: Function, query_heads: int = HEADS * GROUPS) -> ArkvBackend:
+    """A prompt and two decode steps give what the function itself gives, rewritten or not."""
+    torch._dynamo.reset()
+    backend = ArkvBackend(ROOMY, compile="eager")
+    compiled = torch.compile(function, backend=backend)
+    ours, plain = session(), session()
+    for step, length in enumerate((6, 1, 1)):
+        total = 6 + step
+        inputs = tensors(length, query_heads, seed=step)
+        expected = function(*inputs, plain.handle, total)
+        torch.testing.assert_close(compiled(*inputs, ours.handle, total), expected)
+    return backend
+
+
+def lift(x: Tensor) -> Tensor:
+    b, h, s, d = x.shape
+    return x[:, :, None, :, :].expand(b, h, GROUPS, s, d).reshape(b, h * GROUPS, s, d)
+
+
+def unsqueezed(x: Tensor) -> Tensor:
+    b, h, s, d = x.shape
+    return x.unsqueeze(2).expand(-1, -1, GROUPS, -1, -1).contiguous().view(b, h * GROUPS, s, d)
+
+
+def flattened(x: Tensor) -> Tensor:
+    return x.unsqueeze(-3).expand(-1, -1, GROUPS, -1, -1).flatten(1, 2)
+
+
+def interleaved(x: Tensor) -> Tensor:
+    return x.repeat_interleave(GROUPS, dim=1)
+
+
+def interleaved_function(x: Tensor) -> Tensor:
+    return torch.repeat_interleave(x, GROUPS, -3).to(x.dtype)
+
+
+def repeated(x: Tensor) -> Tensor:
+    return x.repeat(1, GROUPS, 1, 1)
+
+
+def tiled(x: Tensor) -> Tensor:
+    b, h, s, d = x.shape
+    return x[:, None].expand(b, GROUPS, h, s, d).reshape(b, h * GROUPS, s, d)
+
+
+def transposed(x: Tensor) -> Tensor:
+    b, h, s, d = x.shape
+    return x.unsqueeze(2).expand(b, h, GROUPS, s, d).transpose(1, 2).reshape(b, h * GROUPS, s, d)
+
+
+def doubled(x: Tensor) -> Tensor:
+    return interleaved(x) * 2
+
+
+def reversed_heads(x: Tensor) -> Tensor:
+    return interleaved(x.flip(1))
+
+
+# find_sdpa, fuse_marker, rewrite
+
+
+def test_a_marker_and_its_attention_become_one_operator() -> None:
+    q, k, v = tensors(6)
+    out = apply(cached(lift), q, k, v, session().handle, 6)
+    assert out.reasons == [""]
+    assert out.count("scaled_dot_product_attention") == (1, 0)
+    assert out.count("kv_update") == (1, 0)
+    assert out.count("expand") == (2, 0), "the peeled expansion is dead and must go"
+    assert out.count("attend") == (0, 1)
+    site = out.context.sites[0]
+    assert (site.source, site.layer, site.fresh, site.heads) == ("marker", 0, True, HEADS)
+    # The state comes behind the graph's own inputs, in the plan's order, for this one site.
+    inputs = [[n.name for n in g.graph.nodes if n.op == "placeholder"]
+              for g in (out.before, out.after)]  # fmt: skip
+    assert inputs[1][: len(inputs[0])] == inputs[0]
+    assert len(inputs[1]) - len(inputs[0]) == len(site.plan.specs())  # type: ignore[union-attr]
+    attend = next(n for n in out.after.graph.nodes if op_name(n) == "attend")
+    assert [n.name for n in attend.args[4]] == inputs[1][len(inputs[0]) :]
+    assert attend.args[6] == pytest.approx(1 / math.sqrt(DIM))
+
+
+def aten(*args: Any, **kwargs: Any) -> Tensor:
+    return torch.ops.aten.scaled_dot_product_attention.default(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention, aten],
+    ids=["functional", "builtin", "aten"],
+)
+def test_every_spelling_of_attention_is_found(attention: Function) -> None:
+    backend = check_output(cached(lift, attention))
+    assert all(s.fused for sites in backend.sites for s in sites)
+
+
+def test_graphs_of_make_fx_are_read_too() -> None:
+    """aten overloads, values under "val", everything by position."""
+    q, k, v = tensors(6)
+    handle = session().handle
+    graph = make_fx(cached(lift), tracing_mode="fake", pre_dispatch=True)(q, k, v, handle, 6)
+    context = Context(ROOMY)
+    after = pipeline.apply(graph, context)
+    assert [s.reason for s in context.sites] == [""]
+    assert [op_name(n) for n in after.graph.nodes if op_name(n)] == ["attend"]
+
+
+@pytest.mark.parametrize("scale", [None, 0.5, 2])
+def test_the_scale_is_kept(scale: float | None) -> None:
+    check_output(cached(lift, scale=scale))
+
+
+# peel_gqa
+
+
+@pytest.mark.parametrize(
+    "expand", [lift, unsqueezed, flattened, interleaved, interleaved_function], ids=lambda f: f.__name__
+)
+def test_an_expansion_of_kv_heads_is_peeled(expand: Callable[[Tensor], Tensor]) -> None:
+    backend = check_output(cached(expand))
+    assert [s.reason for sites in backend.sites for s in sites] == [""] * len(backend.sites)
+    assert {s.heads for sites in backend.sites for s in sites} == {HEADS}
+
+
+def test_grouped_attention_needs_no_peeling() -> None:
+    backend = check_output(cached(enable_gqa=True))
+    assert all(s.fused for sites in backend.sites for s in sites)
+
+
+@pytest.mark.parametrize(
+    "expand", [repeated, tiled, transposed, doubled, reversed_heads], ids=lambda f: f.__name__
+)
+def test_what_pairs_heads_otherwise_is_refused_and_stays_right(
+    expand: Callable[[Tensor], Tensor],
+) -> None:
+    backend = check_output(cached(expand))
+    reasons = {s.reason for sites in backend.sites for s in sites}
+    assert len(reasons) == 1 and reasons != {""}
+
+
+def test_keys_and_values_must_both_be_peeled() -> None:
+    backend = check_output(cached(lift, expand_values=repeated))
+    assert "not the two outputs of one cache update" in backend.sites[0][0].reason
+
+
+def test_a_peel_that_pairs_the_wrong_heads_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: look through tiling as if it were the same."""
+    from arkv_fx.passes import peel_gqa
+
+    monkeypatch.setattr(peel_gqa, "_adds_axis_two", lambda node: True)
+    monkeypatch.setattr(peel_gqa, "same_size", lambda a, b: True)
+    with pytest.raises(AssertionError, match="not close"):
+        check_output(cached(tiled))
+
+
+def test_changed_dtypes_are_not_looked_through() -> None:
+    def half(x: Tensor) -> Tensor:
+        return interleaved(x.to(torch.bfloat16))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return F.scaled_dot_product_attention(q.bfloat16(), k, v, **options)
+
+    assert "not the two outputs" in check_output(cached(half, attention)).sites[0][0].reason
+
+
+# What is left alone, and why
+
+
+def test_swapped_outputs_are_refused() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
+        keys, values = torch.ops.arkv.kv_update(k, v, handle, 0, total)
+        return F.scaled_dot_product_attention(q, values, keys, is_causal=q.shape[2] > 1)
+
+    backend = check_output(function, HEADS)
+    assert "not the two outputs of one cache update" in backend.sites[0][0].reason
+
+
+def both_attend(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
+    keys, values = torch.ops.arkv.kv_update(k, v, handle, 0, total)
+    causal = q.shape[2] > 1
+    first = F.scaled_dot_product_attention(q, keys, values, is_causal=causal)
+    return first + F.scaled_dot_product_attention(q * 2, keys, values, is_causal=causal)
+
+
+def also_sums(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
+    keys, values = torch.ops.arkv.kv_update(k, v, handle, 0, total)
+    return F.scaled_dot_product_attention(q, keys, values, is_causal=q.shape[2] > 1) + keys.sum()
+
+
+def also_returns(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Any:
+    keys, values = torch.ops.arkv.kv_update(k, v, handle, 0, total)
+    return F.scaled_dot_product_attention(q, keys, values, is_causal=q.shape[2] > 1), keys[:, :, -1]
+
+
+@pytest.mark.parametrize("function", [both_attend, also_sums, also_returns])
+def test_a_cache_with_two_readers_is_left_alone(function: Function) -> None:
+    backend = check_output(function, HEADS)
+    assert all("is also read by" in s.reason for sites in backend.sites for s in sites)
+
+
+def test_a_size_is_no_reader() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
+        keys, values = torch.ops.arkv.kv_update(k, v, handle, 0, total)
+        out = F.scaled_dot_product_attention(q, keys, values, is_causal=q.shape[2] > 1)
+        return out * keys.shape[2]
+
+    assert all(s.fused for sites in check_output(function, HEADS).sites for s in sites)
+
+
+def test_bidirectional_attention_over_a_cache_is_left_alone() -> None:
+    backend = check_output(cached(lift, is_causal=False))
+    prompt, *steps = backend.sites
+    assert "bidirectional" in prompt[0].reason
+    assert steps  # one token sees all before it either way
+
+
+def test_dropout_a_computed_scale_and_odd_shapes_are_refused() -> None:
+    def run(function: Function, *args: Any) -> str:
+        (reason,) = apply(function, *args, session().handle, 6).reasons
+        return reason
+
+    q, k, v = tensors(6)
+    assert "dropout is on: call model.eval" in run(cached(lift, dropout_p=0.1), q, k, v)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    no_axis = run(cached(lift, attn_mask=mask, is_causal=False), q, k, v)
+    assert "mask has shape (6, 6), not [batch, heads, queries, keys]" in no_axis
+    keys_only = torch.ones(1, 1, 1, 6, dtype=torch.bool)
+    broadcast = run(cached(lift, attn_mask=keys_only, is_causal=False), q, k, v)
+    assert "without broadcasting over queries or keys" in broadcast
+
+    def three(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
+        return F.scaled_dot_product_attention(q[0], k[0], v[0])
+
+    assert "query has shape (2, 6, 8), not" in run(three, *tensors(6, HEADS))
+
+
+def test_a_mask_over_many_new_tokens_is_kept() -> None:
+    """Prefix attention: the prompt sees itself in both directions, by its mask."""
+    q, k, v = tensors(6)
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    mask[..., 4:] = torch.ones(6, 2).tril(-4).bool()
+    function = cached(lift, attn_mask=mask, is_causal=False)
+    out = apply(function, q, k, v, session().handle, 6)
+    assert out.reasons == [""]
+    compiled = torch.compile(function, backend=ArkvBackend(ROOMY, compile="eager"))
+    expected = function(q, k, v, session().handle, 6)
+    torch.testing.assert_close(compiled(q, k, v, session().handle, 6), expected)
+
+
+class Block(nn.Module):
+    """Self-attention, optionally over another sequence, and a feed-forward layer."""
+
+    def __init__(self, causal: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(24, 72), nn.Linear(24, 24)
+        self.causal = causal
+
+    def forward(self, x: Tensor, other: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        q = self.qkv(x)[..., :24].unflatten(-1, (3, 8)).transpose(1, 2)
+        source = x if other is None else other
+        k, v = (y.unflatten(-1, (3, 8)).transpose(1, 2)
+                for y in self.qkv(source)[..., 24:].chunk(2, -1))  # fmt: skip
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
+        return x + F.gelu(self.out(y.transpose(1, 2).flatten(2)))
+
+
+class Vit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 4, 4)
+        self.token, self.blocks = nn.Parameter(torch.randn(1, 1, 24)), nn.Sequential(Block(), Block())
+
+    def forward(self, image: Tensor) -> Tensor:
+        patches = self.patches(image).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(image), -1, -1), patches], 1)
+        y: Tensor = self.blocks(x)[:, 0]
+        return y
+
+
+class Bert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block = nn.Embedding(20, 24), Block()
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        y: Tensor = self.block(self.embed(ids), mask=mask[:, None, None, :])
+        return y
+
+
+class Translator(nn.Module):
+    """Cross-attention, and causal self-attention without a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_block, self.cross_block = Block(causal=True), Block()
+
+    def forward(self, x: Tensor, encoded: Tensor) -> Tensor:
+        y: Tensor = self.cross_block(self.self_block(x), encoded)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "sites"),
+    [
+        (Vit, (torch.randn(2, 3, 8, 8),), 2),
+        (Bert, (torch.arange(8).view(2, 4), torch.tensor([[1, 1, 1, 0], [1] * 4]).bool()), 1),
+        (Translator, (torch.randn(1, 5, 24), torch.randn(1, 7, 24)), 2),
+    ],
+)
+def test_models_without_a_cache_are_untouched(
+    model: type[nn.Module], inputs: tuple[Tensor, ...], sites: int
+) -> None:
+    torch.manual_seed(0)
+    net = model().eval()
+    with torch.no_grad():
+        out = apply(net, *inputs)
+        assert len(out.reasons) == sites
+        assert all(reason.startswith("no cache") or "mask" in reason for reason in out.reasons)
+        assert out.after.code == out.before.code
+        backend = ArkvBackend(ROOMY, compile="eager")
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(net, backend=backend)(*inputs), net(*inputs))
+    rows = Report.of(backend.sites, ROOMY)
+    assert rows.fused == 0 and rows.nbytes == 0
+    assert str(rows).count("  not ") == sites
+
+
+# absorb_cat
+
+
+def concatenating(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Any:
+    keys, values = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], -2)
+    out = F.scaled_dot_product_attention(q, lift(keys), lift(values), is_causal=q.shape[2] > 1)
+    return out, keys, values
+
+
+def check_past(function: Function, steps: tuple[int, ...] = (6, 1, 1, 1)) -> ArkvBackend:
+    """As check_output, for functions that take a past and return a new one behind their result."""
+    torch._dynamo.reset()
+    backend = ArkvBackend(ROOMY, compile="eager")
+    compiled = torch.compile(function, backend=backend)
+    ours = plain = (torch.zeros(1, HEADS, 0, DIM),) * 2
+    for step, length in enumerate(steps):
+        inputs = tensors(length, seed=step)
+        out, *ours = compiled(*inputs, *ours)
+        expected, *plain = function(*inputs, *plain)
+        torch.testing.assert_close(out, expected)
+        assert [x.shape for x in ours] == [x.shape for x in plain]
+    backend.last = ours  # type: ignore[attr-defined]
+    return backend
+
+
+def test_a_cat_of_past_and_new_is_absorbed() -> None:
+    backend = check_past(concatenating)
+    assert all(s.fused and s.source == "cat" for sites in backend.sites for s in sites)
+    for x in backend.last:  # type: ignore[attr-defined]
+        assert x.untyped_storage().nbytes() == x.dtype.itemsize, "the past still takes memory"
+
+
+def test_absorption_leaves_no_cat_behind() -> None:
+    past = torch.zeros(1, HEADS, 0, DIM)
+    out = apply(concatenating, *tensors(6), past, past)
+    assert out.count("cat") == (2, 0) and out.count("attend") == (0, 1)
+    assert out.context.sites[0].fresh
+
+
+def reads_joined(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Any:
+    out, keys, values = concatenating(q, k, v, past_k, past_v)
+    return out + keys.mean(), keys, values
+
+
+def reads_a_view(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Any:
+    out, keys, values = concatenating(q, k, v, past_k, past_v)
+    return out + values[:, :, 0].unsqueeze(2).mean(), keys, values
+
+
+def reads_past(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Any:
+    out, keys, values = concatenating(q, k, v, past_k, past_v)
+    return out + past_k.sum(), keys, values
+
+
+def attends_twice(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Any:
+    out, keys, values = concatenating(q, k, v, past_k, past_v)
+    return out + F.scaled_dot_product_attention(q, lift(keys), lift(values)), keys, values
+
+
+@pytest.mark.parametrize("function", [reads_joined, reads_a_view, reads_past, attends_twice])
+def test_a_past_with_another_reader_is_not_absorbed(function: Function) -> None:
+    backend = check_past(function)
+    assert not any(s.fused for sites in backend.sites for s in sites)
+    assert "also read by" in backend.sites[-1][0].reason
+
+
+def only_keys(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Any:
+    keys, values = torch.cat([past_k, k], 2), torch.stack([*past_v.unbind(2), *v.unbind(2)], 2)
+    out = F.scaled_dot_product_attention(q, lift(keys), lift(values), is_causal=q.shape[2] > 1)
+    return out, keys, values
+
+
+def computed_past(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Any:
+    return concatenating(q, k, v, past_k * 1.0, past_v * 1.0)
+
+
+@pytest.mark.parametrize("function", [only_keys, computed_past])
+def test_half_a_past_or_a_changed_one_is_not_absorbed(function: Function) -> None:
+    backend = check_past(function)
+    assert not any(s.fused for sites in backend.sites for s in sites)
+
+
+def test_a_past_that_is_forgotten_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: every step starts afresh."""
+    from arkv_fx.state.anchors import Anchors
+
+    monkeypatch.setattr(
+        Anchors, "state", lambda self, past, plan, batch, device, *_: self._start(plan, batch, device)
+    )
+    with pytest.raises(AssertionError, match="not close"):
+        check_past(concatenating)
+
+
+# classify: what a plan is made of
+
+
+def test_windows_and_ratios_reach_the_plan() -> None:
+    q, k, v = tensors(6)
+    rows = tuple(LayerStatistics(i, 1.0, 1.0, 1.0, 1.0, r) for i, r in enumerate((0.25, 1.0)))
+    calibration = Calibration("x", "paper", (1.0, 1.0, 1.0), (8,), rows)
+    config = ArkvConfig(budget=36 + 16, tiers=("native", "int8"))
+    out = apply(cached(lift), q, k, v, session().handle, 6, config=config, calibration=calibration)
+    plan = out.context.sites[0].plan
+    assert plan is not None and [t.slots for t in plan.tiers] == [4, 12]
+    out = apply(cached(lift), q, k, v, session().handle, 6, config=config, sliding=(16,))
+    plan = out.context.sites[0].plan
+    assert plan is not None and (plan.sliding, plan.sinks, plan.slots) == (16, 0, 16)
+
+
+def test_a_format_that_cannot_hold_the_heads_is_named() -> None:
+    q, k, v = (x[..., :7] for x in tensors(6))
+    context = Context(ArkvConfig(budget=64, tiers=("int4",)))
+    graph = make_fx(cached(lift), tracing_mode="fake", pre_dispatch=True)(
+        q, k, v, session().handle, 6
+    )
+    with pytest.raises(UnsupportedFormatError, match="'int4', keys"):
+        pipeline.apply(graph, context)
+
+
+# The graph that came in, and the graph that goes out
+
+
+def test_the_tracer_s_graph_is_not_changed() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(DIM, DIM)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
+            y: Tensor = self.linear(cached(lift)(q, k, v, handle, total))
+            return y
+
+    seen: list[tuple[str, str, int]] = []
+
+    def state(graph: GraphModule) -> tuple[str, str, int]:
+        return graph.code, str(graph.graph), len(list(graph.parameters()))
+
+    def backend(graph: GraphModule, _: Any) -> Function:
+        before = state(graph)
+        after = pipeline.apply(graph, Context(ROOMY))
+        assert after is not graph and after.code != graph.code
+        assert {id(p) for p in after.parameters()} == {id(p) for p in graph.parameters()}
+        assert state(graph) == before
+        seen.append(before)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(Model(), backend=backend)(*tensors(6), session().handle, 6)
+    assert len(seen) == 1
+
+
+def sabotaged(monkeypatch: pytest.MonkeyPatch, sabotage: Callable[..., None]) -> Rewritten:
+    """The passes with one that breaks the graph before it is verified."""
+    passes = list(pipeline.PASSES)
+    passes.insert(-1, sabotage)
+    monkeypatch.setattr(pipeline, "PASSES", tuple(passes))
+    return apply(cached(lift), *tensors(6), session().handle, 6)
+
+
+def _attend_of(graph: GraphModule) -> Any:
+    return next(n for n in graph.graph.nodes if op_name(n) == "attend")
+
+
+def _twice(graph: GraphModule, context: Context) -> None:
+    node = _attend_of(graph)
+    with graph.graph.inserting_after(node):
+        graph.graph.call_function(node.target, node.args)
+
+
+def _other_reader(graph: GraphModule, context: Context) -> None:
+    with graph.graph.inserting_after(_attend_of(graph)):
+        graph.graph.call_method("clone", (context.state_inputs[0][0],))
+
+
+def _marker_stays(graph: GraphModule, context: Context) -> None:
+    site = context.sites[0]
+    with graph.graph.inserting_before(_attend_of(graph)):
+        graph.graph.call_function(
+            torch.ops.arkv.kv_update, (site.new_k, site.new_v, site.handle, 0, 6)
+        )
+
+
+def _cycle(graph: GraphModule, context: Context) -> None:
+    attend = _attend_of(graph)
+    output = next(n for n in graph.graph.nodes if n.op == "output")
+    with graph.graph.inserting_before(output):
+        late = graph.graph.call_method("clone", (attend.args[0],))
+    attend.args = (late, *attend.args[1:])
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "message"),
+    [
+        (_twice, "1 sites were planned but 2 attend"),
+        (_other_reader, "has 2 users instead of one"),
+        (_marker_stays, "layer 0 has both a fused attention and a cache update"),
+        (_cycle, "used before it has been defined"),
+    ],
+)
+def test_a_broken_graph_does_not_pass(
+    sabotage: Callable[..., None], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message) as caught:
+        sabotaged(monkeypatch, sabotage)
+    if "defined" not in message:
+        assert isinstance(caught.value.inner_exception, PassError)
+
+
+def test_a_rewrite_that_does_nothing_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = tuple(p for p in pipeline.PASSES if p is not rewrite.run)
+    monkeypatch.setattr(pipeline, "PASSES", passes)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="1 sites .* but 0 attend"):
+        apply(cached(lift), *tensors(6), session().handle, 6)
+
+
+def test_copies_of_configurations_are_equal() -> None:
+    assert copy.deepcopy(ROOMY) == ROOMY
