@@ -85,7 +85,7 @@ class Calibration:
             if len(taus) != 3 or not all(0 <= row.oq_ratio <= 1 for row in layers):
                 raise ValueError("taus or OQ ratios out of range")
             return cls(
-                str(data["fingerprint"]), str(data["mode"]), taus,  # type: ignore[arg-type]
+                str(data["fingerprint"]), str(data["mode"]), taus,
                 tuple(data["samples"]), layers,
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:

@@ -210,7 +210,7 @@ def _transform(
         return state.run(*args, **kwargs)
 
     model.arkv = state  # type: ignore[assignment]
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
     if hasattr(model, "_prepare_cache_for_generation"):
         model._prepare_cache_for_generation = functools.partial(_prepare_cache, model)  # type: ignore[assignment]
     return model

@@ -19,5 +19,7 @@ with torch.no_grad():
         logits = compiled(input_ids=token, past_key_values=cache).logits
         token = logits[:, -1:].argmax(-1)
 keys = cache.layers[0].keys
-print(f"the model's cache claims {tuple(keys.shape)} and stores {keys.untyped_storage().nbytes()} B")
+print(
+    f"the model's cache claims {tuple(keys.shape)} and stores {keys.untyped_storage().nbytes()} B"
+)
 print(f"the compressed states take {absorbed_nbytes()} bytes")

@@ -42,7 +42,7 @@ def gather_mask(mask: Tensor, pos: Tensor, offset: Tensor, groups: int) -> Tenso
     column = (pos - offset[:, None, None]).clamp(min=0).clamp(max=length - 1).long()
     per_head = groups if mask.shape[1] > 1 else 1
     if mask.shape[1] > 1:
-        full = mask.expand(batch, -1, -1, -1).unflatten(1, (heads, groups))
+        full: Tensor = mask.expand(batch, -1, -1, -1).unflatten(1, (heads, groups))
     else:
         full = mask[:, :, None].expand(batch, heads, 1, -1, -1)
     index = column[:, :, None, None, :].expand(-1, -1, per_head, mask.shape[-2], slots)
@@ -67,7 +67,8 @@ def allowed(mask: Tensor) -> Tensor:
 
 def group(q: Tensor, heads: int) -> Tensor:
     """[B, Hq, T, D] -> [B, Hkv, G, T, D]."""
-    return q.unflatten(1, (heads, q.shape[1] // heads))
+    grouped: Tensor = q.unflatten(1, (heads, q.shape[1] // heads))
+    return grouped
 
 
 def key_logits(q: Tensor, codec: Codec, fields: list[Tensor], dim: int) -> Tensor:
