@@ -51,7 +51,8 @@ class ArkvBackend:
 
     def __call__(self, graph: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
         self.graphs += 1
-        context = Context(self.config, self.calibration, self.sliding, self.probe)
+        alone = {(s.source, s.layer) for g in self.sites for s in g if s.source and not s.fused}
+        context = Context(self.config, self.calibration, self.sliding, self.probe, frozenset(alone))
         work = pipeline.apply(graph, context)
         self.sites.append(context.sites)
         if not context.fused:

@@ -27,6 +27,7 @@ class ArkvConfig:
         tiers: storage formats of the tiers beyond the window, most precise first: ``(Original,
             Quantized)`` or one format for all. See ``arkv_fx.ops.formats.FORMATS``.
         window: most recent tokens, always in the model's dtype.
+        window_format: "native", or "bf16" to hold window and sinks of a float32 model in two bytes.
         sinks: first tokens of a sequence, always in the model's dtype.
         oq_ratio: share of Originals where no calibration gives one per layer: a share of tokens
             under ``budget``, of bytes under the other two.
@@ -45,6 +46,7 @@ class ArkvConfig:
     bytes: int | None = None
     tiers: tuple[str, ...] = ("int8", "int4")
     window: int = 32
+    window_format: str = "native"
     sinks: int = 4
     oq_ratio: float = 0.4
     score: str = "combined"
@@ -84,6 +86,10 @@ class ArkvConfig:
         if self.calibration not in ("normalised", "paper"):
             raise UnknownOptionError(
                 f"calibration={self.calibration!r}: choose 'normalised' or 'paper'"
+            )
+        if self.window_format not in ("native", "bf16"):
+            raise UnknownOptionError(
+                f"window_format={self.window_format!r}: choose 'native' or 'bf16'"
             )
         for name in self.tiers:
             get_format(name)

@@ -58,6 +58,7 @@ class LayerPlan:
     tiers: tuple[Tier, ...]
     score: str
     score_options: tuple[tuple[str, float], ...] = ()
+    window_format: str = "native"
 
     @property
     def ring(self) -> int:
@@ -75,7 +76,7 @@ class LayerPlan:
 
     def segments(self) -> list[tuple[Format, int]]:
         """(format, slots) of the ring and of every tier, in state order."""
-        return [(get_format("native"), self.ring)] + [
+        return [(get_format(self.window_format), self.ring)] + [
             (get_format(t.format), t.slots) for t in self.tiers
         ]
 
@@ -157,7 +158,7 @@ def plan_layer(
         tiers = tuple(Tier(f, n) for f, n in zip(config.tiers, counts, strict=True))
         return LayerPlan(
             heads, k_dim, v_dim, dtype, window, sinks, sliding, tiers,
-            config.score, config.score_options,
+            config.score, config.score_options, config.window_format,
         )  # fmt: skip
 
     empty = build([0] * len(config.tiers))

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 def run(graph: GraphModule, context: Context) -> None:
     """Set ``source="cat"`` and the new tokens of every site whose cache can be absorbed."""
     for site in context.sites:
-        if not site.reason and not site.source:
+        if not site.source:
             _match(site)
 
 
@@ -40,7 +40,7 @@ def _match(site: Site) -> None:
     readers += [
         foreign_reader(past, [joined])
         for past, joined in ((past_k, site.k), (past_v, site.v))
-        if past is not None
+        if past is not None and not fresh  # nothing in an empty past can be missed
     ]
     for reader in readers:
         if reader is not None:

@@ -18,6 +18,8 @@ from arkv_fx.plan import plan_layer
 def run(graph: GraphModule, context: Context) -> None:
     """Set ``plan`` on every site that will be rewritten and ``reason`` on every other."""
     for site in context.sites:
+        if site.source and (site.source, site.layer) in context.left_alone:
+            site.refuse("it was left alone in an earlier graph, so its tokens are not in our state")
         if not site.reason:
             _decide(site, context)
 

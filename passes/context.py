@@ -20,13 +20,15 @@ class Context:
     """Input of the passes (config, calibration, sliding windows) and what they find (sites).
 
     ``sliding`` is the attention window of each layer in tokens, 0 for full attention; ``probe``,
-    if given, is called at run time with (layer, q, k, v, mask, scale) of every fused site.
+    if given, is called at run time with (layer, q, k, v, mask, scale) of every fused site;
+    ``left_alone`` names the caches (source, layer) that an earlier graph kept out of our state.
     """
 
     config: ArkvConfig
     calibration: Calibration | None = None
     sliding: Sequence[int] = ()
     probe: Probe | None = None
+    left_alone: frozenset[tuple[str, int | None]] = frozenset()
     sites: list[Site] = field(default_factory=list)
     state_inputs: list[list[Node]] = field(default_factory=list)
     anchors: list[Node] = field(default_factory=list)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import op_name
-from arkv_fx.passes.readers import foreign_reader
+from arkv_fx.passes.readers import behind, foreign_reader
 from arkv_fx.passes.site import Site
 from torch.fx import GraphModule, Node
 
@@ -17,13 +17,12 @@ from torch.fx import GraphModule, Node
 def run(graph: GraphModule, context: Context) -> None:
     """Set ``source="marker"`` and the new tokens of every site that reads a marker."""
     for site in context.sites:
-        if not site.reason:
-            _match(site)
+        _match(site)
 
 
 def _match(site: Site) -> None:
     k_marker, v_marker = _marker(site.k, 0), _marker(site.v, 1)
-    if k_marker is None and v_marker is None:
+    if k_marker is None and v_marker is None and not behind(site.k, "kv_update"):
         return
     if k_marker is None or k_marker is not v_marker:
         site.refuse(
@@ -38,14 +37,11 @@ def _match(site: Site) -> None:
             "can read a compressed cache"
         )
         return
-    site.source = "marker"
+    site.source, site.layer = "marker", k_marker.args[3]  # type: ignore[assignment]
     site.new_k, site.new_v, site.handle = k_marker.args[:3]  # type: ignore[assignment]
-    layer = k_marker.args[3]
-    if not isinstance(layer, int):
-        site.refuse("the layer index is not a constant")
-        return
-    site.layer = layer
     site.cache_nodes = [k_marker]
+    if not isinstance(site.layer, int):
+        site.refuse("the layer index is not a constant")
 
 
 def _marker(node: Node, output: int) -> Node | None:

@@ -47,7 +47,7 @@ def _step(node: Node) -> Node | None:
 
 def _expansion(node: Node, expanded: Node) -> Node | None:
     """``reshape(expand(unsqueeze(x, 2)))`` in group-minor order."""
-    if op_name(expanded) == "clone":
+    if op_name(expanded) in ("clone", "contiguous"):
         expanded = expanded.args[0]  # type: ignore[assignment]
     if op_name(expanded) != "expand":
         return None

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 VIEWS = {
     "getitem", "unsqueeze", "expand", "reshape", "view", "contiguous", "repeat_interleave",
-    "flatten", "slice", "clone",
+    "flatten", "slice", "clone", "to", "_to_copy", "type_as", "detach",
 }  # fmt: skip
 SIZES = {"size", "dim", "numel", "getattr", "sym_size"}
 
@@ -30,3 +30,16 @@ def foreign_reader(tensor: Node, allowed: Iterable[Node], *, output: bool = Fals
             continue
         return user
     return None
+
+
+def behind(tensor: Node, name: str) -> bool:
+    """Whether ``tensor`` is computed from an operation called ``name`` by up to 64 others."""
+    todo, seen = [tensor], {tensor}
+    while todo and len(seen) < 64:
+        for source in todo.pop().all_input_nodes:
+            if op_name(source) == name:
+                return True
+            if source not in seen:
+                seen.add(source)
+                todo.append(source)
+    return False

@@ -50,7 +50,7 @@ def make_configs(
     size = full.per_layer(context)
     return {
         entry.name: make_config(
-            entry.method, Setting(context, steps, int(size / (entry.compression or 1)))
+            entry.method, Setting(context, steps, int(size / (entry.compression or 1)), full.exact)
         )
         for entry in chosen
     }

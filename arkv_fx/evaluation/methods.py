@@ -17,10 +17,14 @@ from arkv_fx.transform import sliding_windows
 
 @dataclass(frozen=True)
 class FullCache:
-    """What a full cache in bf16 takes: ``layers`` are bytes per token, ``windows`` tokens."""
+    """What a full cache in bf16 takes: ``layers`` are bytes per token, ``windows`` tokens.
+
+    ``exact`` is "bf16" for a float32 model, else "native".
+    """
 
     layers: tuple[int, ...]
     windows: tuple[int, ...]
+    exact: str = "native"
 
     @classmethod
     @torch.no_grad()
@@ -33,9 +37,9 @@ class FullCache:
         if not pairs:
             raise ConfigError(f"{type(model).__name__} holds no keys and values in its cache")
         size = torch.bfloat16.itemsize
-        return cls(
-            tuple((k.numel() + v.numel()) * size for k, v in pairs), tuple(sliding_windows(model))
-        )
+        exact = "bf16" if pairs[0][0].dtype == torch.float32 else "native"
+        sizes = tuple((k.numel() + v.numel()) * size for k, v in pairs)
+        return cls(sizes, tuple(sliding_windows(model)), exact)
 
     def per_layer(self, context: int) -> int:
         """Bytes of the largest layer at ``context`` tokens, sliding windows ignored."""
@@ -52,11 +56,16 @@ class FullCache:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method is asked for: prompt tokens, later tokens, bytes per layer and sequence."""
+    """What a method is asked for: prompt tokens, later tokens, bytes per layer and sequence.
+
+    ``exact`` is the format of what a method holds unquantized: bf16 for a float32 model, whose
+    bytes are then those of the bf16 model that it stands for on a CPU.
+    """
 
     context: int
     steps: int
     layer_bytes: int
+    exact: str = "native"
 
 
 def _full(setting: Setting) -> ArkvConfig:
@@ -66,17 +75,24 @@ def _full(setting: Setting) -> ArkvConfig:
 
 
 def _of_bytes(**options: Any) -> Callable[[Setting], ArkvConfig]:
-    return lambda setting: ArkvConfig.make({"bytes": setting.layer_bytes, **options})
+    return lambda setting: ArkvConfig.make(
+        {"bytes": setting.layer_bytes, "window_format": setting.exact, **options}
+    )
 
 
 def _paper(budget: int) -> Callable[[Setting], ArkvConfig]:
-    return lambda setting: ArkvConfig.paper(budget)
+    return lambda setting: ArkvConfig.paper(
+        budget, tiers=(setting.exact, "fp8"), window_format=setting.exact
+    )
 
 
-# In a float32 model the tier of `evict` is bf16, so that its bytes are those of a bf16 model.
+def _evict(setting: Setting) -> ArkvConfig:
+    return _of_bytes(tiers=(setting.exact,), score="mass")(setting)
+
+
 METHODS: dict[str, Callable[[Setting], ArkvConfig]] = {
     "full": _full,
-    "evict": _of_bytes(tiers=("bf16",), score="mass"),
+    "evict": _evict,
     "uniform-int8": _of_bytes(tiers=("int8",)),
     "uniform-int4": _of_bytes(tiers=("int4",)),
     "paper-512": _paper(512),

@@ -118,7 +118,7 @@ def passkey(
     methods, batch = list(dict.fromkeys(methods)), min(batch, prompts)
     configs = {
         f"{method}@{context}": make_config(
-            method, Setting(context, STEPS, int(full.per_layer(context) / compression))
+            method, Setting(context, STEPS, int(full.per_layer(context) / compression), full.exact)
         )
         for context in contexts
         for method in methods

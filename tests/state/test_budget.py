@@ -1,0 +1,194 @@
+"""Bytes and slots: what is planned is what is held, and it never grows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from reference_attention import Layer
+from torch import Tensor
+
+from arkv_fx import ArkvConfig
+from arkv_fx.errors import ConfigError, UnknownOptionError, UnsupportedFormatError
+from arkv_fx.ops.attention import Knobs
+from arkv_fx.ops.formats import FORMATS
+from arkv_fx.ops.scores import SCORES
+from arkv_fx.plan import LayerPlan, Tier, plan_layer
+from arkv_fx.state.session import LayerState
+
+SHAPES = {"llama": (3, 64), "large": (8, 128), "mqa": (1, 256)}  # kv heads, head dim
+CPU = torch.device("cpu")
+
+
+def plan(config: ArkvConfig, heads: int = 3, dim: int = 64, **options: Any) -> LayerPlan:
+    settings: dict[str, Any] = {"dtype": torch.bfloat16, **options}
+    return plan_layer(config, heads=heads, k_dim=dim, v_dim=dim, **settings)
+
+
+def measured(state: LayerState) -> int:
+    """Bytes of storage, whatever the tensors' shapes claim."""
+    return sum(t.untyped_storage().nbytes() for t in state.tensors)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planned_bytes_are_the_tensors_bytes(name: str, score: str, dtype: torch.dtype) -> None:
+    for tiers in ((Tier(name, 5),), (Tier("native", 3), Tier(name, 0)), (Tier(name, 2),) * 2):
+        layer = LayerPlan(2, 16, 32, dtype, 4, 1, 0, tiers, score)
+        for batch in (1, 3):
+            state = LayerState(layer, batch, CPU)
+            assert layer.nbytes(batch) == measured(state) == state.nbytes()
+            assert all(t.untyped_storage().nbytes() == t.nbytes for t in state.tensors)
+
+
+def test_bytes_counted_by_hand() -> None:
+    """int8 + int4, the mass score, in bfloat16: everything that a slot costs."""
+    layer = LayerPlan(
+        2, 64, 32, torch.bfloat16, 4, 1, 0, (Tier("int8", 10), Tier("int4", 6)), "mass"
+    )
+    slot = 4 + 4  # position, mass
+    ring = 5 * (2 * (64 + 32) + slot)
+    int8 = 10 * (64 + 2 + 32 + 2 + slot)  # codes and a bfloat16 scale each
+    int4 = 6 * (32 + 4 + 16 + 4 + slot)  # half the codes, scale and zero
+    assert layer.nbytes() == 2 * (ring + int8 + int4) + 3 * 4  # count, seen, bad
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tiers", [("int8", "int4"), ("native", "fp8"), ("native",), ("k8v4",)])
+@pytest.mark.parametrize("compression", [4.0, 2.0, 8.0])
+def test_a_quarter_of_the_bytes_is_a_quarter(
+    shape: str, tiers: tuple[str, ...], compression: float
+) -> None:
+    heads, dim = SHAPES[shape]
+    config = ArkvConfig(compression=compression, context=4096, tiers=tiers)
+    full = 4096 * heads * 2 * dim * 2  # tokens, heads, keys and values, bytes of a bfloat16
+    layer = plan(config, heads, dim)
+    assert layer.full_nbytes(4096) == full
+    held = measured(LayerState(layer, 1, CPU))
+    assert held <= full / compression, "more than was asked for"
+    assert held >= 0.98 * full / compression, "room wasted"
+    assert measured(LayerState(layer, 2, CPU)) == 2 * held
+
+
+def test_smaller_formats_hold_more_tokens() -> None:
+    slots = [plan(ArkvConfig(tiers=(name,))).slots for name in ("native", "int8", "k8v4", "int4")]
+    assert slots == sorted(slots)
+    assert 950 < slots[0] < 1024 and slots[1] > 1.8 * slots[0] and slots[3] > 2.8 * slots[0]
+
+
+@given(
+    size=st.integers(1, 40),
+    ratio=st.floats(0, 1),
+    round_to=st.sampled_from((1, 8, 64)),
+    heads=st.integers(1, 4),
+    tiers=st.sampled_from((("int8", "int4"), ("native", "fp8"), ("int8",))),
+    sliding=st.sampled_from((0, 0, 1, 16, 300)),
+    score=st.sampled_from(list(SCORES)),
+)
+def test_any_byte_budget_is_kept(
+    size: int, ratio: float, round_to: int, heads: int, tiers: tuple[str, ...], sliding: int,
+    score: str,
+) -> None:  # fmt: skip
+    allowed = size * heads * 2500
+    config = ArkvConfig(bytes=allowed, tiers=tiers, round_to=round_to, score=score)
+    try:
+        layer = plan(config, heads, 32, sliding=sliding, oq_ratio=ratio)
+    except ConfigError as error:
+        assert "does not hold the window and the sinks" in str(error)
+        bare = ArkvConfig(budget=36, score=score)
+        assert allowed < plan(bare, heads, 32).nbytes(), "refused although it fits"
+        return
+    counts = [t.slots for t in layer.tiers]
+    if sliding:
+        assert layer.slots <= sliding and layer.sinks == 0
+        whole = layer.window == sliding and not sum(counts)
+        assert layer.nbytes() <= allowed or whole, "a short window may be kept whole"
+    else:
+        assert layer.nbytes() <= allowed
+        assert all(n % round_to == 0 for n in counts)
+        one_more = replace(layer.tiers[-1], slots=counts[-1] + round_to)
+        bigger = replace(layer, tiers=(*layer.tiers[:-1], one_more))
+        assert bigger.nbytes() > allowed, "room wasted"
+
+
+@pytest.mark.parametrize("window", [1, 16, 100, 5000])
+@pytest.mark.parametrize(
+    "config",
+    [ArkvConfig(), ArkvConfig(budget=64), ArkvConfig(budget=4096), ArkvConfig(bytes=2**20),
+     ArkvConfig.paper(512)],
+)  # fmt: skip
+def test_a_sliding_layer_never_plans_more_than_its_window(window: int, config: ArkvConfig) -> None:
+    layer = plan(config, sliding=window)
+    assert layer.slots <= window and layer.sinks == 0 and layer.window >= 1
+    if config.budget is not None:
+        assert layer.slots == min(config.budget, window)
+
+
+@given(budget=st.integers(36, 3000), ratio=st.floats(0, 1))
+def test_the_papers_rule(budget: int, ratio: float) -> None:
+    """Originals = ratio * (budget - W), Quantized the rest, in tokens."""
+    layer = plan(ArkvConfig.paper(budget), oq_ratio=ratio)
+    originals, quantized = (t.slots for t in layer.tiers)
+    assert [t.format for t in layer.tiers] == ["native", "fp8"]
+    assert originals == round(ratio * (budget - 32))
+    assert layer.window + originals + quantized == layer.slots == budget
+
+
+def test_a_layers_ratio_is_a_share_of_bytes_under_a_byte_budget() -> None:
+    layers = [plan(ArkvConfig(), oq_ratio=ratio) for ratio in (0.0, 0.3, 1.0)]
+    assert layers[0].tiers[0].slots == 0
+    assert layers[2].tiers[1].slots <= 8
+    assert layers[0].slots > layers[1].slots > layers[2].slots, "cheaper slots buy more tokens"
+    assert plan(ArkvConfig(oq_ratio=0.3)) == layers[1]
+
+
+def test_plans_go_through_json() -> None:
+    layer = plan(ArkvConfig(score="paper", score_options=(("kernel", 3),)), sliding=512)
+    assert LayerPlan.parse(layer.to_json()) == layer
+    assert LayerPlan.parse(layer.to_json()).policy().kernel == 3  # type: ignore[attr-defined]
+
+
+def test_what_cannot_be_planned_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"layer 7: a budget of 5000 bytes .*36 native tokens"):
+        plan(ArkvConfig(bytes=5000), where="layer 7")
+    with pytest.raises(ConfigError, match=r"lower compression, raise bytes or context"):
+        plan(ArkvConfig(compression=4, context=64))
+    with pytest.raises(ConfigError, match=r"budget=20: must be at least window \+ sinks = 36"):
+        plan(ArkvConfig(budget=20))
+    with pytest.raises(UnsupportedFormatError, match=r"'int4', keys: .* 63 elements"):
+        plan(ArkvConfig(tiers=("int8", "int4")), dim=63)
+    for options in ({"tiers": ("int9",)}, {"score": "luck"}):
+        with pytest.raises(UnknownOptionError, match="unknown"):
+            plan(ArkvConfig(**options))  # type: ignore[arg-type]
+
+
+# While decoding
+
+
+def new_tokens(layer: Layer, length: int) -> list[Tensor]:
+    heads = layer.plan.heads
+    return [torch.randn(layer.batch, h, length, 16) for h in (2 * heads, heads, heads)]
+
+
+def step(layer: Layer, length: int = 1) -> None:
+    valid = torch.ones(layer.batch, length, dtype=torch.bool)
+    layer.step(*new_tokens(layer, length), None, Knobs(0.25), valid)
+
+
+def test_nothing_grows_and_nothing_moves_while_decoding() -> None:
+    layer = Layer(plan(ArkvConfig(budget=64), 2, 16, dtype=torch.float32), batch=2)
+    step(layer, 40)
+    held = [(t.data_ptr(), t.shape) for t in layer.state.tensors]
+    size = measured(layer.state)
+    for _ in range(300):
+        step(layer)
+    assert [(t.data_ptr(), t.shape) for t in layer.state.tensors] == held
+    assert measured(layer.state) == layer.plan.nbytes(2) == size
+    assert layer.state.view().count.tolist() == [340, 340]
+    for segment in layer.state.view().segments:
+        assert (segment.pos >= 0).all(), "all slots are in use"

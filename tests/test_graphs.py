@@ -1,0 +1,120 @@
+"""How many graphs are compiled, and what a decode step allocates: neither grows with the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache, PreTrainedModel
+
+from arkv_fx import ArkvCache, ArkvConfig, models, transform
+from arkv_fx.backend import ArkvBackend
+
+GRAPHS = 2  # one for prompts of every length, one for the decode step
+GRAPHS_OF_TORCH_COMPILE = 5  # there nobody tells Dynamo which extents will change
+PROMPTS, STEPS = (11, 64, 37), 200
+SMALL = ArkvConfig(budget=48, window=8, sinks=2)
+
+
+def prompt(length: int, batch: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(1, 128, (batch, length), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    model = models.random_model("llama")
+    transform(model, SMALL, compile="eager")
+    return model
+
+
+def test_generation_compiles_two_graphs(model: PreTrainedModel) -> None:
+    backend = model.arkv.backend
+    compiled = []
+    for length in PROMPTS:
+        out = model.generate(prompt(length), max_new_tokens=STEPS, do_sample=False)
+        assert out.shape[1] == length + STEPS
+        compiled.append(backend.graphs)
+    assert compiled == [GRAPHS] * 3
+    assert backend.calls == 3 * STEPS
+
+
+def test_steady_decoding_compiles_nothing(model: PreTrainedModel) -> None:
+    cache = ArkvCache(model)
+    new = model(prompt(20), past_key_values=cache).logits[:, -1:].argmax(-1)
+    sizes, before = set(), 0
+    for step in range(60):
+        if step == 1:
+            before = model.arkv.backend.graphs
+        new = model(new, past_key_values=cache).logits[:, -1:].argmax(-1)
+        sizes.add(cache.nbytes())
+    assert model.arkv.backend.graphs == before
+    assert len(sizes) == 1, "the cache grows"
+    # The report tells the same bytes; a cache has its handle besides.
+    assert sizes == {model.arkv.report().nbytes + 8}
+
+
+def test_a_graph_for_every_length_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: without the hint that lengths change, and without Dynamo's own guess."""
+    model = models.random_model("llama", num_hidden_layers=1)
+    transform(model, SMALL, compile="eager")
+    monkeypatch.setattr(type(model.arkv), "_mark_lengths", lambda *_: None)
+    with torch._dynamo.config.patch(assume_static_by_default=True, automatic_dynamic_shapes=False):
+        for length in (5, 6):
+            model.generate(prompt(length), max_new_tokens=2, do_sample=False)
+    assert model.arkv.backend.graphs > GRAPHS
+
+
+@torch.no_grad()
+def test_torch_compile_compiles_few_graphs() -> None:
+    model = models.random_model("llama", num_hidden_layers=1)
+    backend = ArkvBackend(SMALL, compile="eager")
+    call = torch.compile(model, backend=backend)
+    for length in PROMPTS:
+        cache = DynamicCache(config=model.config)
+        new = call(prompt(length), past_key_values=cache).logits[:, -1:].argmax(-1)
+        for _ in range(30):
+            new = call(new, past_key_values=cache).logits[:, -1:].argmax(-1)
+    assert backend.graphs <= GRAPHS_OF_TORCH_COMPILE
+    assert all(site.fused for sites in backend.sites for site in sites)
+
+
+def peak(call: Callable[[], Any]) -> int:
+    """Most bytes that were allocated at once during a call, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    held = most = 0
+    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@torch.no_grad()
+def decode_peaks(model: PreTrainedModel, cache: Any) -> list[int]:
+    """Peaks of a decode step after 60, 120 and 240 tokens."""
+    peaks = []
+    new = model(prompt(57), past_key_values=cache).logits[:, -1:].argmax(-1)
+    for step in range(58, 242):
+        if step in (61, 121, 241):
+            peaks.append(peak(lambda token=new: model(token, past_key_values=cache)))  # type: ignore[misc]
+        else:
+            new = model(new, past_key_values=cache).logits[:, -1:].argmax(-1)
+    return peaks
+
+
+def test_a_decode_step_allocates_the_same_however_long_the_text(model: PreTrainedModel) -> None:
+    peaks = decode_peaks(model, ArkvCache(model))
+    assert peaks[0] > 0 and max(peaks) - min(peaks) <= 64, peaks
+
+
+def test_a_growing_cache_is_noticed() -> None:
+    """Negative control: the full cache is copied in every step."""
+    full = models.random_model("llama")
+    peaks = decode_peaks(full, DynamicCache(config=full.config))
+    assert peaks[2] > 1.5 * peaks[0], peaks
