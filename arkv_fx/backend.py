@@ -51,7 +51,12 @@ class ArkvBackend:
 
     def __call__(self, graph: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
         self.graphs += 1
-        alone = {(s.source, s.layer) for g in self.sites for s in g if s.source and not s.fused}
+        alone = {
+            (s.source, s.layer)
+            for graph_sites in self.sites
+            for s in graph_sites
+            if s.source and s.reason and s.lasting
+        }
         context = Context(self.config, self.calibration, self.sliding, self.probe, frozenset(alone))
         work = pipeline.apply(graph, context)
         self.sites.append(context.sites)

@@ -44,11 +44,11 @@ class ArkvConfig:
     context: int = 4096
     budget: int | None = None
     bytes: int | None = None
-    tiers: tuple[str, ...] = ("int8", "int4")
+    tiers: tuple[str, ...] = ("k8v4", "k4v3")
     window: int = 32
     window_format: str = "native"
     sinks: int = 4
-    oq_ratio: float = 0.4
+    oq_ratio: float = 0.15
     score: str = "combined"
     score_options: tuple[tuple[str, float], ...] = ()
     calibration: str = "normalised"

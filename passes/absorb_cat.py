@@ -38,9 +38,10 @@ def _match(site: Site) -> None:
         return
     readers = [foreign_reader(x, [site.node], output=True) for x in (site.k, site.v)]
     readers += [
-        foreign_reader(past, [joined])
+        # One empty tensor may be the past of both.
+        foreign_reader(past, [site.k, site.v] if past_k is past_v else [joined])
         for past, joined in ((past_k, site.k), (past_v, site.v))
-        if past is not None and not fresh  # nothing in an empty past can be missed
+        if past is not None
     ]
     for reader in readers:
         if reader is not None:

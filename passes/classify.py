@@ -34,7 +34,10 @@ def _decide(site: Site, context: Context) -> None:
     q, k, v = shape(site.q), shape(site.new_k), shape(site.new_v)
     assert q is not None and k is not None and v is not None
     if site.source == "cat" and torch.is_grad_enabled() and _wants_grad(site):
-        site.refuse("gradients are wanted, and a cache is not differentiated: use torch.no_grad()")
+        site.refuse(
+            "gradients are wanted, and a cache is not differentiated: use torch.no_grad()",
+            lasting=False,
+        )
         return
     if len(k) != 4 or len(v) != 4:
         site.refuse(f"cached keys have shape {k}, not [batch, kv heads, tokens, head dim]")

@@ -39,7 +39,7 @@ def _site(node: Node, ordinal: int) -> Site:
         grouped=bool(call.get("enable_gqa", False)),
     )
     if isinstance(call.get("dropout_p", 0.0), Node) or call.get("dropout_p", 0.0):
-        site.refuse("attention dropout is on: call model.eval()")
+        site.refuse("attention dropout is on: call model.eval()", lasting=False)
     if isinstance(scale, Node):
         site.refuse("the scale is computed in the graph, not a constant")
     if len(shape(site.q) or ()) != 4:

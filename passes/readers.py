@@ -11,6 +11,10 @@ VIEWS = {
     "getitem", "unsqueeze", "expand", "reshape", "view", "contiguous", "repeat_interleave",
     "flatten", "slice", "clone", "to", "_to_copy", "type_as", "detach",
 }  # fmt: skip
+MIXES = {
+    "matmul", "linear", "bmm", "mm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "embedding",
+    "scaled_dot_product_attention", "",
+}  # fmt: skip
 SIZES = {"size", "dim", "numel", "getattr", "sym_size"}
 
 
@@ -33,13 +37,16 @@ def foreign_reader(tensor: Node, allowed: Iterable[Node], *, output: bool = Fals
 
 
 def behind(tensor: Node, name: str) -> bool:
-    """Whether ``tensor`` is computed from an operation called ``name`` by up to 64 others."""
+    """Whether ``tensor`` is an operation called ``name`` but for elementwise and shape operations.
+
+    What mixes tokens or features (a product, an attention, an embedding) starts something new.
+    """
     todo, seen = [tensor], {tensor}
-    while todo and len(seen) < 64:
+    while todo:
         for source in todo.pop().all_input_nodes:
             if op_name(source) == name:
                 return True
-            if source not in seen:
+            if source not in seen and op_name(source) not in MIXES:
                 seen.add(source)
                 todo.append(source)
     return False

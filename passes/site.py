@@ -31,6 +31,7 @@ class Site:
     grouped: bool = False
     source: str = ""
     reason: str = ""
+    lasting: bool = True
     new_k: Node | None = None
     new_v: Node | None = None
     layer: int | None = None
@@ -48,9 +49,13 @@ class Site:
         """Whether the site is rewritten."""
         return self.plan is not None and not self.reason
 
-    def refuse(self, reason: str) -> None:
-        """Leave the site alone, for the first reason found."""
-        self.reason = self.reason or reason
+    def refuse(self, reason: str, *, lasting: bool = True) -> None:
+        """Leave the site alone, for the first reason found.
+
+        ``lasting`` refusals hold for the sequence: later graphs must not fuse the site either.
+        """
+        if not self.reason:
+            self.reason, self.lasting = reason, lasting
 
     def row(self) -> dict[str, Any]:
         """The site as a report row."""

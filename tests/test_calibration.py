@@ -118,7 +118,7 @@ def test_calibrate_save_load_and_use(tmp_path: Path) -> None:
     arkv_fx.transform(model, CONFIG, again, compile="eager")
     tiers = [row["tiers"] for row in model.arkv.report().rows]
     for row, layer in zip(tiers, found.layers, strict=True):
-        assert row["int8"] == round(layer.oq_ratio * (64 - 12))
+        assert row[CONFIG.tiers[0]] == round(layer.oq_ratio * (64 - 12))
 
     plot(found, tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")

@@ -120,7 +120,7 @@ def _attend_all(
     for segment, share in zip(held.segments, shares[:-1], strict=True):
         out = out + value_sum(share, segment.format.value, segment.v, plan.v_dim)
     pos = torch.cat([s.pos for s in held.segments] + [new.pos], -1)
-    return out, _observation(probs, new.valid, query_pos, pos, plan)
+    return out, _observation(probs, new.valid, query_pos, pos, plan, length)
 
 
 def _prefill(
@@ -136,7 +136,7 @@ def _prefill(
     native = get_format("native")
     logits = cap(key_logits(watched, native.key, [new.k], plan.k_dim) * knobs.scale, knobs)
     probs = softmax(_hide_new(logits, part, plan, watched_pos), knobs.sink_logits)
-    seen = _observation(probs, rows, watched_pos, new.pos, plan)
+    seen = _observation(probs, rows, watched_pos, new.pos, plan, query_pos.shape[1])
     if knobs.softcap or knobs.sink_logits is not None or (plan.sliding and mask is None):
         full = cap(key_logits(grouped, native.key, [new.k], plan.k_dim) * knobs.scale, knobs)
         full = softmax(_hide_new(full, mask, plan, query_pos), knobs.sink_logits)
@@ -177,10 +177,14 @@ def _hide_new(logits: Tensor, mask: Tensor | None, plan: LayerPlan, query_pos: T
 
 
 def _observation(
-    probs: Tensor, rows: Tensor, query_pos: Tensor, pos: Tensor, plan: LayerPlan
+    probs: Tensor,
+    rows: Tensor,
+    query_pos: Tensor,
+    pos: Tensor,
+    plan: LayerPlan,
+    length: int,
 ) -> Observation:
-    """What the last W of these queries saw."""
-    length = probs.shape[-2]
+    """What the last W of these queries saw, in a call of ``length`` new tokens."""
     newest = query_pos[:, -1, None, None]
     # An old slot was last observed `length` queries ago; a new one has only lived its age + 1.
     steps = (newest - pos + 1).clamp(min=1, max=length)

@@ -215,8 +215,8 @@ def _decode(segment: Segment, k_dim: int, v_dim: int) -> Arrivals:
 def _join(a: Arrivals, b: Arrivals) -> Arrivals:
     """Both groups of tokens, a's first."""
     return Arrivals(
-        torch.cat([a.k, b.k.to(a.k.dtype)], 2),
-        torch.cat([a.v, b.v.to(a.v.dtype)], 2),
+        torch.cat([a.k.float(), b.k.float()], 2),  # a bf16 ring must not round the new tokens
+        torch.cat([a.v.float(), b.v.float()], 2),
         torch.cat([a.pos, b.pos], -1),
         torch.cat([a.valid, b.valid], -1),
         {n: torch.cat([a.stats[n], b.stats[n].to(a.stats[n].dtype)], -1) for n in a.stats},

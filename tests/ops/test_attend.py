@@ -40,13 +40,14 @@ class Case:
     softcap: float = 0.0
     sink_logits: bool = False
     score: str = "combined"
+    window_format: str = "native"
     fresh: bool = True
     seed: int = 0
 
     def plan(self) -> LayerPlan:
         return LayerPlan(
             self.heads, self.k_dim, self.v_dim, self.dtype, self.window, self.sinks, self.sliding,
-            tuple(Tier(*t) for t in self.tiers), self.score,
+            tuple(Tier(*t) for t in self.tiers), self.score, (), self.window_format,
         )  # fmt: skip
 
 
@@ -142,12 +143,13 @@ def cases(draw: st.DrawFn, tiers: str = "native") -> Case:
         softcap=draw(st.sampled_from((0.0, 0.0, 2.0))),
         sink_logits=draw(st.booleans()),
         score=draw(st.sampled_from(("combined", "mass", "novelty", "paper"))),
+        window_format="native" if tiers == "native" else draw(st.sampled_from(("native", "bf16"))),
         fresh=draw(st.booleans()),
         seed=draw(st.integers(0, 999)),
     )
 
 
-@settings(max_examples=150)
+@settings(max_examples=120)
 @given(case=cases())
 @example(Case((9, 1, 1, 1, 1, 1, 1, 1), pad=(0, 3, 8)))
 @example(Case((5, 4, 1, 7, 1), pad=(0, 12), mask="additive"))  # padding over several chunks
@@ -157,7 +159,7 @@ def test_nothing_evicted_equals_full_attention(case: Case) -> None:
     check(case)
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(case=cases("quantized"))
 def test_quantized_tiers_equal_attention_over_what_they_hold(case: Case) -> None:
     check(case, over="slots")

@@ -305,6 +305,22 @@ def test_a_cache_with_two_readers_is_left_alone(function: Function) -> None:
     assert all("is also read by" in s.reason for sites in backend.sites for s in sites)
 
 
+def test_attention_behind_a_cached_one_has_its_own_reason() -> None:
+    """Cross-attention: its keys come from elsewhere, though its queries have seen a cache."""
+    encoded = torch.randn(1, HEADS, 4, DIM)
+
+    def function(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
+        x = cached(lift)(q, k, v, handle, total)
+        y = x @ torch.ones(DIM, DIM)
+        x = F.scaled_dot_product_attention(y, lift(encoded), lift(encoded))
+        return F.scaled_dot_product_attention(x, y, y)
+
+    backend = check_output(function)
+    for first, cross, uncached in backend.sites:
+        assert first.fused
+        assert cross.reason.startswith("no cache") and uncached.reason.startswith("no cache")
+
+
 def test_a_size_is_no_reader() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
         keys, values = torch.ops.arkv.kv_update(k, v, handle, 0, total)
@@ -546,6 +562,21 @@ def test_a_past_that_is_forgotten_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # classify: what a plan is made of
+
+
+def test_a_call_with_gradients_does_not_switch_compression_off() -> None:
+    """Scoring or a training step comes first, generation after it."""
+    torch._dynamo.reset()
+    backend = ArkvBackend(ROOMY, compile="eager")
+    compiled = torch.compile(concatenating, backend=backend)
+    past = [torch.zeros(1, HEADS, 0, DIM) for _ in range(2)]
+    q, k, v = tensors(6)
+    with torch.enable_grad():
+        compiled(q.requires_grad_(), k, v, *past)[0].sum().backward()
+    assert q.grad is not None and "gradients" in backend.sites[0][0].reason
+    with torch.no_grad():
+        compiled(*tensors(6), *past)
+    assert backend.sites[-1][0].fused
 
 
 def test_windows_and_ratios_reach_the_plan() -> None:

@@ -39,7 +39,8 @@ def measured(state: LayerState) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_planned_bytes_are_the_tensors_bytes(name: str, score: str, dtype: torch.dtype) -> None:
     for tiers in ((Tier(name, 5),), (Tier("native", 3), Tier(name, 0)), (Tier(name, 2),) * 2):
-        layer = LayerPlan(2, 16, 32, dtype, 4, 1, 0, tiers, score)
+        window = "bf16" if len(tiers) == 1 else "native"
+        layer = LayerPlan(2, 16, 32, dtype, 4, 1, 0, tiers, score, window_format=window)
         for batch in (1, 3):
             state = LayerState(layer, batch, CPU)
             assert layer.nbytes(batch) == measured(state) == state.nbytes()

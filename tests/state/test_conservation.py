@@ -98,8 +98,13 @@ def _check_token(layer: Layer, b: int, h: int, pos: int, token: Held, old: Held 
     for codec, codes, history in parts:
         original = history[b, h, pos].float()
         stored = codec.from_stored(codec.decode(codes, original.shape[-1], torch.float32))
-        if fmt.name == "native":
-            assert torch.equal(stored, original), f"{pos} is not exact in level {token.level}"
+        # In the ring, a float32 model's tokens may be held in bfloat16, and leave it so.
+        rounded = original.bfloat16().float() if plan.window_format == "bf16" else original
+        if fmt.name == "native" and token.level != RING:
+            exact = torch.equal(stored, original) or torch.equal(stored, rounded)
+            assert exact, f"{pos} is not exact in level {token.level}"
+        elif fmt.name in ("native", "bf16"):
+            assert torch.equal(stored, rounded), f"{pos} is not exact in the ring"
         else:  # its own numbers, not a neighbour's
             assert (stored - original).norm() < 0.4 * original.norm(), f"{pos} is another token"
 
@@ -136,6 +141,7 @@ def histories(draw: st.DrawFn, score: str) -> tuple[LayerPlan, list[Tensor], int
         window=draw(st.integers(1, 4)), sinks=0 if sliding else draw(st.integers(0, 2)),
         sliding=sliding,
         tiers=tuple(Tier(name, draw(st.integers(0, 5))) for name in tiers), score=score,
+        window_format=draw(st.sampled_from(("native", "native", "bf16"))),
     )  # fmt: skip
     batch = draw(st.integers(1, 2))
     lengths = draw(st.lists(st.sampled_from((1, 1, 1, 2, 5, 9)), min_size=1, max_size=9))
@@ -161,7 +167,7 @@ def run(history: tuple[LayerPlan, list[Tensor], int]) -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 def test_tokens_are_conserved(score: str) -> None:
-    @settings(max_examples=60)
+    @settings(max_examples=50)
     @given(history=histories(score))
     def conserved(history: tuple[LayerPlan, list[Tensor], int]) -> None:
         run(history)
@@ -220,7 +226,7 @@ def compare_forms(history: tuple[LayerPlan, list[Tensor], int]) -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 def test_one_token_is_a_chunk_of_one(score: str) -> None:
-    @settings(max_examples=40)
+    @settings(max_examples=25)
     @given(history=histories(score))
     def same(history: tuple[LayerPlan, list[Tensor], int]) -> None:
         compare_forms(history)

@@ -1,4 +1,4 @@
-"""Attention decides precision; attention or novelty, whichever speaks louder, decides eviction."""
+"""Attention decides precision; novelty decides eviction, except for what attention insists on."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from arkv_fx.ops.scores.novelty import NoveltyScore
 
 
 class CombinedScore(Score):
-    """``mass`` for demotion; for eviction the larger of the two z-scores of log mass and novelty.
+    """``mass`` for demotion; for eviction max(z(novelty), z(log mass) - ``margin``).
 
-    Attention alone evicts needles (the last queries never looked at them), novelty alone loses
-    prose: a token stays if either finds it unusual among the slots of its head. The z-score is
-    taken over the slots held now, so it needs no history and can be kept up while decoding.
-    ``novelty`` scales the second one.
+    Attention alone evicts needles, for the last queries never looked at them; novelty alone loses
+    prose. So the least novel go first, but for those whose attention stands out by more than
+    ``margin`` standard deviations. The z-scores are taken over the slots held now: they need no
+    history and can be kept up while decoding.
     """
 
     name = "combined"
 
     def __init__(
-        self, decay: float = 0.99, value_norm: float = 0, age: float = 1, novelty: float = 1
+        self, decay: float = 0.99, value_norm: float = 0, age: float = 1, margin: float = 1.5
     ) -> None:
         self.mass = MassScore(decay, value_norm, age)
         self.novelty = NoveltyScore()
-        self.weight = float(novelty)
+        self.margin = float(margin)
         self.slot_fields = self.mass.slot_fields + self.novelty.slot_fields
         self.layer_fields = self.novelty.layer_fields  # type: ignore[method-assign]
 
@@ -45,4 +45,4 @@ class CombinedScore(Score):
     def eviction(self, stats: Stats, age: Tensor, valid: Tensor) -> Tensor:
         attention = zscore(torch.log(self.precision(stats, age, valid) + 1e-9), valid)
         unusual = zscore(self.novelty.precision(stats, age, valid), valid)
-        return torch.maximum(attention, self.weight * unusual)
+        return torch.maximum(unusual, attention - self.margin)
