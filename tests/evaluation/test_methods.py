@@ -44,7 +44,7 @@ def test_other_methods_have_their_own_size() -> None:
 
 def test_overrides_follow_the_name() -> None:
     config = make_config("default:tiers=int8+int4,oq_ratio=0.2,score.decay=0.9", SETTING)
-    assert config.tiers == ArkvConfig().tiers
+    assert config.tiers == ("int8", "int4")
     assert config.oq_ratio == 0.2
     assert dict(config.score_options)["decay"] == 0.9
     assert config.bytes == SETTING.layer_bytes
