@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,17 @@ class ArkvCache(Cache):
         self.seen = 0
         self.sliding = list(transformed.sliding_layers)
         self.first_layer = transformed.first_layer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ArkvCache:
+        """A cache of its own that goes on from the same tokens: prefix reuse."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.session = copy.deepcopy(self.session, memo)
+        twin.handle = twin.session.handle
+        return twin
+
+    def __reduce__(self) -> NoReturn:
+        raise CacheError("an ArkvCache is not pickled: copy.deepcopy makes a second one")
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,12 @@ class Transformed:
             if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         ]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise TransformError(
+            "a transformed model cannot be copied: its compiled forward is bound to this model; "
+            "call arkv_fx.restore(model), copy, and transform both"
+        )
+
     def report(self) -> Report:
         """Every attention site seen so far: fused or not and why, slots and bytes.
 
@@ -92,6 +98,12 @@ class Transformed:
             )
         kwargs["attention_mask"] = _needed_mask(kwargs.get("attention_mask"))
         self._mark_lengths(kwargs)
+        if cache.session.tokens != cache.seen:
+            raise CacheError(
+                f"the cache counts {cache.seen} tokens and its states {cache.session.tokens}: a "
+                "step was interrupted, or the cache was copied with copy.copy; start a new one "
+                "(copy.deepcopy makes an independent copy)"
+            )
         cache.session.active = True
         calls = self.backend.calls
         try:
@@ -106,6 +118,7 @@ class Transformed:
                 "recompile limit on the same code; call torch._dynamo.reset() and raise "
                 "torch._dynamo.config.recompile_limit"
             )
+        cache.session.tokens = cache.seen
         return out
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -201,13 +214,21 @@ def _transform(
         raise TransformError("the model is transformed already: call arkv_fx.restore(model) first")
     if not isinstance(model, nn.Module):
         raise TransformError(f"transform takes an nn.Module, not a {type(model).__name__}")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TransformError(
+            f"{type(model).__name__} is an encoder-decoder: its cross-attention shares the cache "
+            "with its self-attention, which is not supported yet; the model is left as it was"
+        )
     if calibration is not None:
         calibration.check(fingerprint(model))
     state = Transformed(model, config or ArkvConfig(), calibration, compile, probe)
 
+    # An outer torch.compile stops here: what is inside is compiled already.
+    run: Callable[..., Any] = torch._dynamo.disable(state.run)
+
     @functools.wraps(state.original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return state.run(*args, **kwargs)
+        return run(*args, **kwargs)
 
     model.arkv = state  # type: ignore[assignment]
     model.forward = forward

@@ -36,8 +36,8 @@ def foreign_reader(tensor: Node, allowed: Iterable[Node], *, output: bool = Fals
     return None
 
 
-def behind(tensor: Node, name: str) -> bool:
-    """Whether ``tensor`` is an operation called ``name`` but for elementwise and shape operations.
+def behind(tensor: Node, name: str) -> Node | None:
+    """The operation called ``name`` that ``tensor`` is, but for elementwise and shape operations.
 
     What mixes tokens or features (a product, an attention, an embedding) starts something new.
     """
@@ -45,8 +45,8 @@ def behind(tensor: Node, name: str) -> bool:
     while todo:
         for source in todo.pop().all_input_nodes:
             if op_name(source) == name:
-                return True
+                return source
             if source not in seen and op_name(source) not in MIXES:
                 seen.add(source)
                 todo.append(source)
-    return False
+    return None

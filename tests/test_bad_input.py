@@ -11,7 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
-from transformers import DynamicCache, PreTrainedModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    PreTrainedModel,
+)
 
 import arkv_fx
 from arkv_fx import ArkvCache, ArkvConfig, Calibration, models, preset, restore, transform
@@ -298,6 +303,15 @@ def test_a_freed_cache_is_said_to_be_freed(model: PreTrainedModel) -> None:
         find_session(handle)
 
 
+def test_a_shallow_copy_and_its_original_cannot_both_go_on(model: PreTrainedModel) -> None:
+    cache = ArkvCache(model)
+    model(IDS, past_key_values=cache)
+    twin = copy.copy(cache)
+    model(IDS[:, :1], past_key_values=cache)
+    with pytest.raises(CacheError, match=r"copied|interrupted"):
+        model(IDS[:, :1], past_key_values=twin)
+
+
 def test_beam_search_equals_the_full_cache(model: PreTrainedModel) -> None:
     options = {"num_beams": 2, "max_new_tokens": 12, "do_sample": False, "output_scores": True,
                "return_dict_in_generate": True, "num_return_sequences": 2}  # fmt: skip
@@ -361,6 +375,40 @@ def test_transform_and_restore_are_strict() -> None:
     assert restore(model) is model
     with pytest.raises(TransformError, match="nothing to restore"):
         restore(model)
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    """Its two attentions per layer would share one cache."""
+    config = BartConfig(
+        vocab_size=128, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=0,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config).eval()
+    with pytest.raises(TransformError, match=r"encoder"):
+        transform(model, ROOMY, compile="eager")
+    assert not hasattr(model, "arkv")
+
+
+def test_a_copy_of_a_transformed_model_is_refused(model: PreTrainedModel) -> None:
+    """It would go on computing with the original's weights."""
+    with pytest.raises(TransformError, match=r"restore"):
+        copy.deepcopy(model)
+
+
+def test_torch_compile_around_a_transformed_model_is_harmless(model: PreTrainedModel) -> None:
+    out = torch.compile(model, backend="eager")(IDS)
+    torch.testing.assert_close(out.logits, model(IDS).logits)
+    assert type(out.past_key_values) is ArkvCache
+
+
+def test_a_model_with_attention_of_its_own_is_right_and_says_so() -> None:
+    """Nothing is compressed: the report must not be silent about it."""
+    model = transformed(num_hidden_layers=1, attn_implementation="eager")
+    expected = small().generate(IDS, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), expected)
+    report = model.arkv.report()
+    assert report.fused == 0 and len(report.rows) == 1
+    assert "scaled_dot_product_attention" in report.rows[0]["reason"]
 
 
 def test_restore_gives_back_the_same_bytes() -> None:

@@ -27,7 +27,7 @@ def prompt(length: int, batch: int = 1) -> Tensor:
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    model = models.random_model("llama")
+    model = models.random_model("llama", num_hidden_layers=1)
     transform(model, SMALL, compile="eager")
     return model
 
@@ -115,6 +115,6 @@ def test_a_decode_step_allocates_the_same_however_long_the_text(model: PreTraine
 
 def test_a_growing_cache_is_noticed() -> None:
     """Negative control: the full cache is copied in every step."""
-    full = models.random_model("llama")
+    full = models.random_model("llama", num_hidden_layers=1)
     peaks = decode_peaks(full, DynamicCache(config=full.config))
     assert peaks[2] > 1.5 * peaks[0], peaks

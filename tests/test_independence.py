@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +111,7 @@ def evicting() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def roomy() -> PreTrainedModel:
-    model = models.random_model("llama")
+    model = models.random_model("llama", num_hidden_layers=1)
     transform(model, ROOMY, compile="eager")
     return model
 
@@ -185,12 +186,28 @@ def test_a_used_cache_can_be_reset(evicting: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
+def test_a_copied_cache_is_a_sequence_of_its_own(evicting: PreTrainedModel) -> None:
+    """A prefix read once, continued twice."""
+    text = ids(40, seed=4)
+    expected = run_steps(evicting, text, ArkvCache(evicting))
+    prefix = ArkvCache(evicting)
+    evicting(text[:, :10], past_key_values=prefix)
+    copied = copy.deepcopy(prefix)
+    run = [evicting(ids(1, seed=t), past_key_values=prefix).logits for t in range(20)]
+    assert all(x.isfinite().all() for x in run)
+    for t in range(10, 40):
+        found = evicting(text[:, t : t + 1], past_key_values=copied).logits[:, -1]
+        assert torch.equal(found, expected[t - 9])
+    assert copied.get_seq_length() == 40 and prefix.get_seq_length() == 30
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("chunks", [(10, 7, 23), (1, 39), (38, 2)])
 def test_a_prompt_in_chunks_is_the_whole_prompt(
     roomy: PreTrainedModel, chunks: tuple[int, ...]
 ) -> None:
     text = ids(40)
-    whole = models.random_model("llama")(text).logits
+    whole = models.random_model("llama", num_hidden_layers=1)(text).logits
     cache, out = ArkvCache(roomy), []
     for part in text.split(list(chunks), 1):
         out.append(roomy(part, past_key_values=cache).logits)
@@ -200,7 +217,7 @@ def test_a_prompt_in_chunks_is_the_whole_prompt(
 @torch.no_grad()
 def test_a_second_turn_continues_the_first(roomy: PreTrainedModel) -> None:
     """By `generate()`, which sends only what the cache has not seen."""
-    plain = models.random_model("llama")
+    plain = models.random_model("llama", num_hidden_layers=1)
     answers = []
     for model, cache in ((roomy, ArkvCache(roomy)), (plain, DynamicCache(config=plain.config))):
         text = ids(20)

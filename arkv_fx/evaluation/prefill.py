@@ -107,7 +107,7 @@ class Contest:
         finally:
             fed, self._fed = self._fed, {}
         for cache in fed.values():
-            cache.seen = first.seen
+            cache.seen = cache.session.tokens = first.seen
             # Attention that is not rewritten keeps everything, whatever the method.
             for index, plain in first.session.plain.items():
                 copy = cache.session.plain[index] = PlainLayer()

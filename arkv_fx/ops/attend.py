@@ -85,6 +85,9 @@ def _valid(mask: Tensor | None, batch: int, length: int, device: torch.device) -
     """[B, T] bool: a real token attends to itself, whatever the mask's form."""
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
+    # A restride makes Inductor write the mask out before its diagonal is read: inlined, the lookups
+    # of transformers' padding masks do not compile there (index checks before their index).
+    mask = mask.as_strided(mask.size(), mask.stride(), mask.storage_offset())
     own = allowed(mask[..., -length:]).diagonal(dim1=-2, dim2=-1).any(1)
     return own.expand(batch, length)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -92,6 +94,7 @@ class Session:
         self.layers: dict[int, LayerState] = {}
         self.plain: dict[int, PlainLayer] = {}
         self.active = False
+        self.tokens = 0  # what the states have seen, kept by whoever runs the model
         _sessions[number] = self
 
     def layer(self, index: int, plan: LayerPlan, batch: int, device: torch.device) -> LayerState:
@@ -129,8 +132,21 @@ class Session:
         """The states of all layers, compressed and plain."""
         return [*self.layers.values(), *self.plain.values()]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        """A sequence of its own that goes on from here (prefix reuse): copied tensors, new handle."""
+        twin = Session(self.owner)
+        twin.tokens = self.tokens
+        for index, state in self.layers.items():
+            twin.layers[index] = copy.copy(state)
+            twin.layers[index].tensors = [t.clone() for t in state.tensors]
+        for index, plain in self.plain.items():
+            twin.plain[index] = copy.copy(plain)
+            twin.plain[index].tensors = [t.clone() for t in plain.tensors]
+        return twin
+
     def reset(self) -> None:
         """Forget everything."""
+        self.tokens = 0
         self.layers.clear()
         self.plain.clear()
 
