@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -303,13 +304,31 @@ def test_a_freed_cache_is_said_to_be_freed(model: PreTrainedModel) -> None:
         find_session(handle)
 
 
-def test_a_shallow_copy_and_its_original_cannot_both_go_on(model: PreTrainedModel) -> None:
+def test_a_cache_is_copied_deeply_or_not_at_all(model: PreTrainedModel) -> None:
+    """A shallow copy would share its tensors but not its length."""
+    cache = ArkvCache(model)
+    for shallow in (copy.copy, pickle.dumps):
+        with pytest.raises(CacheError, match=r"copy\.deepcopy"):
+            shallow(cache)
+
+
+def test_an_interrupted_step_spoils_the_cache(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some layers have the new token then, and some do not."""
     cache = ArkvCache(model)
     model(IDS, past_key_values=cache)
-    twin = copy.copy(cache)
-    model(IDS[:, :1], past_key_values=cache)
-    with pytest.raises(CacheError, match=r"copied|interrupted"):
-        model(IDS[:, :1], past_key_values=twin)
+    check = LayerState.check
+
+    def interrupt(self: LayerState, layer: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LayerState, "check", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS[:, :1], past_key_values=cache)
+    monkeypatch.setattr(LayerState, "check", check)
+    with pytest.raises(CacheError, match=r"interrupted|start a new"):
+        model(IDS[:, :1], past_key_values=cache)
 
 
 def test_beam_search_equals_the_full_cache(model: PreTrainedModel) -> None:
@@ -347,10 +366,13 @@ def test_inference_mode_and_no_grad_mix(model: PreTrainedModel) -> None:
     cache = ArkvCache(model)
     with torch.inference_mode():
         model(IDS, past_key_values=cache)
-    second = model(IDS[:, :1], past_key_values=cache).logits
+        copied = copy.deepcopy(cache)
+        cache.batch_select_indices(torch.tensor([0]))
     again = ArkvCache(model)
     model(IDS, past_key_values=again)
-    torch.testing.assert_close(second, model(IDS[:, :1], past_key_values=again).logits)
+    expected = model(IDS[:, :1], past_key_values=again).logits
+    for other in (cache, copied):
+        torch.testing.assert_close(model(IDS[:, :1], past_key_values=other).logits, expected)
 
 
 def test_a_model_that_runs_without_its_graphs_is_noticed() -> None:

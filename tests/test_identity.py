@@ -19,7 +19,6 @@ PROMPT, STEPS = 40, 40
 ROOMY = ArkvConfig(budget=128, tiers=("native",))
 TOLERANCE = 1e-4
 ARCHITECTURES = ("llama", "qwen3", "gemma3", "gpt2", "qwen3_moe")
-LOWERINGS = ("eager", pytest.param("inductor", marks=pytest.mark.slow))
 
 
 @pytest.fixture(autouse=True)
@@ -111,22 +110,8 @@ def transformed(arch: str, lowering: str) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("lowering", LOWERINGS)
-def test_a_transformed_model_answers_as_before(arch: str, lowering: str) -> None:
-    model = transformed(arch, lowering)
-    for batch, (ids, mask) in prompts().items():
-        compare(generate(model, ids, mask), reference(arch, batch))
-        cache = ArkvCache(model)
-        compare(generate(model, ids, mask, past_key_values=cache), reference(arch, batch))
-        assert cache.get_seq_length() == PROMPT + STEPS - 1
-        assert not cache.session.plain, "a layer kept everything in full precision"
-    assert model.arkv.report().fused == 2, "the small cache was not used at all"
-
-
-def cases() -> list[Any]:
-    """All (architecture, batch, lowering); those that add the most are not slow."""
-    quick = {("llama", "single"), ("llama", "padded"), ("gemma3", "padded"), ("gpt2", "padded")}
+def cases(*quick: tuple[str, str]) -> list[Any]:
+    """All (architecture, batch, lowering); with graphs run as they are, some are not slow."""
     return [
         pytest.param(
             arch, batch, lowering,
@@ -138,7 +123,27 @@ def cases() -> list[Any]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("arch", "batch", "lowering"), cases())
+ALL_PADDED = [(arch, "padded") for arch in ARCHITECTURES]
+
+
+@pytest.mark.parametrize(
+    ("arch", "batch", "lowering"), cases(*ALL_PADDED, ("llama", "single"), ("gemma3", "single"))
+)
+def test_a_transformed_model_answers_as_before(arch: str, batch: str, lowering: str) -> None:
+    model = transformed(arch, lowering)
+    ids, mask = prompts()[batch]
+    compare(generate(model, ids, mask), reference(arch, batch))
+    cache = ArkvCache(model)
+    compare(generate(model, ids, mask, past_key_values=cache), reference(arch, batch))
+    assert cache.get_seq_length() == PROMPT + STEPS - 1
+    assert not cache.session.plain, "a layer kept everything in full precision"
+    assert model.arkv.report().fused == 2, "the small cache was not used at all"
+
+
+@pytest.mark.parametrize(
+    ("arch", "batch", "lowering"),
+    cases(("llama", "single"), ("llama", "padded"), ("gemma3", "padded"), ("gpt2", "padded")),
+)
 def test_torch_compile_of_an_unmodified_model_answers_as_before(
     arch: str, batch: str, lowering: str
 ) -> None:
@@ -179,3 +184,24 @@ def test_a_lost_token_or_a_wrong_value_is_noticed() -> None:
     for damage in (drop, scale):
         with pytest.raises(AssertionError, match="logits differ"):
             compare(loop(model, ids, mask, ArkvCache(model), damage), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering", ["regional", "inductor"])
+@pytest.mark.parametrize("batch", ["single", "padded"])
+def test_lowerings_agree_while_evicting(lowering: str, batch: str) -> None:
+    """Generated code quantizes, ranks and evicts as the reference does, token by token."""
+    config = ArkvConfig(budget=28, window=4, sinks=2)
+    ids, mask = prompts()[batch]
+    answers, held = [], []
+    for compile in ("eager", lowering):
+        model = models.random_model("llama", num_hidden_layers=1, tie_word_embeddings=False)
+        transform(model, config, compile=compile)
+        cache = ArkvCache(model)
+        answers.append(loop(model, ids, mask, cache))
+        held.append([s.pos.sort(-1).values for s in cache.session.layers[0].view().segments])
+    compare(answers[1], answers[0])
+    assert all(torch.equal(a, b) for a, b in zip(*held, strict=True)), "other tokens are held"
+    full = models.random_model("llama", num_hidden_layers=1, tie_word_embeddings=False)
+    with pytest.raises(AssertionError):  # else nothing was evicted
+        compare(answers[0], loop(full, ids, mask, DynamicCache(config=full.config)))

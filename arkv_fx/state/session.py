@@ -54,7 +54,8 @@ class LayerState:
 
     def select(self, rows: Tensor) -> None:
         """Keep the sequences ``rows`` (beam search, batch expansion)."""
-        self.tensors = [t.index_select(0, rows.to(t.device)).clone() for t in self.tensors]
+        with torch.inference_mode(False):
+            self.tensors = [t.index_select(0, rows.to(t.device)) for t in self.tensors]
         self.batch = len(rows)
 
 
@@ -133,15 +134,16 @@ class Session:
         return [*self.layers.values(), *self.plain.values()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
-        """A sequence of its own that goes on from here (prefix reuse): copied tensors, new handle."""
+        """A sequence of its own that goes on from here (prefix reuse): own tensors and handle."""
         twin = Session(self.owner)
         twin.tokens = self.tokens
-        for index, state in self.layers.items():
-            twin.layers[index] = copy.copy(state)
-            twin.layers[index].tensors = [t.clone() for t in state.tensors]
-        for index, plain in self.plain.items():
-            twin.plain[index] = copy.copy(plain)
-            twin.plain[index].tensors = [t.clone() for t in plain.tensors]
+        with torch.inference_mode(False):
+            for index, state in self.layers.items():
+                twin.layers[index] = copy.copy(state)
+                twin.layers[index].tensors = [t.clone() for t in state.tensors]
+            for index, plain in self.plain.items():
+                twin.plain[index] = copy.copy(plain)
+                twin.plain[index].tensors = [t.clone() for t in plain.tensors]
         return twin
 
     def reset(self) -> None:

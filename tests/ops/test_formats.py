@@ -172,7 +172,9 @@ def test_a_format_says_which_half_does_not_fit() -> None:
 
 
 def test_an_unknown_format_lists_the_known() -> None:
-    with pytest.raises(UnknownOptionError, match=r"'int5'.*native, fp8, int8, k8v4, int4, k4v3"):
+    with pytest.raises(
+        UnknownOptionError, match=r"'int5'.*native, bf16, fp8, int8, k8v4, int4, k4v3"
+    ):
         get_format("int5")
 
 
