@@ -19,7 +19,7 @@ from arkv_fx.passes.context import Context, Probe
 from arkv_fx.passes.nodes import example
 from arkv_fx.passes.site import Site
 from arkv_fx.state.anchors import Anchors
-from arkv_fx.state.session import LayerState, find_session
+from arkv_fx.state.session import LayerState, Session, find_session
 
 Compiled = Callable[..., Any]
 LOWERINGS = ("inductor", "regional", "eager")
@@ -133,11 +133,13 @@ class _Runner:
     def __call__(self, *inputs: Any) -> Any:
         extra: list[Tensor] = []
         states: list[LayerState] = []
+        sessions: list[Session] = []
         anchors = Anchors()
         for site, layer, device in zip(self.sites, self.layers, self.device, strict=True):
             assert site.plan is not None
             if site.source == "marker":
                 session = find_session(self._input(site.handle, inputs))
+                sessions.append(session)
                 state = session.layer(layer, site.plan, site.batch, device)
                 extra += state.tensors
             else:
@@ -149,6 +151,8 @@ class _Runner:
                 extra += [*state.tensors, anchor]
             states.append(state)
         anchors.refuse_strangers(inputs)
+        for session in sessions:  # in doubt until the whole step is done
+            session.tokens = -1
         out = self.compiled(*inputs, *extra)
         for state, layer in zip(states, self.layers, strict=True):
             state.check(layer)

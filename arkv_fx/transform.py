@@ -99,9 +99,11 @@ class Transformed:
         kwargs["attention_mask"] = _needed_mask(kwargs.get("attention_mask"))
         self._mark_lengths(kwargs)
         if cache.session.tokens != cache.seen:
+            for layer, state in cache.session.layers.items():
+                state.check(layer)  # NaN says more than the step that it stopped
             raise CacheError(
-                f"the cache counts {cache.seen} tokens and its states {cache.session.tokens}: a "
-                "step was interrupted, or the cache was copied with copy.copy; start a new one "
+                f"the cache counts {cache.seen} tokens and its states do not: a step was "
+                "interrupted or failed, or the cache was copied with copy.copy; start a new one "
                 "(copy.deepcopy makes an independent copy)"
             )
         cache.session.active = True

@@ -196,7 +196,7 @@ def test_a_model_that_makes_nan_is_stopped(model: PreTrainedModel) -> None:
             model(torch.tensor([[100]]), past_key_values=cache)
     finally:
         weight[100] = row
-    with pytest.raises(NonFiniteError, match="This cache is spoilt"):
+    with pytest.raises(ArkvError, match="start a new one"):
         model(IDS[:, :1], past_key_values=cache)
     model(IDS, past_key_values=ArkvCache(model))
 
