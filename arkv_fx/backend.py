@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -97,10 +98,7 @@ def _example_state(context: Context, example_inputs: Sequence[Any]) -> list[Tens
     tensors: list[Tensor] = []
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        if mode is None:
-            tensors.append(torch.zeros(shape, dtype=dtype, device=device))
-            return
-        with mode:
+        with mode or nullcontext():
             tensors.append(torch.zeros(shape, dtype=dtype, device=device))
 
     # Placeholders stand in the order in which `rewrite` made them: a site's state, its anchor.
@@ -127,7 +125,6 @@ class _Runner:
         self.compiled, self.sites = compiled, context.fused
         self.device = [_device(s) for s in self.sites]
         self.index = {name: i for i, name in enumerate(names)}
-        self.marker = any(s.source == "marker" for s in self.sites)
         self.layers = [s.layer if s.layer is not None else s.ordinal for s in self.sites]
 
     def __call__(self, *inputs: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from arkv_fx.passes.context import Context
-from arkv_fx.passes.nodes import example, shape
+from arkv_fx.passes.nodes import example, same_size, shape
 from arkv_fx.passes.site import Site
 from torch.fx import GraphModule
 
@@ -51,7 +51,7 @@ def _decide(site: Site, context: Context) -> None:
             "attention, or causal attention aligned to the first key"
         )
         return
-    if str(q[2]) != str(k[2]):
+    if not same_size(q[2], k[2]):
         site.refuse(f"{q[2]} queries for {k[2]} new keys: not self-attention over new tokens")
         return
     # Extents of the state are numbers: a symbolic batch is specialised here, one graph each.
@@ -87,4 +87,4 @@ def _is_first_call(site: Site) -> bool:
     total = marker.args[4]
     length = (shape(site.new_k) or (0, 0, 0))[2]
     value = example(total) if hasattr(total, "meta") else total
-    return str(value) == str(length)
+    return same_size(value, length)

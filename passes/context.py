@@ -31,7 +31,6 @@ class Context:
     left_alone: frozenset[tuple[str, int | None]] = frozenset()
     sites: list[Site] = field(default_factory=list)
     state_inputs: list[list[Node]] = field(default_factory=list)
-    anchors: list[Node] = field(default_factory=list)
 
     @property
     def fused(self) -> list[Site]:

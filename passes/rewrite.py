@@ -25,7 +25,6 @@ def run(graph: GraphModule, context: Context) -> None:
         context.state_inputs.append(state)
         if site.source == "cat":
             anchor = _placeholder(graph, f"arkv_anchor_{site.ordinal}")
-            context.anchors.append(anchor)
             _proxy_cache(graph, site, anchor)
         _replace(graph, site, state, context)
     # Not eliminate_dead_code: a user's graph may hold impure nodes that FX does not know of.
@@ -63,12 +62,12 @@ def _replace(graph: GraphModule, site: Site, state: list[Node], context: Context
 
 def _proxy_cache(graph: GraphModule, site: Site, anchor: Node) -> None:
     """Give the cache's new value zero-memory tensors of the right shape over the anchor."""
-    for joined, dtype_of in zip(site.cache_nodes, (site.new_k, site.new_v), strict=True):
+    new = (site.new_k, site.new_v)
+    for joined, came, past in zip(site.cache_nodes, new, site.past, strict=True):
         sizes = shape(joined)
         assert sizes is not None
         with graph.graph.inserting_before(joined):
-            length = graph.graph.call_method("size", (dtype_of, 2))
-            past = site.past[site.cache_nodes.index(joined)]
+            length = graph.graph.call_method("size", (came, 2))
             if past is not None and not site.fresh:
                 held = graph.graph.call_method("size", (past, 2))
                 length = graph.graph.call_function(_add, (held, length))
