@@ -16,7 +16,7 @@ from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import UnknownOptionError
 from arkv_fx.ops.regional import regional_attend
 from arkv_fx.passes import pipeline
-from arkv_fx.passes.context import Context, Probe
+from arkv_fx.passes.context import Context, Probe, StandIn
 from arkv_fx.passes.nodes import example
 from arkv_fx.passes.site import Site
 from arkv_fx.state.anchors import Anchors
@@ -41,11 +41,12 @@ class ArkvBackend:
         compile: str = "inductor",
         sliding: Sequence[int] = (),
         probe: Probe | None = None,
+        stand_in: StandIn | None = None,
     ) -> None:
         if compile not in LOWERINGS:
             raise UnknownOptionError(f"compile={compile!r}: choose one of {list(LOWERINGS)}")
         self.config, self.calibration, self.lowering = config, calibration, compile
-        self.sliding, self.probe = tuple(sliding), probe
+        self.sliding, self.probe, self.stand_in = tuple(sliding), probe, stand_in
         self.graphs = 0
         self.calls = 0
         self.sites: list[list[Site]] = []
@@ -58,7 +59,10 @@ class ArkvBackend:
             for s in graph_sites
             if s.source and s.reason and s.lasting
         }
-        context = Context(self.config, self.calibration, self.sliding, self.probe, frozenset(alone))
+        context = Context(
+            self.config, self.calibration, self.sliding, self.probe, self.stand_in,
+            frozenset(alone),
+        )  # fmt: skip
         work = pipeline.apply(graph, context)
         self.sites.append(context.sites)
         if not context.fused:

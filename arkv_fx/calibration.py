@@ -9,12 +9,16 @@ from typing import Any
 
 from arkv_fx.errors import CalibrationError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Attention statistics of one layer (see ``arkv_fx.statistics``) and what follows from them."""
+    """Attention statistics of one layer (see ``arkv_fx.statistics``) and what follows from them.
+
+    ``share`` is the layer's budget in units of the configured one (1 unless "measured"), and
+    ``divergence`` what compressing this layer alone did to the predictions, KL in nats.
+    """
 
     layer: int
     entropy: float
@@ -22,14 +26,16 @@ class LayerStatistics:
     kurtosis: float
     score: float
     oq_ratio: float
+    share: float = 1.0
+    divergence: float | None = None
 
 
 @dataclass(frozen=True)
 class Calibration:
     """OQ ratios of a model's layers.
 
-    ``fingerprint`` names the model's shape, ``mode`` is "paper" or "normalised", ``samples`` the
-    prompt lengths in tokens.
+    ``fingerprint`` names the model's shape, ``mode`` is "measured", "normalised" or "paper",
+    ``samples`` the prompt lengths in tokens.
     """
 
     fingerprint: str
@@ -38,12 +44,9 @@ class Calibration:
     samples: tuple[int, ...]
     layers: tuple[LayerStatistics, ...]
 
-    def ratio(self, layer: int) -> float | None:
-        """The OQ ratio of a layer, None if it was not calibrated."""
-        for row in self.layers:
-            if row.layer == layer:
-                return row.oq_ratio
-        return None
+    def row(self, layer: int | None) -> LayerStatistics | None:
+        """What was found for a layer, None if it was not calibrated."""
+        return next((row for row in self.layers if row.layer == layer), None)
 
     def check(self, fingerprint: str) -> None:
         """Refuse a calibration made for another model.
@@ -82,8 +85,10 @@ class Calibration:
         try:
             layers = tuple(LayerStatistics(**row) for row in data["layers"])
             taus = tuple(float(t) for t in data["taus"])
-            if len(taus) != 3 or not all(0 <= row.oq_ratio <= 1 for row in layers):
-                raise ValueError("taus or OQ ratios out of range")
+            if len(taus) != 3 or not all(
+                0 <= row.oq_ratio <= 1 and row.share > 0 for row in layers
+            ):
+                raise ValueError("taus, OQ ratios or shares out of range")
             return cls(
                 str(data["fingerprint"]), str(data["mode"]), taus,
                 tuple(data["samples"]), layers,

@@ -32,7 +32,9 @@ class ArkvConfig:
         oq_ratio: share of Originals where no calibration gives one per layer: a share of tokens
             under ``budget``, of bytes under the other two.
         score: name in ``arkv_fx.ops.scores.SCORES``; ``score_options`` are its parameters.
-        calibration: ``"normalised"`` or ``"paper"``: how statistics become OQ ratios.
+        calibration: how ``arkv_fx.calibrate`` finds OQ ratios: ``"measured"`` tries budgets and
+            ratios on each layer alone and gives each its share of the bytes, ``"normalised"`` and
+            ``"paper"`` derive ratios from attention statistics, all layers keeping equal budgets.
         taus: the paper's exponents of entropy, variance and kurtosis.
         round_to: slot counts are rounded down to a multiple of this, so that layers share shapes.
 
@@ -51,7 +53,7 @@ class ArkvConfig:
     oq_ratio: float = 0.15
     score: str = "combined"
     score_options: tuple[tuple[str, float], ...] = ()
-    calibration: str = "normalised"
+    calibration: str = "measured"
     taus: tuple[float, float, float] = PAPER_TAUS
     round_to: int = 8
 
@@ -83,9 +85,9 @@ class ArkvConfig:
             self,
             f"at least window + sinks = {self.window + self.sinks} tokens",
         )
-        if self.calibration not in ("normalised", "paper"):
+        if self.calibration not in ("measured", "normalised", "paper"):
             raise UnknownOptionError(
-                f"calibration={self.calibration!r}: choose 'normalised' or 'paper'"
+                f"calibration={self.calibration!r}: choose 'measured', 'normalised' or 'paper'"
             )
         if self.window_format not in ("native", "bf16"):
             raise UnknownOptionError(

@@ -138,9 +138,14 @@ def plan_layer(
     dtype: torch.dtype,
     sliding: int = 0,
     oq_ratio: float | None = None,
+    share: float = 1.0,
     where: str = "layer",
 ) -> LayerPlan:
-    """Slots of one layer under the configured budget and this layer's OQ ratio.
+    """Slots of one layer under the configured budget and what its calibration says.
+
+    Args:
+        oq_ratio: this layer's OQ ratio instead of ``config.oq_ratio``.
+        share: this layer's budget in units of the configured one.
 
     Raises:
         ConfigError: if the bytes do not even hold the window and the sinks.
@@ -152,7 +157,7 @@ def plan_layer(
     # more than an eighth of the window, else a short one would leave nothing to compress.
     window = min(config.window, max(1, sliding // 8)) if sliding else config.window
     sinks = 0 if sliding else config.sinks
-    share = config.oq_ratio if oq_ratio is None else oq_ratio
+    ratio = config.oq_ratio if oq_ratio is None else oq_ratio
 
     def build(counts: list[int]) -> LayerPlan:
         tiers = tuple(Tier(f, n) for f, n in zip(config.tiers, counts, strict=True))
@@ -162,9 +167,10 @@ def plan_layer(
         )  # fmt: skip
 
     empty = build([0] * len(config.tiers))
-    shares = [share, 1 - share] if len(config.tiers) == 2 else [1.0]
+    shares = [ratio, 1 - ratio] if len(config.tiers) == 2 else [1.0]
     if config.budget is not None:
-        total = min(config.budget, sliding) if sliding else config.budget
+        total = round(config.budget * share)
+        total = min(total, sliding) if sliding else total
         beyond = max(0, total - empty.ring)
         # The paper's rule: Originals = ratio * (budget - window); the rest are Quantized.
         first = round(shares[0] * beyond)
@@ -174,6 +180,7 @@ def plan_layer(
     if config.compression is not None:
         allowed = int(empty.full_nbytes(config.context) / config.compression)
     assert allowed is not None
+    allowed = int(allowed * share)
     left = allowed - empty.nbytes()
     if left < 0 and sliding:
         # So short a window is not worth its bookkeeping: keep all of it as it is.

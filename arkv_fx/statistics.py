@@ -108,7 +108,7 @@ def oq_ratios(
 ) -> tuple[LayerStatistics, ...]:
     """One OQ ratio per layer.
 
-    "paper": score / max over layers. "normalised": ``target`` (the configured mean share of
+    "paper": score / max over layers. Otherwise: ``target`` (the configured mean share of
     Originals) times score / mean over layers, kept within 0 and 1, so that the calibration moves
     Originals between layers without changing how many there are.
     """

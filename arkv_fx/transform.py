@@ -17,7 +17,7 @@ from arkv_fx.cache import ArkvCache
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ArkvError, CacheError, TransformError
-from arkv_fx.passes.context import Probe
+from arkv_fx.passes.context import Probe, StandIn
 from arkv_fx.report import Report
 
 # Each batch size, a mask or none, one token or many: a model in real use needs more graphs than
@@ -35,6 +35,7 @@ class Transformed:
         calibration: Calibration | None,
         compile: str,
         probe: Probe | None = None,
+        stand_in: StandIn | None = None,
     ) -> None:
         self.name = f"{type(model).__name__}#{id(model):x}"
         self.config, self.calibration = config, calibration
@@ -42,8 +43,9 @@ class Transformed:
         self.sliding_layers = [w > 0 for w in self.windows]
         self.first_layer = first_attention_layer(model)
         self.backend = ArkvBackend(
-            config, calibration, compile=compile, sliding=self.windows, probe=probe
-        )
+            config, calibration, compile=compile, sliding=self.windows, probe=probe,
+            stand_in=stand_in,
+        )  # fmt: skip
         self.original: Callable[..., Any] = model.forward
         # Attributes of the instance that restore puts back (hooks set forward there).
         names = ("forward", "_prepare_cache_for_generation")
@@ -211,6 +213,7 @@ def _transform(
     *,
     compile: str,
     probe: Probe | None = None,
+    stand_in: StandIn | None = None,
 ) -> nn.Module:
     if hasattr(model, "arkv"):
         raise TransformError("the model is transformed already: call arkv_fx.restore(model) first")
@@ -223,7 +226,7 @@ def _transform(
         )
     if calibration is not None:
         calibration.check(fingerprint(model))
-    state = Transformed(model, config or ArkvConfig(), calibration, compile, probe)
+    state = Transformed(model, config or ArkvConfig(), calibration, compile, probe, stand_in)
 
     # An outer torch.compile stops here: what is inside is compiled already.
     run: Callable[..., Any] = torch._dynamo.disable(state.run)

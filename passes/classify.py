@@ -61,9 +61,7 @@ def _decide(site: Site, context: Context) -> None:
         return
     if site.layer is not None and site.layer < len(context.sliding):
         site.sliding = context.sliding[site.layer]
-    ratio = None
-    if context.calibration is not None and site.layer is not None:
-        ratio = context.calibration.ratio(site.layer)
+    found = context.calibration.row(site.layer) if context.calibration is not None else None
     site.plan = plan_layer(
         context.config,
         heads=site.heads,
@@ -71,7 +69,8 @@ def _decide(site: Site, context: Context) -> None:
         v_dim=int(v[3]),
         dtype=example(site.new_k).dtype,
         sliding=site.sliding,
-        oq_ratio=ratio,
+        oq_ratio=found.oq_ratio if found else None,
+        share=found.share if found else 1.0,
         where=f"layer {site.layer} ({site.path})",
     )
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from arkv_fx.passes.site import Site
+from torch import Tensor
 from torch.fx import Node
 
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 
 Probe = Callable[..., None]
+StandIn = Callable[..., Tensor]
 
 
 @dataclass
@@ -20,7 +22,8 @@ class Context:
     """Input of the passes (config, calibration, sliding windows) and what they find (sites).
 
     ``sliding`` is the attention window of each layer in tokens, 0 for full attention; ``probe``,
-    if given, is called at run time with (layer, q, k, v, mask, scale) of every fused site;
+    if given, is called at run time with (layer, q, k, v, mask, scale) of every fused site, and
+    ``stand_in`` in place of ``arkv::attend``, with the layer before the operator's arguments;
     ``left_alone`` names the caches (source, layer) that an earlier graph kept out of our state.
     """
 
@@ -28,6 +31,7 @@ class Context:
     calibration: Calibration | None = None
     sliding: Sequence[int] = ()
     probe: Probe | None = None
+    stand_in: StandIn | None = None
     left_alone: frozenset[tuple[str, int | None]] = frozenset()
     sites: list[Site] = field(default_factory=list)
     state_inputs: list[list[Node]] = field(default_factory=list)

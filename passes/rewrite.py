@@ -51,11 +51,12 @@ def _replace(graph: GraphModule, site: Site, state: list[Node], context: Context
                 context.probe,
                 (site.layer, site.q, site.new_k, site.new_v, site.mask, float(scale)),
             )
-        new = graph.graph.call_function(
-            torch.ops.arkv.attend.default,
-            (site.q, site.new_k, site.new_v, site.mask, state, site.plan.to_json(),
-             float(scale), 0.0, None, site.fresh),
-        )  # fmt: skip
+        arguments = (site.q, site.new_k, site.new_v, site.mask, state, site.plan.to_json(),
+                     float(scale), 0.0, None, site.fresh)  # fmt: skip
+        if context.stand_in is not None:
+            new = graph.graph.call_function(context.stand_in, (site.layer, *arguments))
+        else:
+            new = graph.graph.call_function(torch.ops.arkv.attend.default, arguments)
     new.meta = dict(site.node.meta)
     site.node.replace_all_uses_with(new)
 

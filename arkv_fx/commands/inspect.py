@@ -52,15 +52,14 @@ def calibrate(
     device: Device = "cpu",
     json: AsJson = False,
 ) -> None:
-    """Measure each layer's attention on sample texts and derive its OQ ratio."""
+    """Measure each layer on sample texts: its OQ ratio and its share of the budget."""
     config = preset_(preset)
     network, tokenizer = load(model, dtype, device)
     samples = [
         ids[None, :context].to(network.device) for ids in tokens_of(tokenizer, text).values()
     ]
     with spinner() as progress:
-        progress(f"prefill: {len(samples)} texts of up to {context} tokens")
-        calibration = calibrate_(network, samples, config)
+        calibration = calibrate_(network, samples, config, progress=progress)
     if calibration_file:
         calibration.save(calibration_file)
     if plot:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import EvaluationError
-from arkv_fx.evaluation.methods import FullCache, Setting, is_sized, make_config
+from arkv_fx.evaluation.methods import FullCache, Setting, get_method, make_config
 from arkv_fx.evaluation.prefill import Contest
 from arkv_fx.evaluation.rows import Row
 
@@ -38,7 +38,7 @@ def entries(methods: Sequence[str], compressions: Sequence[float]) -> list[Entry
     """Every method at every compression; one that has its own size only once."""
     out: list[Entry] = []
     for method in dict.fromkeys(methods):
-        sizes = compressions if is_sized(method) else [None]
+        sizes = compressions if get_method(method).sized else [None]
         out += [Entry(method, size) for size in dict.fromkeys(sizes)]
     return out
 
@@ -76,6 +76,7 @@ def fidelity(
     Args:
         model: a causal language model that is not transformed, in eval mode.
         texts: token ids by name, each [T] int64 with T > context + steps.
+        calibration: used by the methods that take one.
         compressions: bytes of a bf16 cache at ``context`` tokens divided by those allowed.
         name: what the rows call the model.
         progress: called with what is done next.
@@ -98,7 +99,10 @@ def fidelity(
     progress(f"full cache: {ids.shape[0]} x {context + steps} tokens")
     reference = _reference(model, ids[:, :-1], steps)
     rows: list[Row] = []
-    with Contest(model, configs, calibration, compile=compile) as contest:
+    calibrations = {
+        e.name: calibration if get_method(e.method).calibrated else None for e in chosen
+    }
+    with Contest(model, configs, calibrations, compile=compile) as contest:
         progress(f"prefill: {ids.shape[0]} x {context} tokens, {len(chosen)} caches")
         _, caches = contest.prefill(ids[:, :context])
         for entry in chosen:

@@ -90,22 +90,41 @@ def _evict(setting: Setting) -> ArkvConfig:
     return _of_bytes(tiers=(setting.exact,), score="mass")(setting)
 
 
-METHODS: dict[str, Callable[[Setting], ArkvConfig]] = {
-    "full": _full,
-    "evict": _evict,
-    "uniform-int8": _of_bytes(tiers=("int8",)),
-    "uniform-int4": _of_bytes(tiers=("int4",)),
-    "paper-512": _paper(512),
-    "paper-1024": _paper(1024),
-    "paper-2048": _paper(2048),
-    "default": _of_bytes(),
+@dataclass(frozen=True)
+class Method:
+    """How a method is configured; ``sized``: its size follows from the compression, not from its
+    own token budget; ``calibrated``: it takes the calibration that the run is given, if any."""
+
+    configure: Callable[[Setting], ArkvConfig]
+    sized: bool = True
+    calibrated: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "full": Method(_full, sized=False),
+    "evict": Method(_evict),
+    "evict-calibrated": Method(_evict, calibrated=True),
+    "uniform-int8": Method(_of_bytes(tiers=("int8",))),
+    "uniform-int4": Method(_of_bytes(tiers=("int4",))),
+    "paper-512": Method(_paper(512), sized=False),
+    "paper-1024": Method(_paper(1024), sized=False),
+    "paper-2048": Method(_paper(2048), sized=False),
+    "uncalibrated": Method(_of_bytes()),
+    "default": Method(_of_bytes(), calibrated=True),
 }
-"""Configuration factories by method name; one line adds a method."""
+"""Methods by name; one line adds one."""
 
 
-def is_sized(name: str) -> bool:
-    """Whether a method's size follows from the compression, not from its own token budget."""
-    return not name.startswith(("full", "paper-"))
+def get_method(name: str) -> Method:
+    """The method of ``name``, options after a colon ignored.
+
+    Raises:
+        UnknownOptionError: for an unknown method.
+    """
+    base = name.partition(":")[0]
+    if base not in METHODS:
+        raise UnknownOptionError(f"unknown method {base!r}; known: {', '.join(METHODS)}")
+    return METHODS[base]
 
 
 def make_config(name: str, setting: Setting) -> ArkvConfig:
@@ -118,10 +137,8 @@ def make_config(name: str, setting: Setting) -> ArkvConfig:
         UnknownOptionError: for an unknown method or option.
         ConfigError: for a value that cannot work.
     """
-    base, _, changes = name.partition(":")
-    if base not in METHODS:
-        raise UnknownOptionError(f"unknown method {base!r}; known: {', '.join(METHODS)}")
-    config = METHODS[base](setting)
+    config = get_method(name).configure(setting)
+    changes = name.partition(":")[2]
     if not changes:
         return config
     options = config.to_dict()

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from arkv_fx.calibration import Calibration
 from arkv_fx.errors import EvaluationError
 from arkv_fx.evaluation import texts
-from arkv_fx.evaluation.methods import FullCache, Setting, make_config
+from arkv_fx.evaluation.methods import FullCache, Setting, get_method, make_config
 from arkv_fx.evaluation.prefill import Contest
 from arkv_fx.evaluation.rows import Row
 
@@ -103,6 +103,7 @@ def passkey(
         contexts: prompt lengths in tokens, question included.
         prompts: prompts for each filler, question and context.
         compression: bytes of a bf16 cache at the context divided by those allowed.
+        calibration: used by the methods that take one.
         batch: prompts that run at a time.
 
     Returns:
@@ -123,8 +124,13 @@ def passkey(
         for context in contexts
         for method in methods
     }
+    calibrations = {
+        f"{method}@{context}": calibration if get_method(method).calibrated else None
+        for context in contexts
+        for method in methods
+    }
     rows: list[Row] = []
-    with Contest(model, configs, calibration, compile=compile) as contest:
+    with Contest(model, configs, calibrations, compile=compile) as contest:
         for context in contexts:
             names = [f"{method}@{context}" for method in methods]
             for filler in fillers:

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
 from arkv_fx.backend import ArkvBackend, Compiled
 from arkv_fx.cache import ArkvCache
@@ -18,25 +16,10 @@ from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ConfigError
 from arkv_fx.ops.attend import attend
 from arkv_fx.ops.attention import Knobs
+from arkv_fx.ops.no_output import NoOutput
 from arkv_fx.plan import LayerPlan, plan_layer
 from arkv_fx.state.session import PlainLayer
-from arkv_fx.transform import Transformed, _own_code, restore, transform
-
-
-class _NoOutput(TorchFunctionMode):
-    """Leaves out the fused attention of a prefill whose output nobody reads.
-
-    The state takes only the last queries' probabilities, which are computed apart; the fused
-    attention is most of a long prefill's time, and every method would repeat it.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is scaled_dot_product_attention:
-            query, _, value = args[:3]
-            return query.new_zeros(*query.shape[:-1], value.shape[-1])
-        return func(*args, **(kwargs or {}))
+from arkv_fx.transform import Transformed, _own_code, fingerprint, restore, transform
 
 
 class Contest:
@@ -50,7 +33,7 @@ class Contest:
     Args:
         model: a model that is not transformed.
         configs: configuration of each method by name.
-        calibration: OQ ratios for all of them.
+        calibrations: calibration of each method by name; none where one is missing.
         compile: "eager" or "inductor", as for ``arkv_fx.transform``.
 
     Raises:
@@ -62,16 +45,19 @@ class Contest:
         self,
         model: nn.Module,
         configs: Mapping[str, ArkvConfig],
-        calibration: Calibration | None = None,
+        calibrations: Mapping[str, Calibration | None] | None = None,
         *,
         compile: str = "eager",
     ) -> None:
         if not configs:
             raise ConfigError("no method to compare: name at least one")
-        self.model, self.configs, self.calibration = model, dict(configs), calibration
+        self.model, self.configs, self.calibrations = model, dict(configs), dict(calibrations or {})
         self.active = next(iter(self.configs))
         self._fed: dict[str, ArkvCache] = {}
-        transform(model, self.configs[self.active], calibration, compile=compile)
+        for found in self.calibrations.values():
+            if found is not None:
+                found.check(fingerprint(model))
+        transform(model, self.configs[self.active], compile=compile)
         self._arkv: Transformed = model.arkv  # type: ignore[assignment]
         self.windows = self._arkv.windows
         self._arkv.backend = _Switch(self, compile)
@@ -136,22 +122,25 @@ class Contest:
     ) -> None:
         """The probe: a whole prefill of one layer into the states of the other methods."""
         for name, cache in self._fed.items():
-            plan = self._plan(self.configs[name], layer, k, v)
+            plan = self._plan(name, layer, k, v)
             state = cache.session.layer(layer, plan, k.shape[0], k.device)
-            with _NoOutput():
+            with NoOutput():
                 attend(q, k, v, mask, state.tensors, plan, Knobs(scale), fresh=True)
             state.check(layer)
 
-    def _plan(self, config: ArkvConfig, layer: int, k: Tensor, v: Tensor) -> LayerPlan:
+    def _plan(self, name: str, layer: int, k: Tensor, v: Tensor) -> LayerPlan:
         windows = self.windows
+        calibration = self.calibrations.get(name)
+        found = calibration.row(layer) if calibration else None
         return plan_layer(
-            config,
+            self.configs[name],
             heads=k.shape[1],
             k_dim=k.shape[-1],
             v_dim=v.shape[-1],
             dtype=k.dtype,
             sliding=windows[layer] if layer < len(windows) else 0,
-            oq_ratio=self.calibration.ratio(layer) if self.calibration else None,
+            oq_ratio=found.oq_ratio if found else None,
+            share=found.share if found else 1.0,
             where=f"layer {layer}",
         )
 
@@ -160,7 +149,7 @@ class _Switch(ArkvBackend):
     """A Dynamo backend that compiles a captured graph for each method when it first runs it."""
 
     def __init__(self, contest: Contest, compile: str) -> None:
-        super().__init__(contest.configs[contest.active], contest.calibration, compile=compile)
+        super().__init__(contest.configs[contest.active], compile=compile)
         self.contest = contest
 
     def __call__(self, graph: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
@@ -173,7 +162,7 @@ class _Switch(ArkvBackend):
             if name not in compiled:
                 backend = ArkvBackend(
                     self.contest.configs[name],
-                    self.calibration,
+                    self.contest.calibrations.get(name),
                     compile=self.lowering,
                     sliding=self.contest.windows,
                     probe=self.contest.feed,

@@ -55,15 +55,12 @@ def attend(
     # The cache is not differentiated: a graph through it would keep every step alive.
     q, k, v = q.detach(), k.detach(), v.detach()
     held = view(plan, state)
-    batch, _, length, _ = k.shape
-    steps = torch.arange(length, device=k.device, dtype=torch.int32)
-    query_pos = held.seen[:, None] + steps
-    valid = _valid(mask, batch, length, k.device)
+    length = k.shape[2]
+    new, query_pos = _arrivals(k, v, mask, held)
+    valid = new.valid
     finite = torch.isfinite(k).all((1, 2, 3)) & torch.isfinite(v).all((1, 2, 3))
     layer = dict(held.layer)
-    stats = plan.policy().arrive(k, v, valid, layer)
-    pos = torch.where(valid, query_pos, -1)[:, None].expand(-1, plan.heads, -1)
-    new = Arrivals(k, v, pos, valid, stats)
+    new.stats = plan.policy().arrive(k, v, valid, layer)
     alone = fresh and length != 1
     run = _prefill if alone else _attend_all
     out, seen = run(q, new, mask, held, knobs, query_pos)
@@ -79,6 +76,30 @@ def attend(
     held.seen.add_(length)
     held.bad.copy_(held.bad | (~finite).to(torch.int32))
     return out.flatten(1, 2).to(q.dtype)
+
+
+def peek(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: Sequence[Tensor],
+    plan: LayerPlan, knobs: Knobs, fresh: bool,
+) -> Tensor:  # fmt: skip
+    """What ``attend`` would answer, with the state left as it is; same arguments and result."""
+    held = view(plan, state)
+    new, query_pos = _arrivals(k, v, mask, held)
+    run = _prefill if fresh and k.shape[2] != 1 else _attend_all
+    out, _ = run(q, new, mask, held, knobs, query_pos)
+    return out.flatten(1, 2).to(q.dtype)
+
+
+def _arrivals(
+    k: Tensor, v: Tensor, mask: Tensor | None, held: View
+) -> tuple[Arrivals, Tensor]:
+    """The new tokens, without statistics yet, and the positions [B, T] of their queries."""
+    batch, _, length, _ = k.shape
+    steps = torch.arange(length, device=k.device, dtype=torch.int32)
+    query_pos = held.seen[:, None] + steps
+    valid = _valid(mask, batch, length, k.device)
+    pos = torch.where(valid, query_pos, -1)[:, None].expand(-1, held.plan.heads, -1)
+    return Arrivals(k, v, pos, valid, {}), query_pos
 
 
 def _valid(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:

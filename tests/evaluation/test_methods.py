@@ -3,7 +3,7 @@
 import pytest
 
 from arkv_fx.errors import ConfigError, UnknownOptionError
-from arkv_fx.evaluation.methods import METHODS, FullCache, Setting, is_sized, make_config
+from arkv_fx.evaluation.methods import METHODS, FullCache, Setting, get_method, make_config
 from arkv_fx.models import random_model
 from arkv_fx.plan import plan_layer
 
@@ -26,7 +26,7 @@ def test_sliding_layers_never_hold_more_than_their_window() -> None:
     assert full.nbytes(100) == (16 + 100) * 2 * 32 * 2
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if is_sized(n)])
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.sized])
 def test_sized_methods_use_their_bytes_and_no_more(name: str) -> None:
     import torch
 
@@ -40,6 +40,11 @@ def test_other_methods_have_their_own_size() -> None:
     full = make_config("full", SETTING)
     assert full.budget is not None and full.budget >= 2056
     assert full.tiers == ("native",)
+
+
+def test_only_some_methods_take_the_calibration() -> None:
+    taking = {name for name in METHODS if get_method(f"{name}:window=8").calibrated}
+    assert taking == {"default", "evict-calibrated"}
 
 
 def test_overrides_follow_the_name() -> None:
