@@ -116,9 +116,7 @@ def _measured(
             out.append(replace(row, oq_ratio=config.oq_ratio))
         else:
             cost = costs[row.layer][option]
-            out.append(
-                replace(row, oq_ratio=option.oq_ratio, share=option.share, divergence=cost)
-            )
+            out.append(replace(row, oq_ratio=option.oq_ratio, share=option.share, divergence=cost))
     return tuple(out)
 
 

@@ -46,6 +46,10 @@ class LayerPlan:
 
     ``window`` and ``sinks`` are tokens of the native ring, ``sliding`` the layer's attention
     window in tokens (0: unlimited), ``dtype`` the model's.
+
+    The keys of a head share a large common part. Formats that quantize keys coarsely store them
+    without it: less their ``centre``, the mean key of the first tokens, fixed when the first token
+    leaves the ring (KIVI, arXiv 2402.02750, reaches the same by quantizing keys by channel).
     """
 
     heads: int
@@ -80,6 +84,11 @@ class LayerPlan:
             (get_format(t.format), t.slots) for t in self.tiers
         ]
 
+    @property
+    def centred(self) -> bool:
+        """Whether a tier stores keys as differences to the centre."""
+        return any(get_format(t.format).key.centred for t in self.tiers)
+
     def specs(self) -> list[TensorSpec]:
         """All state tensors in the order in which graphs take them."""
         policy = self.policy()
@@ -90,6 +99,8 @@ class LayerPlan:
         ]
         for field in policy.layer_fields(self.k_dim):
             out.append(TensorSpec(field.name, (self.heads, field.width), field.dtype))
+        if self.centred:
+            out.append(TensorSpec("centre", (self.heads, self.k_dim), torch.float32))
         for index, (fmt, slots) in enumerate(self.segments()):
             prefix = "ring" if index == 0 else f"tier{index - 1}"
             for side, codec, dim in (("k", fmt.key, self.k_dim), ("v", fmt.value, self.v_dim)):

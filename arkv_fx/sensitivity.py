@@ -23,7 +23,7 @@ from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.no_output import NoOutput
 from arkv_fx.plan import LayerPlan, plan_layer
 from arkv_fx.state.session import LayerState
-from arkv_fx.transform import _transform, restore
+from arkv_fx.transform import Transformed, _transform, restore
 
 SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Budgets that are tried, in units of the configured one: few, so that layers share shapes."""
@@ -65,14 +65,14 @@ class Trials:
     ) -> Tensor:  # fmt: skip
         """``arkv::attend`` with the layer in front of its arguments."""
         full, knobs = LayerPlan.parse(plan), Knobs(scale, softcap, sink_logits)
-        if fresh:
+        if layer not in self.prefix:  # whether or not the graph knows that nothing came before
             self.prefix[layer] = k, v
             if not full.sliding:  # a window is bounded already and keeps its own plan
                 self._fill(layer, q, k, v, mask, full, knobs)
-            return peek(q, k, v, mask, state, full, knobs, fresh)
+            return peek(q, k, v, mask, state, full, knobs, True)
         if self.now is not None and self.now[0] == layer:
             tried = self.states[layer][self.now[1]]
-            return peek(q, k, v, mask, tried.tensors, tried.plan, knobs, fresh)
+            return peek(q, k, v, mask, tried.tensors, tried.plan, knobs, False)
         before = self.prefix[layer]
         return scaled_dot_product_attention(
             q, torch.cat([before[0], k], 2), torch.cat([before[1], v], 2), attn_mask=mask,
@@ -160,6 +160,7 @@ def divergences(
         budget=config.window, window=config.window, sinks=0, tiers=("native",), score="mass"
     )
     _transform(model, small, None, compile="eager", stand_in=trials.attend)
+    transformed: Transformed = model.arkv  # type: ignore[assignment]
     try:
         cache = ArkvCache(model)
 
@@ -175,7 +176,7 @@ def divergences(
             cache.seen = cache.session.tokens = context  # the states have not moved
             return forward(slice(context, context + probe)).float().log_softmax(-1)
 
-        short = "logits_to_keep" in model.arkv.parameters  # type: ignore[union-attr]
+        short = "logits_to_keep" in transformed.parameters
         progress(f"prefill of {context} tokens")
         forward(slice(0, context), **({"logits_to_keep": 1} if short else {}))
         reference = probed()

@@ -18,7 +18,7 @@ from arkv_fx.errors import CalibrationError
 from arkv_fx.models import random_model
 from arkv_fx.statistics import Moments, measure, observed_attention, oq_ratios, oq_score
 
-CONFIG = ArkvConfig(budget=64, window=8)
+CONFIG = ArkvConfig(budget=64, window=8, calibration="normalised")
 
 
 def attention(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -140,6 +140,7 @@ def test_another_model_s_calibration_is_refused() -> None:
         lambda d: json.dumps({**d, "schema": 99}),
         lambda d: json.dumps({k: v for k, v in d.items() if k != "layers"}),
         lambda d: json.dumps({**d, "layers": [{**d["layers"][0], "oq_ratio": 7}]}),
+        lambda d: json.dumps({**d, "layers": [{**d["layers"][0], "share": 0}]}),
         lambda d: json.dumps({**d, "layers": [{"layer": 0}]}),
     ],
 )

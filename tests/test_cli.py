@@ -61,7 +61,7 @@ def test_calibrate_then_report(model: str, tmp_path: Path) -> None:
     out, picture = tmp_path / "c.json", tmp_path / "c.png"
     pytest.importorskip("matplotlib")
     result = run(
-        "calibrate", "--model", model, "--text", "esther", "--context", "200", "--out", out,
+        "calibrate", "--model", model, "--text", "esther", "--context", "2000", "--out", out,
         "--plot", picture, "--json",
     )  # fmt: skip
     calibration = Calibration.load(out)

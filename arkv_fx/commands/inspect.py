@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from arkv_fx.calibrate import calibrate as calibrate_
@@ -43,6 +44,9 @@ def calibrate(
         typer.Option(help="A file, or the name of a text that is shipped (all). Repeatable."),
     ] = None,
     context: Annotated[int, typer.Option(min=2, help="Tokens read of every text.")] = 2048,
+    compression: Annotated[
+        float, typer.Option(min=1, help="Times fewer bytes than bf16, at the length read.")
+    ] = 4.0,
     preset: Preset = "default",
     calibration_file: Annotated[
         Path | None, typer.Option("--out", help="Where the calibration is saved.")
@@ -55,6 +59,11 @@ def calibrate(
     """Measure each layer on sample texts: its OQ ratio and its share of the budget."""
     config = preset_(preset)
     network, tokenizer = load(model, dtype, device)
+    if config.calibration == "measured" and network.dtype == torch.float32:
+        # As in `arkv eval`: a float32 model on a CPU stands for its bf16 twin, so bytes are those.
+        config = config.replace(compression=2 * compression, window_format="bf16")
+    elif config.calibration == "measured":
+        config = config.replace(compression=compression)
     samples = [
         ids[None, :context].to(network.device) for ids in tokens_of(tokenizer, text).values()
     ]

@@ -66,6 +66,8 @@ def attend(
     out, seen = run(q, new, mask, held, knobs, query_pos)
     columns = _gather_stats(held, new, alone)
     updated = plan.policy().observe(columns, seen)
+    if held.centre is not None:
+        _centre(held, held.centre, new)
     if length == 1:
         exchange_one(held, new, updated)
     else:
@@ -90,9 +92,7 @@ def peek(
     return out.flatten(1, 2).to(q.dtype)
 
 
-def _arrivals(
-    k: Tensor, v: Tensor, mask: Tensor | None, held: View
-) -> tuple[Arrivals, Tensor]:
+def _arrivals(k: Tensor, v: Tensor, mask: Tensor | None, held: View) -> tuple[Arrivals, Tensor]:
     """The new tokens, without statistics yet, and the positions [B, T] of their queries."""
     batch, _, length, _ = k.shape
     steps = torch.arange(length, device=k.device, dtype=torch.int32)
@@ -100,6 +100,16 @@ def _arrivals(
     valid = _valid(mask, batch, length, k.device)
     pos = torch.where(valid, query_pos, -1)[:, None].expand(-1, held.plan.heads, -1)
     return Arrivals(k, v, pos, valid, {}), query_pos
+
+
+def _centre(held: View, centre: Tensor, new: Arrivals) -> None:
+    """Until a token leaves the ring, the centre is the mean key of the ring and the new tokens."""
+    pos = torch.cat([held.ring.pos, new.pos], -1)
+    weight = (pos >= 0).float()[..., None]
+    keys = torch.cat([held.ring.k[0].float(), new.k.float()], 2)
+    mean = torch.where(weight > 0, keys, 0.0).sum(2) / weight.sum(2).clamp(min=1.0)
+    open_ = (held.count <= held.plan.ring)[:, None, None]
+    centre.copy_(torch.where(open_, mean, centre))
 
 
 def _valid(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:

@@ -99,7 +99,10 @@ def slot_logits(
     Args:
         q: [B, Hkv, G, T, Dk]; query_pos: [B, T] int; mask: [B, H, T, S] by position, or None.
     """
-    logits = cap(key_logits(q, segment.format.key, segment.k, q.shape[-1]) * knobs.scale, knobs)
+    logits = key_logits(q, segment.format.key, segment.k, q.shape[-1])
+    if segment.centre is not None:
+        logits = logits + q.float() @ segment.centre[:, :, None].transpose(-1, -2)
+    logits = cap(logits * knobs.scale, knobs)
     pos = segment.pos[:, :, None, None, :]
     shown = pos >= 0
     if sliding:

@@ -154,13 +154,10 @@ def _at(slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _take(segment: Segment, at: tuple[Tensor, Tensor, Tensor], k_dim: int, v_dim: int) -> Arrivals:
     """The token in one slot per head, decoded, as a [.., 1, ..] group."""
-    k, v = (
-        codec.from_stored(codec.decode([f[at] for f in fields], dim, torch.float32))[:, :, None]
-        for (codec, fields), dim in zip(segment.parts(), (k_dim, v_dim), strict=True)
-    )
+    k, v = segment.keys_and_values(at, (k_dim, v_dim))
     pos = segment.pos[at][..., None]
     stats = {n: t[at][..., None] for n, t in segment.stats.items()}
-    return Arrivals(k, v, pos, pos[:, 0] >= 0, stats)
+    return Arrivals(k[:, :, None], v[:, :, None], pos, pos[:, 0] >= 0, stats)
 
 
 def _put(
@@ -176,7 +173,8 @@ def _put(
 def _fields(segment: Segment, token: Arrivals) -> list[tuple[Tensor, Tensor]]:
     """Each of a segment's tensors with what the tokens, encoded, would write into it."""
     pairs: list[tuple[Tensor, Tensor]] = []
-    for (codec, fields), x in zip(segment.parts(), (token.k, token.v), strict=True):
+    k = token.k if segment.centre is None else token.k.float() - segment.centre
+    for (codec, fields), x in zip(segment.parts(), (k, token.v), strict=True):
         codes = codec.encode(x)
         pairs += [(f, c.to(f.dtype)) for f, c in zip(fields, codes, strict=True)]
     pairs.append((segment.pos, token.pos))
@@ -205,10 +203,7 @@ def _leavers(ring: Segment, replaced: Tensor) -> Arrivals:
 
 def _decode(segment: Segment, k_dim: int, v_dim: int) -> Arrivals:
     """All of a tier's tokens in plain numbers."""
-    k, v = (
-        codec.from_stored(codec.decode(fields, dim, torch.float32))
-        for (codec, fields), dim in zip(segment.parts(), (k_dim, v_dim), strict=True)
-    )
+    k, v = segment.keys_and_values(..., (k_dim, v_dim))
     return Arrivals(k, v, segment.pos, segment.pos[:, 0] >= 0, segment.stats)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from arkv_fx.ops.formats import Codec, Format
@@ -17,7 +19,8 @@ class Segment:
     """The ring or one tier: slots of one format.
 
     ``k`` and ``v`` are the codec's fields [B, Hkv, C, width], ``pos`` int32 [B, Hkv, C] with -1
-    for an empty slot, ``stats`` the score's statistics [B, Hkv, C].
+    for an empty slot, ``stats`` the score's statistics [B, Hkv, C]; ``centre`` [B, Hkv, 1, Dk] is
+    what its keys are stored without, if anything.
     """
 
     format: Format
@@ -26,6 +29,17 @@ class Segment:
     v: list[Tensor]
     pos: Tensor
     stats: Stats
+    centre: Tensor | None = None
+
+    def keys_and_values(self, index: Any, dims: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Tokens as float32 numbers: of all slots (``index`` ``...``) or of one per head."""
+        k, v = (
+            codec.from_stored(codec.decode([f[index] for f in fields], dim, torch.float32))
+            for (codec, fields), dim in zip(self.parts(), dims, strict=True)
+        )
+        if self.centre is not None:
+            k = k + (self.centre if k.dim() == 4 else self.centre.squeeze(2))
+        return k, v
 
     def parts(self) -> list[tuple[Codec, list[Tensor]]]:
         """(codec, fields) of the keys and of the values."""
@@ -41,7 +55,8 @@ class View:
     """All of a layer's state.
 
     ``count`` [B] int32 real (not padding) tokens so far, ``seen`` [B] int32 positions so far,
-    ``bad`` [B] int32, set once keys or values were not finite; ``layer`` the score's sums.
+    ``bad`` [B] int32, set once keys or values were not finite; ``layer`` the score's sums;
+    ``centre`` [B, Hkv, Dk] float32, see ``LayerPlan``.
     """
 
     plan: LayerPlan
@@ -50,6 +65,7 @@ class View:
     bad: Tensor
     layer: Stats
     segments: list[Segment]
+    centre: Tensor | None = None
 
     @property
     def ring(self) -> Segment:
@@ -64,6 +80,8 @@ class View:
     def tensors(self) -> list[Tensor]:
         """All tensors, in state order."""
         out = [self.count, self.seen, self.bad, *self.layer.values()]
+        if self.centre is not None:
+            out.append(self.centre)
         for segment in self.segments:
             out += segment.tensors()
         return out
@@ -76,11 +94,15 @@ def view(plan: LayerPlan, tensors: Sequence[Tensor]) -> View:
     count, seen, bad = next(rest), next(rest), next(rest)
     layer = {f.name: next(rest) for f in policy.layer_fields(plan.k_dim)}
     # A running sum is one vector per head; specs give it the layout [B, Hkv, width].
-    segments = []
+    centre = next(rest) if plan.centred else None
+    segments: list[Segment] = []
     for fmt, slots in plan.segments():
         k = [next(rest) for _ in fmt.key.fields(plan.k_dim, plan.dtype)]
         v = [next(rest) for _ in fmt.value.fields(plan.v_dim, plan.dtype)]
         pos = next(rest)
         stats = {f.name: next(rest) for f in policy.slot_fields}
-        segments.append(Segment(fmt, slots, k, v, pos, stats))
-    return View(plan, count, seen, bad, layer, segments)
+        segment = Segment(fmt, slots, k, v, pos, stats)
+        if centre is not None and segments and fmt.key.centred:
+            segment.centre = centre[:, :, None]
+        segments.append(segment)
+    return View(plan, count, seen, bad, layer, segments, centre)

@@ -144,6 +144,8 @@ class Layer:
                 if len(slots):
                     codes = [f[b, h, slots] for f in fields]
                     side.append(codec.from_stored(codec.decode(codes, dim, torch.float32)))
+            if len(slots) and segment.centre is not None:
+                sides[0][-1] = sides[0][-1] + segment.centre[b, h]
         return Tokens(
             pos, *(torch.cat([torch.zeros(0, d), *s]) for s, d in zip(sides, dims, strict=True))
         )

@@ -70,8 +70,8 @@ def error_bound(codec: Codec, x: Tensor) -> Tensor:
         step = absmax / 127
     else:
         assert isinstance(codec, RotatedAffine)
-        # A zero that was rounded up clips, one that was rounded down widens the span.
-        step = (high - low) / (2**codec.bits - 1) + 2 * ROUNDING * low.abs()
+        # The span holds zero; what a rounded zero or scale clips is less than half a step.
+        step = (high.clamp(min=0) - low.clamp(max=0)) / (2**codec.bits - 1)
     return step / 2 * (1 + 2 * ROUNDING) + 1e-6 * absmax + UNDERFLOW
 
 
@@ -109,7 +109,14 @@ def test_storage_is_what_fields_and_nbytes_say(
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("native", 16), ("fp8", 8.25), ("int8", 8.25), ("k8v4", 6.375), ("int4", 4.5), ("k4v3", 4)],
+    [
+        ("native", 16),
+        ("fp8", 8.25),
+        ("int8", 8.25),
+        ("k8v4", 6.3125),
+        ("int4", 4.375),
+        ("k4v3", 3.875),
+    ],
 )
 def test_bits_per_element(name: str, bits: float) -> None:
     assert get_format(name).nbytes(64, 64, torch.bfloat16) * 8 == bits * 128

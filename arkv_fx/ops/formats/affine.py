@@ -1,4 +1,4 @@
-"""What int4 and int3 share: codes * scale + zero in a rotated basis, packed into bytes."""
+"""What int4 and int3 share: (codes - zero) * scale in a rotated basis, packed into bytes."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ class RotatedAffine(Codec):
     """Unsigned codes of `bits` bits, one scale and zero per vector, after a Hadamard rotation."""
 
     bits: ClassVar[int]
+    centred: ClassVar[bool] = True
 
     @abstractmethod
     def pack(self, codes: Tensor) -> Tensor:
@@ -35,23 +36,27 @@ class RotatedAffine(Codec):
         return (
             Field("codes", dim * self.bits // 8, torch.uint8),
             Field("scale", 1, SCALE_DTYPE),
-            Field("zero", 1, SCALE_DTYPE),
+            Field("zero", 1, torch.uint8),
         )
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.to_stored(x.to(torch.float32))
         low, high = x.aminmax(dim=-1, keepdim=True)
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)  # so that the zero lies in the span
         top = 2**self.bits - 1
-        zero = round_to_scale_dtype(low)
-        # The span from the rounded zero, so that the codes still reach the largest element.
-        scale = round_to_scale_dtype(((high - zero) / top).clamp_min(TINY_SCALE))
-        codes = ((x - zero) / scale).round().clamp(0, top).to(torch.uint8)
-        return self.pack(codes), scale.to(SCALE_DTYPE), zero.to(SCALE_DTYPE)
+        scale = round_to_scale_dtype(((high - low) / top).clamp_min(TINY_SCALE))
+        zero = (-low / scale / self._unit()).round().clamp(0, 255)
+        codes = (x / scale + zero * self._unit()).round().clamp(0, top).to(torch.uint8)
+        return self.pack(codes), scale.to(SCALE_DTYPE), zero.to(torch.uint8)
 
     def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
         packed, scale, zero = parts
-        codes = self.unpack(packed).to(torch.float32)
-        return (codes * scale.to(torch.float32) + zero.to(torch.float32)).to(dtype)
+        codes = self.unpack(packed).to(torch.float32) - zero.to(torch.float32) * self._unit()
+        return (codes * scale.to(torch.float32)).to(dtype)
+
+    def _unit(self) -> float:
+        """Codes per unit of the stored zero: a byte spans them all, in steps far below a code."""
+        return (2**self.bits - 1) / 255
 
     def to_stored(self, x: Tensor) -> Tensor:
         return rotate(x).to(x.dtype)

@@ -44,6 +44,8 @@ class Codec(ABC):
     name: ClassVar[str]
     multiple: ClassVar[int] = 1
     """Vector lengths must be a multiple of this."""
+    centred: ClassVar[bool] = False
+    """Whether keys are stored as their difference to the head's centre, see `plan.LayerPlan`."""
 
     def check(self, dim: int) -> None:
         """Raise `UnsupportedFormatError` unless vectors of `dim` elements can be stored."""

@@ -15,6 +15,7 @@ class Int8(Codec):
     """Symmetric codes -127..127 with one scale, absmax / 127, per vector."""
 
     name: ClassVar[str] = "int8"
+    centred: ClassVar[bool] = True
 
     def fields(self, dim: int, native: torch.dtype) -> tuple[Field, ...]:
         self.check(dim)
