@@ -58,7 +58,10 @@ class ArkvCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Mark new keys and values [B, Hkv, T, D]; the passes fuse this with the attention."""
         if layer_idx == self.first_layer:
-            self.seen = self.seen + key_states.shape[-2]
+            # Apart, so that a graph traced for an empty cache knows that it is: it may then attend
+            # to the prompt alone, with fused attention.
+            new = key_states.shape[-2]
+            self.seen = new if self.seen == 0 else self.seen + new
         keys, values = torch.ops.arkv.kv_update(
             key_states, value_states, self.handle, layer_idx, self.seen
         )

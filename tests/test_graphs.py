@@ -118,3 +118,15 @@ def test_a_growing_cache_is_noticed() -> None:
     full = models.random_model("llama", num_hidden_layers=1)
     peaks = decode_peaks(full, DynamicCache(config=full.config))
     assert peaks[2] > 1.5 * peaks[0], peaks
+
+
+def test_a_prompt_after_a_conversation_still_knows_that_its_cache_is_empty() -> None:
+    """Dynamo then takes the tokens so far for a variable; the prompt must keep fused attention."""
+    model = models.random_model("llama", num_hidden_layers=1)
+    transform(model, SMALL, compile="eager")
+    cache = ArkvCache(model)
+    for length in (20, 9):
+        model(prompt(length), past_key_values=cache)
+    model(prompt(30, batch=2))
+    fresh = [[site.fresh for site in sites] for sites in model.arkv.backend.sites]
+    assert fresh == [[True], [False], [True]]
