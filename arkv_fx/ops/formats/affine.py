@@ -56,7 +56,7 @@ class RotatedAffine(Codec):
 
     def _unit(self) -> float:
         """Codes per unit of the stored zero: a byte spans them all, in steps far below a code."""
-        return (2**self.bits - 1) / 255
+        return int(2**self.bits - 1) / 255
 
     def to_stored(self, x: Tensor) -> Tensor:
         return rotate(x).to(x.dtype)
