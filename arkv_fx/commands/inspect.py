@@ -41,9 +41,9 @@ def calibrate(
     model: Model = "smollm2",
     text: Annotated[
         list[str] | None,
-        typer.Option(help="A file, or the name of a text that is shipped (all). Repeatable."),
+        typer.Option(help="A file, or the name of a text that is shipped (esther). Repeatable."),
     ] = None,
-    context: Annotated[int, typer.Option(min=2, help="Tokens read of every text.")] = 2048,
+    context: Annotated[int, typer.Option(min=2, help="Tokens read of every text.")] = 4096,
     compression: Annotated[
         float, typer.Option(min=1, help="Times fewer bytes than bf16, at the length read.")
     ] = 4.0,
@@ -65,7 +65,7 @@ def calibrate(
     elif config.calibration == "measured":
         config = config.replace(compression=compression)
     samples = [
-        ids[None, :context].to(network.device) for ids in tokens_of(tokenizer, text).values()
+        ids[None, :context].to(network.device) for ids in tokens_of(tokenizer, text or ["esther"]).values()
     ]
     with spinner() as progress:
         calibration = calibrate_(network, samples, config, progress=progress)
