@@ -126,7 +126,7 @@ def _mean(samples: Sequence[Moments]) -> Moments:
 
 
 def plot(calibration: Calibration, path: str | Path) -> None:
-    """Draw statistics and OQ ratios by layer into an image file.
+    """Draw statistics, OQ ratios, shares and divergences by layer into an image file.
 
     Raises:
         CalibrationError: if matplotlib is not installed.
@@ -139,10 +139,16 @@ def plot(calibration: Calibration, path: str | Path) -> None:
     from matplotlib import pyplot
 
     layers = [row.layer for row in calibration.layers]
-    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
-    for axis, name in zip(axes.flat, ("entropy", "variance", "kurtosis", "oq_ratio"), strict=True):
-        axis.bar(layers, [getattr(row, name) for row in calibration.layers], color="tab:blue")
-        axis.set_title("OQ ratio" if name == "oq_ratio" else name)
+    titles = {
+        "entropy": "entropy", "variance": "variance", "kurtosis": "kurtosis",
+        "oq_ratio": "OQ ratio", "share": "share of the budget",
+        "divergence": "KL of this layer alone",
+    }  # fmt: skip
+    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), sharex=True, layout="constrained")
+    for axis, (name, title) in zip(axes.flat, titles.items(), strict=True):
+        heights = [getattr(row, name) or 0.0 for row in calibration.layers]  # None: not measured
+        axis.bar(layers, heights, color="tab:blue")
+        axis.set_title(title)
         axis.set_xlabel("layer")
     figure.suptitle(f"{calibration.fingerprint}, {calibration.mode}, prompts {calibration.samples}")
     figure.savefig(path, dpi=120)

@@ -65,7 +65,8 @@ def calibrate(
     elif config.calibration == "measured":
         config = config.replace(compression=compression)
     samples = [
-        ids[None, :context].to(network.device) for ids in tokens_of(tokenizer, text or ["esther"]).values()
+        ids[None, :context].to(network.device)
+        for ids in tokens_of(tokenizer, text or ["esther"]).values()
     ]
     with spinner() as progress:
         calibration = calibrate_(network, samples, config, progress=progress)
