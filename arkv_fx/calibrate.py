@@ -70,11 +70,7 @@ def calibrate(
         probs, real = observed_attention(q, k, mask, scale, config.window)
         found[layer].append(measure(probs, real, published=published))
 
-    # The state of this run is not used; the smallest plan keeps it out of the way.
-    small = ArkvConfig(
-        budget=config.window, window=config.window, sinks=0, tiers=("native",), score="mass"
-    )
-    _transform(model, small, None, compile="eager", probe=probe)
+    _transform(model, ArkvConfig.smallest(config.window), None, compile="eager", probe=probe)
     try:
         progress(f"attention statistics of {len(prompts)} prompts")
         for prompt, mask in zip(prompts, masks, strict=True):

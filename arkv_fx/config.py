@@ -112,6 +112,11 @@ class ArkvConfig:
         return cls.make({**settings, **options})
 
     @classmethod
+    def smallest(cls, window: int) -> ArkvConfig:
+        """A window and nothing else, for measuring runs that make no use of their state."""
+        return cls(budget=window, window=window, sinks=0, tiers=("native",), score="mass")
+
+    @classmethod
     def make(cls, options: Mapping[str, Any]) -> ArkvConfig:
         """Build from a mapping (``torch.compile`` options, JSON); unknown names are refused.
 

@@ -7,7 +7,7 @@ measured. The bytes then go where they buy most.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,8 @@ from arkv_fx.transform import Transformed, _transform, restore
 
 SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Budgets that are tried, in units of the configured one: few, so that layers share shapes."""
-RATIOS = (0.3, 0.5, 0.7, 1.0)
-"""OQ ratios that are tried where the budget holds every token as it is."""
+RATIOS = (1.0, 0.7, 0.5, 0.3)
+"""OQ ratios, largest first, that are tried where the budget holds every token as it is."""
 PROBE = 128
 """At most so many tokens at a prompt's end are predicted; an eighth of a shorter prompt."""
 
@@ -113,7 +113,7 @@ def options(config: ArkvConfig, shape: LayerPlan, tokens: int) -> dict[Option, L
             if share >= 1:
                 raise
             continue
-        for ratio in sorted(RATIOS, reverse=True) if len(config.tiers) == 2 else ():
+        for ratio in RATIOS if len(config.tiers) == 2 else ():
             richer = plan(share, ratio)
             if ratio > config.oq_ratio and richer.slots >= tokens:
                 out[Option(share, ratio)] = richer
@@ -155,11 +155,9 @@ def divergences(
     if config.compression is not None:
         config = config.replace(context=context)
     trials = Trials(config, context)
-    # The states of this run stay empty; the smallest plan keeps them out of the way.
-    small = ArkvConfig(
-        budget=config.window, window=config.window, sinks=0, tiers=("native",), score="mass"
+    _transform(
+        model, ArkvConfig.smallest(config.window), None, compile="eager", stand_in=trials.attend
     )
-    _transform(model, small, None, compile="eager", stand_in=trials.attend)
     transformed: Transformed = model.arkv  # type: ignore[assignment]
     try:
         cache = ArkvCache(model)
@@ -194,18 +192,14 @@ def divergences(
         restore(model)
 
 
-def allocate(costs: Divergences, total: float | None = None) -> dict[int, Option]:
-    """One option a layer, of the least summed divergence within the summed budget.
+def allocate(costs: Divergences) -> dict[int, Option]:
+    """One option a layer, of the least summed divergence within a mean share of one.
 
     Greedy along the best ratio of gain to bytes, the usual approximation of the multiple-choice
     knapsack; divergences of single layers are taken to add up.
-
-    Args:
-        costs: divergence by layer and option.
-        total: sum of shares that may be spent, one per layer by default.
     """
     chosen = {layer: min(of, key=lambda o: (o.share, of[o])) for layer, of in costs.items()}
-    left = (len(costs) if total is None else total) - sum(o.share for o in chosen.values())
+    left = len(costs) - sum(o.share for o in chosen.values())
     while True:
         best: tuple[float, int, Option] | None = None
         for layer, of in costs.items():
@@ -226,11 +220,11 @@ def allocate(costs: Divergences, total: float | None = None) -> dict[int, Option
 
 def mean(samples: Sequence[Divergences]) -> Divergences:
     """Divergences averaged over prompts, of the options that all of them have."""
-
-    def shared(layer: int) -> Mapping[Option, float]:
-        return {o: 0.0 for o in samples[0][layer] if all(o in s[layer] for s in samples)}
-
     return {
-        layer: {o: sum(s[layer][o] for s in samples) / len(samples) for o in shared(layer)}
-        for layer in samples[0]
+        layer: {
+            option: sum(s[layer][option] for s in samples) / len(samples)
+            for option in of
+            if all(option in s[layer] for s in samples)
+        }
+        for layer, of in samples[0].items()
     }
