@@ -17,13 +17,13 @@ from arkv_fx.ops.attention import (
     allowed,
     cap,
     group,
-    hide,
+    hide_new,
     key_logits,
-    slot_logits,
     softmax,
     value_sum,
 )
 from arkv_fx.ops.formats import get_format
+from arkv_fx.ops.kernels import get_kernel
 from arkv_fx.ops.scores import Observation, Stats
 from arkv_fx.ops.update import Arrivals, exchange_one, merge_many
 from arkv_fx.plan import LayerPlan
@@ -39,6 +39,7 @@ def attend(
     plan: LayerPlan,
     knobs: Knobs,
     fresh: bool,
+    kernel: str = "reference",
 ) -> Tensor:
     """Attention of T new tokens over the cache and themselves; updates ``state`` in place.
 
@@ -48,6 +49,7 @@ def attend(
             token. A token whose own column is hidden from its own row is padding: never stored.
         state: the tensors of ``plan.specs()``, each with a leading batch dimension.
         fresh: the state is known to be empty, so this is a whole prefill.
+        kernel: name in ``arkv_fx.ops.kernels.KERNELS`` of what attends for a single new token.
 
     Returns:
         [B, Hq, T, Dv] in q's dtype.
@@ -62,8 +64,7 @@ def attend(
     layer = dict(held.layer)
     new.stats = plan.policy().arrive(k, v, valid, layer)
     alone = fresh and length != 1
-    run = _prefill if alone else _attend_all
-    out, seen = run(q, new, mask, held, knobs, query_pos)
+    out, seen = _run(q, new, mask, held, knobs, query_pos, alone, kernel)
     columns = _gather_stats(held, new, alone)
     updated = plan.policy().observe(columns, seen)
     if held.centre is not None:
@@ -82,13 +83,13 @@ def attend(
 
 def peek(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: Sequence[Tensor],
-    plan: LayerPlan, knobs: Knobs, fresh: bool,
+    plan: LayerPlan, knobs: Knobs, fresh: bool, kernel: str = "reference",
 ) -> Tensor:  # fmt: skip
     """What ``attend`` would answer, with the state left as it is; same arguments and result."""
     held = view(plan, state)
     new, query_pos = _arrivals(k, v, mask, held)
-    run = _prefill if fresh and k.shape[2] != 1 else _attend_all
-    out, _ = run(q, new, mask, held, knobs, query_pos)
+    alone = fresh and k.shape[2] != 1
+    out, _ = _run(q, new, mask, held, knobs, query_pos, alone, kernel)
     return out.flatten(1, 2).to(q.dtype)
 
 
@@ -133,28 +134,18 @@ def _gather_stats(held: View, new: Arrivals, alone: bool) -> Stats:
     }
 
 
-def _attend_all(
-    q: Tensor, new: Arrivals, mask: Tensor | None, held: View, knobs: Knobs, query_pos: Tensor
-) -> tuple[Tensor, Observation]:
-    """Explicit softmax over ring, tiers and new tokens."""
-    plan = held.plan
+def _run(
+    q: Tensor, new: Arrivals, mask: Tensor | None, held: View, knobs: Knobs, query_pos: Tensor,
+    alone: bool, kernel: str,
+) -> tuple[Tensor, Observation]:  # fmt: skip
+    """Output [B, Hkv, G, T, Dv] and what was observed; ``alone``: there is nothing held."""
+    if alone:
+        return _prefill(q, new, mask, held, knobs, query_pos)
     length = query_pos.shape[1]
-    grouped = group(q, plan.heads)
-    offset = held.seen + length - (mask.shape[-1] if mask is not None else 0)
-    logits = [
-        slot_logits(grouped, s, query_pos, mask, offset, plan.sliding, knobs) for s in held.segments
-    ]
-    native = get_format("native")
-    own = cap(key_logits(grouped, native.key, [new.k], plan.k_dim) * knobs.scale, knobs)
-    logits.append(_hide_new(own, mask, plan, query_pos))
-    probs = softmax(torch.cat(logits, -1), knobs.sink_logits)
-    sizes = [s.slots for s in held.segments] + [length]
-    shares = probs.split(sizes, -1)
-    out = value_sum(shares[-1], native.value, [new.v], plan.v_dim)
-    for segment, share in zip(held.segments, shares[:-1], strict=True):
-        out = out + value_sum(share, segment.format.value, segment.v, plan.v_dim)
+    run = get_kernel(kernel if length == 1 else "reference")
+    out, probs = run(group(q, held.plan.heads), new.k, new.v, mask, held, knobs, query_pos)
     pos = torch.cat([s.pos for s in held.segments] + [new.pos], -1)
-    return out, _observation(probs, new.valid, query_pos, pos, plan, length)
+    return out, _observation(probs, new.valid, query_pos, pos, held.plan, length)
 
 
 def _prefill(
@@ -169,11 +160,11 @@ def _prefill(
     part = mask[..., -plan.window :, :] if mask is not None else None
     native = get_format("native")
     logits = cap(key_logits(watched, native.key, [new.k], plan.k_dim) * knobs.scale, knobs)
-    probs = softmax(_hide_new(logits, part, plan, watched_pos), knobs.sink_logits)
+    probs = softmax(hide_new(logits, part, plan, watched_pos), knobs.sink_logits)
     seen = _observation(probs, rows, watched_pos, new.pos, plan, query_pos.shape[1])
     if knobs.softcap or knobs.sink_logits is not None or (plan.sliding and mask is None):
         full = cap(key_logits(grouped, native.key, [new.k], plan.k_dim) * knobs.scale, knobs)
-        full = softmax(_hide_new(full, mask, plan, query_pos), knobs.sink_logits)
+        full = softmax(hide_new(full, mask, plan, query_pos), knobs.sink_logits)
         return value_sum(full, native.value, [new.v], plan.v_dim), seen
     out = scaled_dot_product_attention(
         q, new.k, new.v, attn_mask=mask, is_causal=mask is None, scale=knobs.scale,
@@ -183,31 +174,6 @@ def _prefill(
     if mask is not None:
         out = out.masked_fill(~allowed(mask).any(-1, keepdim=True), 0.0)
     return group(out, plan.heads), seen
-
-
-def _hide_new(logits: Tensor, mask: Tensor | None, plan: LayerPlan, query_pos: Tensor) -> Tensor:
-    """Mask the new tokens' columns [B, Hkv, G, Q, T] for queries at ``query_pos`` [B, Q].
-
-    Without a mask they are causal among themselves.
-    """
-    length = logits.shape[-1]
-    newest = query_pos[:, -1:, None]
-    column_pos = (
-        newest - (length - 1) + torch.arange(length, device=logits.device, dtype=torch.int32)
-    )
-    rows = query_pos[:, :, None]
-    if mask is not None:
-        own = mask[..., -length:]
-        if own.shape[1] > 1:
-            own = own.unflatten(1, (plan.heads, -1))
-        else:
-            own = own[:, :, None]
-        logits = hide(logits, own)
-    else:
-        logits = hide(logits, (column_pos <= rows)[:, None, None])
-    if plan.sliding:
-        logits = hide(logits, (column_pos > rows - plan.sliding)[:, None, None])
-    return logits
 
 
 def _observation(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from arkv_fx.ops.formats import Codec
+from arkv_fx.plan import LayerPlan
 from arkv_fx.state.view import Segment
 
 
@@ -110,6 +111,31 @@ def slot_logits(
     if mask is not None:
         logits = hide(logits, gather_mask(mask, segment.pos, offset, q.shape[2]))
     return logits.masked_fill(~shown, float("-inf"))
+
+
+def hide_new(logits: Tensor, mask: Tensor | None, plan: LayerPlan, query_pos: Tensor) -> Tensor:
+    """Mask the new tokens' columns [B, Hkv, G, Q, T] for queries at ``query_pos`` [B, Q].
+
+    Without a mask they are causal among themselves.
+    """
+    length = logits.shape[-1]
+    newest = query_pos[:, -1:, None]
+    column_pos = (
+        newest - (length - 1) + torch.arange(length, device=logits.device, dtype=torch.int32)
+    )
+    rows = query_pos[:, :, None]
+    if mask is not None:
+        own = mask[..., -length:]
+        if own.shape[1] > 1:
+            own = own.unflatten(1, (plan.heads, -1))
+        else:
+            own = own[:, :, None]
+        logits = hide(logits, own)
+    else:
+        logits = hide(logits, (column_pos <= rows)[:, None, None])
+    if plan.sliding:
+        logits = hide(logits, (column_pos > rows - plan.sliding)[:, None, None])
+    return logits
 
 
 def cap(logits: Tensor, knobs: Knobs) -> Tensor:

@@ -60,16 +60,16 @@ def _(k: Tensor, v: Tensor, handle: Tensor, layer: int, total: int) -> tuple[Ten
 _library = torch.library.Library("arkv", "FRAGMENT")
 _library.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor(a!)[] state, str plan, "
-    "float scale, float softcap, Tensor? sink_logits, bool fresh) -> Tensor"
+    "float scale, float softcap, Tensor? sink_logits, bool fresh, str kernel='reference') -> Tensor"
 )
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: Sequence[Tensor], plan: str,
-    scale: float, softcap: float, sink_logits: Tensor | None, fresh: bool,
+    scale: float, softcap: float, sink_logits: Tensor | None, fresh: bool, kernel: str,
 ) -> Tensor:  # fmt: skip
     knobs = Knobs(scale, softcap, sink_logits)
-    return attend(q, k, v, mask, state, LayerPlan.parse(plan), knobs, fresh)
+    return attend(q, k, v, mask, state, LayerPlan.parse(plan), knobs, fresh, kernel)
 
 
 # Composite: whoever traces the graph sees plain torch operators, so Inductor generates code for

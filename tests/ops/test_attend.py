@@ -13,6 +13,7 @@ from torch import Tensor
 
 import arkv_fx.ops.attend as attend_module
 import arkv_fx.ops.attention as attention_module
+import arkv_fx.ops.kernels.reference as reference
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.plan import LayerPlan, Tier
 
@@ -220,37 +221,41 @@ def _swapped(codec: object, fields: list[Tensor], dim: int, dtype: torch.dtype) 
 
 
 BROKEN = {
-    "prefill forgotten": (PLAIN, attend_module, "merge_many", _no_update),
-    "decoded token forgotten": (PLAIN, attend_module, "exchange_one", _no_update),
-    "query heads tiled": (PLAIN, attend_module, "group", _tiled),
-    "softcap ignored": (replace(PLAIN, softcap=1.0), attend_module, "cap", lambda x, _: x),
+    "prefill forgotten": (PLAIN, "merge_many", _no_update),
+    "decoded token forgotten": (PLAIN, "exchange_one", _no_update),
+    "query heads tiled": (PLAIN, "group", _tiled),
+    "softcap ignored": (replace(PLAIN, softcap=1.0), "cap", lambda x, _: x),
     "sinks ignored": (
         replace(PLAIN, sink_logits=True),
-        attend_module,
         "softmax",
-        lambda x, _: attention_module.softmax(x, None),
+        lambda x, _, f=attention_module.softmax: f(x, None),
     ),
     "mask of the slots off by one": (
         replace(PLAIN, mask="bool-heads"),
-        attention_module,
         "gather_mask",
         lambda m, pos, offset, g, f=attention_module.gather_mask: f(m, pos + 1, offset, g),
     ),
-    "mask of the new tokens ignored": (PLAIN, attend_module, "hide", lambda x, _: x),
+    "mask of the new tokens ignored": (PLAIN, "hide", lambda x, _: x),
     "sliding window ignored": (
         replace(PLAIN, sliding=3, window=3, sinks=0, mask="none", pad=(0,)),
-        attend_module,
         "slot_logits",
         lambda q, s, p, m, o, _, k, f=attention_module.slot_logits: f(q, s, p, m, o, 0, k),
     ),
 }
 
 
+def _break(monkeypatch: pytest.MonkeyPatch, attribute: str, replacement: object) -> None:
+    """Put ``replacement`` wherever a module calls ``attribute``."""
+    for module in (attend_module, attention_module, reference):
+        if hasattr(module, attribute):
+            monkeypatch.setattr(module, attribute, replacement)
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_attention_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, module, attribute, replacement = BROKEN[name]
+    case, attribute, replacement = BROKEN[name]
     check(case)
-    monkeypatch.setattr(module, attribute, replacement)
+    _break(monkeypatch, attribute, replacement)
     with pytest.raises(AssertionError, match="call"):
         check(case)
 
@@ -261,8 +266,8 @@ def test_keys_in_the_wrong_slots_are_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
     case = Case((12, 1, 1), tiers=(("int8", 6),))
     check(case, over="slots")
-    monkeypatch.setattr(
-        attend_module,
+    _break(
+        monkeypatch,
         "value_sum",
         lambda p, codec, fields, dim, f=attention_module.value_sum: f(
             p, codec, [x.roll(1, 2) for x in fields] if isinstance(codec, Int8) else fields, dim

@@ -1,0 +1,57 @@
+"""Kernels of the decode step's attention, by name: one query per head over all slots.
+
+To add one: a function like ``Kernel`` in a file of its own and a line in ``KERNELS``. The
+reference defines what all of them compute.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from arkv_fx.errors import UnknownOptionError
+from arkv_fx.ops.attention import Knobs
+from arkv_fx.ops.kernels.reference import attend_columns
+from arkv_fx.state.view import View
+
+__all__ = ["KERNELS", "Kernel", "get_kernel"]
+
+
+class Kernel(Protocol):
+    """Attention of new tokens to the ring, the tiers and themselves; changes nothing."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        held: View,
+        knobs: Knobs,
+        query_pos: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to every column: ring, tiers, new tokens.
+
+        Args:
+            q: [B, Hkv, G, T, Dk]; k: [B, Hkv, T, Dk]; v: [B, Hkv, T, Dv]; T is 1 for all kernels
+                but the reference, which takes any.
+            mask: None, or [B or 1, Hq or 1, T, S] bool or additive, its columns by position and
+                the newest token last.
+            held: the state; slots with ``pos`` -1 or beyond the sliding window are not seen.
+            query_pos: [B, T] int32.
+
+        Returns:
+            The output [B, Hkv, G, T, Dv] and the probabilities [B, Hkv, G, T, N], N = slots + T,
+            both float32; zeros where a query sees nothing.
+        """
+
+
+KERNELS: dict[str, Kernel] = {"reference": attend_columns}
+
+
+def get_kernel(name: str) -> Kernel:
+    """The kernel called ``name``; raises ``UnknownOptionError``, which lists the names."""
+    if name not in KERNELS:
+        raise UnknownOptionError(f"unknown kernel {name!r}; the kernels are {', '.join(KERNELS)}")
+    return KERNELS[name]

@@ -1,0 +1,39 @@
+"""The reference: explicit softmax over ring, tiers and new tokens, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arkv_fx.ops.attention import (
+    Knobs,
+    cap,
+    hide_new,
+    key_logits,
+    slot_logits,
+    softmax,
+    value_sum,
+)
+from arkv_fx.ops.formats import get_format
+from arkv_fx.state.view import View
+
+
+def attend_columns(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, held: View, knobs: Knobs,
+    query_pos: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See ``Kernel``; T may be any number of new tokens."""
+    plan, length = held.plan, k.shape[2]
+    offset = held.seen + length - (mask.shape[-1] if mask is not None else 0)
+    logits = [
+        slot_logits(q, s, query_pos, mask, offset, plan.sliding, knobs) for s in held.segments
+    ]
+    native = get_format("native")
+    own = cap(key_logits(q, native.key, [k], plan.k_dim) * knobs.scale, knobs)
+    logits.append(hide_new(own, mask, plan, query_pos))
+    probs = softmax(torch.cat(logits, -1), knobs.sink_logits)
+    shares = probs.split([s.slots for s in held.segments] + [length], -1)
+    out = value_sum(shares[-1], native.value, [v], plan.v_dim)
+    for segment, share in zip(held.segments, shares[:-1], strict=True):
+        out = out + value_sum(share, segment.format.value, segment.v, plan.v_dim)
+    return out, probs
