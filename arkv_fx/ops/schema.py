@@ -66,7 +66,8 @@ _library.define(
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: Sequence[Tensor], plan: str,
-    scale: float, softcap: float, sink_logits: Tensor | None, fresh: bool, kernel: str,
+    scale: float, softcap: float, sink_logits: Tensor | None, fresh: bool,
+    kernel: str = "reference",
 ) -> Tensor:  # fmt: skip
     knobs = Knobs(scale, softcap, sink_logits)
     return attend(q, k, v, mask, state, LayerPlan.parse(plan), knobs, fresh, kernel)
