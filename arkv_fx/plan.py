@@ -101,15 +101,16 @@ class LayerPlan:
             out.append(TensorSpec(field.name, (self.heads, field.width), field.dtype))
         if self.centred:
             out.append(TensorSpec("centre", (self.heads, self.k_dim), torch.float32))
+        # One tensor for the slots of all segments: a step updates each with one sweep.
+        out.append(TensorSpec("pos", (self.heads, self.slots), torch.int32, fill=-1))
+        for stat in policy.slot_fields:
+            out.append(TensorSpec(stat.name, (self.heads, self.slots), stat.dtype))
         for index, (fmt, slots) in enumerate(self.segments()):
             prefix = "ring" if index == 0 else f"tier{index - 1}"
             for side, codec, dim in (("k", fmt.key, self.k_dim), ("v", fmt.value, self.v_dim)):
                 for f in codec.fields(dim, self.dtype):
                     shape = (self.heads, slots, f.width)
                     out.append(TensorSpec(f"{prefix}.{side}.{f.name}", shape, f.dtype))
-            out.append(TensorSpec(f"{prefix}.pos", (self.heads, slots), torch.int32, fill=-1))
-            for stat in policy.slot_fields:
-                out.append(TensorSpec(f"{prefix}.{stat.name}", (self.heads, slots), stat.dtype))
         return out
 
     def nbytes(self, batch: int = 1) -> int:

@@ -128,10 +128,7 @@ def _gather_stats(held: View, new: Arrivals, alone: bool) -> Stats:
     """Statistics of all columns [B, Hkv, N]: ring, tiers, new tokens (or new tokens alone)."""
     if alone:
         return new.stats
-    return {
-        name: torch.cat([s.stats[name] for s in held.segments] + [new.stats[name]], -1)
-        for name in new.stats
-    }
+    return {name: torch.cat([held.stats[name], new.stats[name]], -1) for name in new.stats}
 
 
 def _run(
@@ -144,7 +141,7 @@ def _run(
     length = query_pos.shape[1]
     run = get_kernel(kernel if length == 1 else "reference")
     out, probs = run(group(q, held.plan.heads), new.k, new.v, mask, held, knobs, query_pos)
-    pos = torch.cat([s.pos for s in held.segments] + [new.pos], -1)
+    pos = torch.cat([held.pos, new.pos], -1)
     return out, _observation(probs, new.valid, query_pos, pos, held.plan, length)
 
 

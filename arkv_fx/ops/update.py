@@ -34,36 +34,68 @@ class Arrivals:
 def exchange_one(held: View, new: Arrivals, updated: Stats) -> None:
     """The decode step: the new token takes its ring slot, the token there goes down the tiers.
 
+    Everything is read before anything is written, and every tensor is written once.
+
     Args:
         updated: statistics of all columns [B, Hkv, N] (ring, tiers, new token) after the step.
     """
-    _store_stats(held, updated)
     ring, plan = held.ring, held.plan
     count = held.count.long()
     slot = torch.where(
         count < plan.sinks, count, plan.sinks + (count - plan.sinks).remainder(plan.window)
-    )
-    at = _at(slot[:, None].expand(-1, plan.heads))
-    real = new.valid[:, :1]
+    )[:, None].expand(-1, plan.heads)
+    real = new.valid[:, :1].expand(-1, plan.heads)
     token = Arrivals(new.k, new.v, new.pos, new.valid, {n: t[..., -1:] for n, t in updated.items()})
-    leaving = _take(ring, at, plan.k_dim, plan.v_dim)
-    _put(ring, at, token, real.expand(-1, plan.heads))
-    carry = leaving
-    carry.pos = torch.where(real[:, :, None], leaving.pos, -1)
+    moves = [(ring, slot, token, real)]
+    carry = _take(held, ring, slot, updated)
+    carry.pos = torch.where(real[:, :, None], carry.pos, -1)
     tiers = [t for t in held.tiers if t.slots]
     for tier in tiers:
         last = tier is tiers[-1]
-        rank = _rank(held, [tier, carry], held.seen, last)
-        # Of equals the last one loses, as in merge_many's stable sort: the arrival, if among them.
-        weakest = rank.shape[-1] - 1 - rank.flip(-1).argmin(-1)
+        here = slice(tier.start, tier.start + tier.slots)
+        pos = torch.cat([tier.pos, carry.pos], -1)
+        stats = {n: torch.cat([t[..., here], carry.stats[n]], -1) for n, t in updated.items()}
+        weakest = _weakest(_rank(held, pos, stats, held.seen, last))
         wins = weakest < tier.slots  # else the arrival itself is the weakest
-        at = _at(weakest.clamp(max=tier.slots - 1))
-        if last:
-            _put(tier, at, carry, wins)
-            break
-        out = _take(tier, at, plan.k_dim, plan.v_dim)
-        _put(tier, at, carry, wins)
-        carry = _choose(wins, out, carry)
+        slot = weakest.clamp(max=tier.slots - 1)
+        moves.append((tier, slot, carry, wins))
+        if not last:
+            carry = _choose(wins, _take(held, tier, slot, updated), carry)
+    _store(held, moves, updated)
+
+
+def _weakest(rank: Tensor) -> Tensor:
+    """[B, Hkv] int64 index of the smallest rank [B, Hkv, N].
+
+    Of equals the last one loses, as in merge_many's stable sort: the arrival, if it is among them.
+    """
+    index = torch.arange(rank.shape[-1], device=rank.device, dtype=torch.int32)
+    least = rank.amin(-1, keepdim=True)
+    return torch.where(rank == least, index, -1).amax(-1).long()
+
+
+Move = tuple[Segment, Tensor, Arrivals, Tensor]
+"""Segment, slot in it [B, Hkv], the token [.., 1, ..] for it, and where [B, Hkv] it goes in."""
+
+
+def _store(held: View, moves: list[Move], updated: Stats) -> None:
+    """Write the moved tokens and the statistics of all slots."""
+    for segment, slot, token, where in moves:
+        at = _at(slot)
+        for field, value in _codes(segment, token):
+            old = field[at]
+            field.index_put_(at, torch.where(where[..., None], value.squeeze(2), old))
+    slots = torch.stack([segment.start + slot for segment, slot, _, _ in moves], -1)
+    where = torch.stack([w for *_, w in moves], -1)
+    at = _at(slots)
+    pos = torch.cat([token.pos for _, _, token, _ in moves], -1)
+    held.pos.index_put_(at, torch.where(where, pos, held.pos[at]))
+    for name, stat in held.stats.items():
+        came = torch.cat([token.stats[name].to(stat.dtype) for _, _, token, _ in moves], -1)
+        now = updated[name][..., : held.plan.slots].to(stat.dtype)
+        came = torch.where(where, came, now.gather(-1, slots))
+        stat.copy_(now)
+        stat.index_put_(at, came)
 
 
 def merge_many(held: View, new: Arrivals, updated: Stats, fresh: bool) -> None:
@@ -108,7 +140,9 @@ def merge_many(held: View, new: Arrivals, updated: Stats, fresh: bool) -> None:
     tiers = [t for t in held.tiers if t.slots]
     for tier in tiers:
         last = tier is tiers[-1]
-        rank = _rank(held, [tier, out], now, last)
+        pos = torch.cat([tier.pos, out.pos], -1)
+        stats = {n: torch.cat([t, out.stats[n]], -1) for n, t in tier.stats.items()}
+        rank = _rank(held, pos, stats, now, last)
         best = rank.argsort(dim=-1, descending=True, stable=True)
         winners, losers = best.split([tier.slots, best.shape[-1] - tier.slots], -1)
         below = None if last else _pick(_join(_decode(tier, plan.k_dim, plan.v_dim), out), losers)
@@ -122,11 +156,9 @@ def merge_many(held: View, new: Arrivals, updated: Stats, fresh: bool) -> None:
             out = below
 
 
-def _rank(held: View, columns: list[Segment | Arrivals], now: Tensor, last: bool) -> Tensor:
+def _rank(held: View, pos: Tensor, stats: Stats, now: Tensor, last: bool) -> Tensor:
     """Ranks [B, Hkv, N] of a tier's tokens and of those that come to it; -inf for no token."""
     policy = held.plan.policy()
-    pos = torch.cat([c.pos for c in columns], -1)
-    stats = {n: torch.cat([c.stats[n] for c in columns], -1) for n in columns[0].stats}
     valid = pos >= 0
     if held.plan.sliding:  # the next query cannot see it: it is free to go
         valid = valid & (pos > now[:, None, None] + 1 - held.plan.sliding)
@@ -136,47 +168,43 @@ def _rank(held: View, columns: list[Segment | Arrivals], now: Tensor, last: bool
 
 
 def _store_stats(held: View, updated: Stats) -> None:
-    """Write the statistics of ring and tiers back in place."""
-    start = 0
-    for segment in held.segments:
-        for name, stat in segment.stats.items():
-            stat.copy_(updated[name][..., start : start + segment.slots])
-        start += segment.slots
+    """Write the statistics of all slots back in place."""
+    for name, stat in held.stats.items():
+        stat.copy_(updated[name][..., : held.plan.slots])
 
 
 def _at(slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Index triple for one slot per sequence and head; ``slot`` [B, Hkv] int64."""
-    batch, heads = slot.shape
-    b = torch.arange(batch, device=slot.device)[:, None]
-    h = torch.arange(heads, device=slot.device)[None]
+    """Index triple for slots [B, Hkv] or [B, Hkv, M] int64 of each sequence and head."""
+    batch, heads = slot.shape[:2]
+    tail = [1] * (slot.dim() - 2)
+    b = torch.arange(batch, device=slot.device).view(-1, 1, *tail)
+    h = torch.arange(heads, device=slot.device).view(1, -1, *tail)
     return b, h, slot
 
 
-def _take(segment: Segment, at: tuple[Tensor, Tensor, Tensor], k_dim: int, v_dim: int) -> Arrivals:
-    """The token in one slot per head, decoded, as a [.., 1, ..] group."""
-    k, v = segment.keys_and_values(at, (k_dim, v_dim))
-    pos = segment.pos[at][..., None]
-    stats = {n: t[at][..., None] for n, t in segment.stats.items()}
+def _take(held: View, segment: Segment, slot: Tensor, updated: Stats) -> Arrivals:
+    """The token in one slot [B, Hkv] per head, decoded, as a [.., 1, ..] group."""
+    at = _at(slot)
+    k, v = segment.keys_and_values(at, (held.plan.k_dim, held.plan.v_dim))
+    column = (segment.start + slot)[..., None]
+    pos = held.pos.gather(-1, column)
+    stats = {n: t.gather(-1, column) for n, t in updated.items()}
     return Arrivals(k[:, :, None], v[:, :, None], pos, pos[:, 0] >= 0, stats)
 
 
-def _put(
-    segment: Segment, at: tuple[Tensor, Tensor, Tensor], token: Arrivals, where: Tensor
-) -> None:
-    """Write a token [.., 1, ..] into one slot per head where ``where`` [B, Hkv] says so."""
-    for field, value in _fields(segment, token):
-        value, old = value.squeeze(2), field[at]
-        choice = where if value.dim() == 2 else where[..., None]
-        field.index_put_(at, torch.where(choice, value, old))
-
-
-def _fields(segment: Segment, token: Arrivals) -> list[tuple[Tensor, Tensor]]:
-    """Each of a segment's tensors with what the tokens, encoded, would write into it."""
+def _codes(segment: Segment, token: Arrivals) -> list[tuple[Tensor, Tensor]]:
+    """Each of a segment's storage tensors with what the tokens, encoded, would write into it."""
     pairs: list[tuple[Tensor, Tensor]] = []
     k = token.k if segment.centre is None else token.k.float() - segment.centre
     for (codec, fields), x in zip(segment.parts(), (k, token.v), strict=True):
         codes = codec.encode(x)
         pairs += [(f, c.to(f.dtype)) for f, c in zip(fields, codes, strict=True)]
+    return pairs
+
+
+def _fields(segment: Segment, token: Arrivals) -> list[tuple[Tensor, Tensor]]:
+    """``_codes``, and the same of positions and statistics."""
+    pairs = _codes(segment, token)
     pairs.append((segment.pos, token.pos))
     pairs += [(t, token.stats[n].to(t.dtype)) for n, t in segment.stats.items()]
     return pairs

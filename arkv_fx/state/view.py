@@ -18,12 +18,14 @@ from arkv_fx.plan import LayerPlan
 class Segment:
     """The ring or one tier: slots of one format.
 
-    ``k`` and ``v`` are the codec's fields [B, Hkv, C, width], ``pos`` int32 [B, Hkv, C] with -1
-    for an empty slot, ``stats`` the score's statistics [B, Hkv, C]; ``centre`` [B, Hkv, 1, Dk] is
-    what its keys are stored without, if anything.
+    ``k`` and ``v`` are the codec's fields [B, Hkv, C, width]; ``pos`` int32 [B, Hkv, C] with -1
+    for an empty slot and ``stats``, the score's statistics [B, Hkv, C], are slices of the view's
+    from slot ``start``; ``centre`` [B, Hkv, 1, Dk] is what its keys are stored without, if
+    anything.
     """
 
     format: Format
+    start: int
     slots: int
     k: list[Tensor]
     v: list[Tensor]
@@ -45,10 +47,6 @@ class Segment:
         """(codec, fields) of the keys and of the values."""
         return [(self.format.key, self.k), (self.format.value, self.v)]
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in state order."""
-        return [*self.k, *self.v, self.pos, *self.stats.values()]
-
 
 @dataclass
 class View:
@@ -56,7 +54,8 @@ class View:
 
     ``count`` [B] int32 real (not padding) tokens so far, ``seen`` [B] int32 positions so far,
     ``bad`` [B] int32, set once keys or values were not finite; ``layer`` the score's sums;
-    ``centre`` [B, Hkv, Dk] float32, see ``LayerPlan``.
+    ``centre`` [B, Hkv, Dk] float32, see ``LayerPlan``; ``pos`` and ``stats`` [B, Hkv, N] of all
+    slots, ring first.
     """
 
     plan: LayerPlan
@@ -64,8 +63,10 @@ class View:
     seen: Tensor
     bad: Tensor
     layer: Stats
+    centre: Tensor | None
+    pos: Tensor
+    stats: Stats
     segments: list[Segment]
-    centre: Tensor | None = None
 
     @property
     def ring(self) -> Segment:
@@ -77,15 +78,6 @@ class View:
         """The tiers, most precise first."""
         return self.segments[1:]
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in state order."""
-        out = [self.count, self.seen, self.bad, *self.layer.values()]
-        if self.centre is not None:
-            out.append(self.centre)
-        for segment in self.segments:
-            out += segment.tensors()
-        return out
-
 
 def view(plan: LayerPlan, tensors: Sequence[Tensor]) -> View:
     """Name the tensors of ``plan.specs()``, given in that order."""
@@ -95,14 +87,18 @@ def view(plan: LayerPlan, tensors: Sequence[Tensor]) -> View:
     layer = {f.name: next(rest) for f in policy.layer_fields(plan.k_dim)}
     # A running sum is one vector per head; specs give it the layout [B, Hkv, width].
     centre = next(rest) if plan.centred else None
+    pos = next(rest)
+    stats = {f.name: next(rest) for f in policy.slot_fields}
     segments: list[Segment] = []
+    start = 0
     for fmt, slots in plan.segments():
         k = [next(rest) for _ in fmt.key.fields(plan.k_dim, plan.dtype)]
         v = [next(rest) for _ in fmt.value.fields(plan.v_dim, plan.dtype)]
-        pos = next(rest)
-        stats = {f.name: next(rest) for f in policy.slot_fields}
-        segment = Segment(fmt, slots, k, v, pos, stats)
+        part = slice(start, start + slots)
+        own = {name: t[..., part] for name, t in stats.items()}
+        segment = Segment(fmt, start, slots, k, v, pos[..., part], own)
         if centre is not None and segments and fmt.key.centred:
             segment.centre = centre[:, :, None]
         segments.append(segment)
-    return View(plan, count, seen, bad, layer, segments, centre)
+        start += slots
+    return View(plan, count, seen, bad, layer, centre, pos, stats, segments)
