@@ -104,13 +104,13 @@ def _arrivals(k: Tensor, v: Tensor, mask: Tensor | None, held: View) -> tuple[Ar
 
 
 def _centre(held: View, centre: Tensor, new: Arrivals) -> None:
-    """Until a token leaves the ring, the centre is the mean key of the ring and the new tokens."""
-    pos = torch.cat([held.ring.pos, new.pos], -1)
-    weight = (pos >= 0).float()[..., None]
-    keys = torch.cat([held.ring.k[0].float(), new.k.float()], 2)
-    mean = torch.where(weight > 0, keys, 0.0).sum(2) / weight.sum(2).clamp(min=1.0)
-    open_ = (held.count <= held.plan.ring)[:, None, None]
-    centre.copy_(torch.where(open_, mean, centre))
+    """Until a token leaves the ring, the centre is the mean key of all tokens so far."""
+    weight = new.valid[:, None, :, None]
+    came = torch.where(weight, new.k.float(), 0.0).sum(2)
+    before = held.count[:, None, None].float()
+    total = before + weight.float().sum(2)
+    mean = (centre * before + came) / total.clamp(min=1.0)
+    centre.copy_(torch.where(before <= held.plan.ring, mean, centre))
 
 
 def _valid(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
@@ -184,7 +184,9 @@ def _observation(
     """What the last W of these queries saw, in a call of ``length`` new tokens."""
     newest = query_pos[:, -1, None, None]
     # An old slot was last observed `length` queries ago; a new one has only lived its age + 1.
-    steps = (newest - pos + 1).clamp(min=1, max=length)
+    steps = torch.ones_like(pos)
+    if length != 1:
+        steps = (newest - pos + 1).clamp(min=1, max=length)
     watched = slice(-plan.window, None)
     return Observation(
         probs=probs[..., watched, :],

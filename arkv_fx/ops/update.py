@@ -31,37 +31,84 @@ class Arrivals:
     stats: Stats
 
 
+@dataclass
+class Move:
+    """One slot [B, Hkv] of a segment and where [B, Hkv] the token on its way takes it.
+
+    Where it does, the slot's holder is on its way from then on.
+    """
+
+    segment: Segment
+    slot: Tensor
+    wins: Tensor
+
+
 def exchange_one(held: View, new: Arrivals, updated: Stats) -> None:
     """The decode step: the new token takes its ring slot, the token there goes down the tiers.
-
-    Everything is read before anything is written, and every tensor is written once.
 
     Args:
         updated: statistics of all columns [B, Hkv, N] (ring, tiers, new token) after the step.
     """
-    ring, plan = held.ring, held.plan
+    moves = _choose_moves(held, new, updated)
+    _move_tokens(held, new.k, new.v, moves)
+
+
+def _choose_moves(held: View, new: Arrivals, updated: Stats) -> list[Move]:
+    """Where the tokens go, judged by positions and statistics alone, which are written here."""
+    plan = held.plan
     count = held.count.long()
     slot = torch.where(
         count < plan.sinks, count, plan.sinks + (count - plan.sinks).remainder(plan.window)
     )[:, None].expand(-1, plan.heads)
-    real = new.valid[:, :1].expand(-1, plan.heads)
-    token = Arrivals(new.k, new.v, new.pos, new.valid, {n: t[..., -1:] for n, t in updated.items()})
-    moves = [(ring, slot, token, real)]
-    carry = _take(held, ring, slot, updated)
-    carry.pos = torch.where(real[:, :, None], carry.pos, -1)
+    wins = new.valid[:, :1].expand(-1, plan.heads)
+    pos, stats = new.pos, {n: t[..., -1:] for n, t in updated.items()}
+    whole = {"pos": held.pos, **{n: t[..., : plan.slots] for n, t in updated.items()}}
+    index = torch.arange(plan.slots, device=held.pos.device, dtype=torch.int32)
+    moves: list[Move] = []
     tiers = [t for t in held.tiers if t.slots]
-    for tier in tiers:
-        last = tier is tiers[-1]
-        here = slice(tier.start, tier.start + tier.slots)
-        pos = torch.cat([tier.pos, carry.pos], -1)
-        stats = {n: torch.cat([t[..., here], carry.stats[n]], -1) for n, t in updated.items()}
-        weakest = _weakest(_rank(held, pos, stats, held.seen, last))
-        wins = weakest < tier.slots  # else the arrival itself is the weakest
-        slot = weakest.clamp(max=tier.slots - 1)
-        moves.append((tier, slot, carry, wins))
-        if not last:
-            carry = _choose(wins, _take(held, tier, slot, updated), carry)
-    _store(held, moves, updated)
+    for segment in (held.ring, *tiers):
+        if moves:
+            last = segment is tiers[-1]
+            here = slice(segment.start, segment.start + segment.slots)
+            columns = {n: torch.cat([t[..., here], stats[n]], -1) for n, t in updated.items()}
+            candidates = torch.cat([segment.pos, pos], -1)
+            weakest = _weakest(_rank(held, candidates, columns, held.seen, last))
+            wins = weakest < segment.slots  # else the token on its way is the weakest itself
+            slot = weakest.clamp(max=segment.slots - 1)
+        moves.append(Move(segment, slot, wins))
+        column = (segment.start + slot)[..., None]
+        chosen = index == torch.where(wins[..., None], column, -1).int()  # int64 vectorises badly
+        came = {"pos": pos, **stats}
+        old = {"pos": held.pos, **updated}
+        # Of the ring, the holder leaves even where an invalid token takes nothing: as no token.
+        gone = {n: t.gather(-1, column) for n, t in old.items()}
+        whole = {n: torch.where(chosen, came[n].to(t.dtype), t) for n, t in whole.items()}
+        if len(moves) == 1:
+            pos = torch.where(wins[..., None], gone.pop("pos"), -1)
+            stats = gone
+        else:
+            pos = torch.where(wins[..., None], gone.pop("pos"), pos)
+            stats = {n: torch.where(wins[..., None], t, stats[n]) for n, t in gone.items()}
+    held.pos.copy_(whole.pop("pos"))
+    for name, stat in held.stats.items():
+        stat.copy_(whole[name])
+    return moves
+
+
+def _move_tokens(held: View, k: Tensor, v: Tensor, moves: list[Move]) -> None:
+    """Write new keys and values [B, Hkv, 1, D] and what they displace, every tensor once."""
+    dims = (held.plan.k_dim, held.plan.v_dim)
+    for step, move in enumerate(moves):
+        at = _at(move.slot)
+        old = [f[at] for _, fields in move.segment.parts() for f in fields]
+        leaving = move.segment.keys_and_values(at, dims) if step + 1 < len(moves) else None
+        for (field, code), was in zip(_codes(move.segment, k, v), old, strict=True):
+            field.index_put_(at, torch.where(move.wins[..., None], code.squeeze(2), was))
+        if leaving is not None:
+            wins = move.wins[:, :, None, None]
+            # What leaves the ring is no token unless it was displaced, so nothing looks at it.
+            k = torch.where(wins, leaving[0][:, :, None], k.float())
+            v = torch.where(wins, leaving[1][:, :, None], v.float())
 
 
 def _weakest(rank: Tensor) -> Tensor:
@@ -72,30 +119,6 @@ def _weakest(rank: Tensor) -> Tensor:
     index = torch.arange(rank.shape[-1], device=rank.device, dtype=torch.int32)
     least = rank.amin(-1, keepdim=True)
     return torch.where(rank == least, index, -1).amax(-1).long()
-
-
-Move = tuple[Segment, Tensor, Arrivals, Tensor]
-"""Segment, slot in it [B, Hkv], the token [.., 1, ..] for it, and where [B, Hkv] it goes in."""
-
-
-def _store(held: View, moves: list[Move], updated: Stats) -> None:
-    """Write the moved tokens and the statistics of all slots."""
-    for segment, slot, token, where in moves:
-        at = _at(slot)
-        for field, value in _codes(segment, token):
-            old = field[at]
-            field.index_put_(at, torch.where(where[..., None], value.squeeze(2), old))
-    slots = torch.stack([segment.start + slot for segment, slot, _, _ in moves], -1)
-    where = torch.stack([w for *_, w in moves], -1)
-    at = _at(slots)
-    pos = torch.cat([token.pos for _, _, token, _ in moves], -1)
-    held.pos.index_put_(at, torch.where(where, pos, held.pos[at]))
-    for name, stat in held.stats.items():
-        came = torch.cat([token.stats[name].to(stat.dtype) for _, _, token, _ in moves], -1)
-        now = updated[name][..., : held.plan.slots].to(stat.dtype)
-        came = torch.where(where, came, now.gather(-1, slots))
-        stat.copy_(now)
-        stat.index_put_(at, came)
 
 
 def merge_many(held: View, new: Arrivals, updated: Stats, fresh: bool) -> None:
@@ -174,29 +197,19 @@ def _store_stats(held: View, updated: Stats) -> None:
 
 
 def _at(slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Index triple for slots [B, Hkv] or [B, Hkv, M] int64 of each sequence and head."""
-    batch, heads = slot.shape[:2]
-    tail = [1] * (slot.dim() - 2)
-    b = torch.arange(batch, device=slot.device).view(-1, 1, *tail)
-    h = torch.arange(heads, device=slot.device).view(1, -1, *tail)
+    """Index triple for one slot per sequence and head; ``slot`` [B, Hkv] int64."""
+    batch, heads = slot.shape
+    b = torch.arange(batch, device=slot.device)[:, None]
+    h = torch.arange(heads, device=slot.device)[None]
     return b, h, slot
 
 
-def _take(held: View, segment: Segment, slot: Tensor, updated: Stats) -> Arrivals:
-    """The token in one slot [B, Hkv] per head, decoded, as a [.., 1, ..] group."""
-    at = _at(slot)
-    k, v = segment.keys_and_values(at, (held.plan.k_dim, held.plan.v_dim))
-    column = (segment.start + slot)[..., None]
-    pos = held.pos.gather(-1, column)
-    stats = {n: t.gather(-1, column) for n, t in updated.items()}
-    return Arrivals(k[:, :, None], v[:, :, None], pos, pos[:, 0] >= 0, stats)
-
-
-def _codes(segment: Segment, token: Arrivals) -> list[tuple[Tensor, Tensor]]:
-    """Each of a segment's storage tensors with what the tokens, encoded, would write into it."""
+def _codes(segment: Segment, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Each of a segment's storage tensors with what keys and values, encoded, write into it."""
+    if segment.centre is not None:
+        k = k.float() - segment.centre
     pairs: list[tuple[Tensor, Tensor]] = []
-    k = token.k if segment.centre is None else token.k.float() - segment.centre
-    for (codec, fields), x in zip(segment.parts(), (k, token.v), strict=True):
+    for (codec, fields), x in zip(segment.parts(), (k, v), strict=True):
         codes = codec.encode(x)
         pairs += [(f, c.to(f.dtype)) for f, c in zip(fields, codes, strict=True)]
     return pairs
@@ -204,22 +217,10 @@ def _codes(segment: Segment, token: Arrivals) -> list[tuple[Tensor, Tensor]]:
 
 def _fields(segment: Segment, token: Arrivals) -> list[tuple[Tensor, Tensor]]:
     """``_codes``, and the same of positions and statistics."""
-    pairs = _codes(segment, token)
+    pairs = _codes(segment, token.k, token.v)
     pairs.append((segment.pos, token.pos))
     pairs += [(t, token.stats[n].to(t.dtype)) for n, t in segment.stats.items()]
     return pairs
-
-
-def _choose(where: Tensor, a: Arrivals, b: Arrivals) -> Arrivals:
-    """Per head, a's token where ``where`` [B, Hkv], else b's."""
-    wide, flat = where[:, :, None, None], where[:, :, None]
-    return Arrivals(
-        torch.where(wide, a.k, b.k.to(a.k.dtype)),
-        torch.where(wide, a.v, b.v.to(a.v.dtype)),
-        torch.where(flat, a.pos, b.pos),
-        a.valid,
-        {n: torch.where(flat, a.stats[n], b.stats[n].to(a.stats[n].dtype)) for n in a.stats},
-    )
 
 
 def _leavers(ring: Segment, replaced: Tensor) -> Arrivals:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -288,13 +287,15 @@ def _equal(pos: Tensor) -> Tensor:
 # Negative controls: each breaks one thing, and the checks above must notice.
 
 
-def _twice(condition: Tensor, a: Any, b: Any, original: Callable[..., Any]) -> Any:
-    return original(torch.ones_like(condition), a, b)
+def _twice(held: Any, new: Any, updated: Any, original: Any) -> Any:
+    before = held.tiers[0].pos.clone()
+    moves = original(held, new, updated)
+    held.tiers[0].pos.copy_(before)
+    return moves
 
 
-def _ignores_where(held: Any, moves: Any, updated: Any, original: Any) -> None:
-    everywhere = [(*move[:-1], torch.ones_like(move[-1])) for move in moves]
-    original(held, everywhere, updated)
+def _ignores_wins(held: Any, k: Tensor, v: Tensor, moves: Any, original: Any) -> None:
+    original(held, k, v, [replace(m, wins=torch.ones_like(m.wins)) for m in moves])
 
 
 def _nothing_leaves(ring: Any, replaced: Tensor, original: Any) -> Any:
@@ -315,8 +316,8 @@ def _renewed(segment: Any, token: Any, original: Any) -> Any:
 
 
 BROKEN = {
-    "a demoted token also stays": ("_choose", _twice, "held twice"),
-    "padding is stored": ("_store", _ignores_where, "ring is wrong|padding is held"),
+    "a demoted token also stays": ("_choose_moves", _twice, "held twice"),
+    "padding is stored": ("_move_tokens", _ignores_wins, "encoded again|not exact"),
     "what leaves the ring is lost": ("_leavers", _nothing_leaves, "dropped with"),
     "codes are mixed up": ("_gather", _shifted, "another token|encoded again|not exact"),
     "codes are renewed": ("_fields", _renewed, "encoded again|another token|not exact"),

@@ -54,6 +54,8 @@ class Observation:
 
     def visible(self) -> Tensor:
         """[B, Hkv, N] how many observed queries could see each column, at least 1."""
+        if self.query_pos.shape[1] == 1:
+            return torch.ones_like(self.pos, dtype=torch.float32)
         later = self.query_pos[:, None, :, None] >= self.pos[:, :, None, :]
         return (later & self.rows[:, None, :, None]).sum(-2).clamp(min=1).float()
 
