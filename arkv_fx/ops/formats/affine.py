@@ -12,6 +12,7 @@ from arkv_fx.ops.formats.base import (
     TINY_SCALE,
     Codec,
     Field,
+    Unpacked,
     round_to_scale_dtype,
 )
 from arkv_fx.ops.formats.hadamard import rotate
@@ -21,6 +22,7 @@ class RotatedAffine(Codec):
     """Unsigned codes of `bits` bits, one scale and zero per vector, after a Hadamard rotation."""
 
     bits: ClassVar[int]
+    units: ClassVar[tuple[float, ...]]
     centred: ClassVar[bool] = True
 
     @abstractmethod
@@ -28,8 +30,8 @@ class RotatedAffine(Codec):
         """Codes `[..., D]` (uint8, below 2^bits) in bytes `[..., D * bits / 8]`."""
 
     @abstractmethod
-    def unpack(self, packed: Tensor) -> Tensor:
-        """The inverse of `pack`: codes `[..., D]` as int32."""
+    def split(self, packed: Tensor) -> list[Tensor]:
+        """The inverse of `pack`: runs `[..., D / n]` of codes, int32, in order, in `units`."""
 
     def fields(self, dim: int, native: torch.dtype) -> tuple[Field, ...]:
         self.check(dim)
@@ -49,10 +51,11 @@ class RotatedAffine(Codec):
         codes = (x / scale + zero * self._unit()).round().clamp(0, top).to(torch.uint8)
         return self.pack(codes), scale.to(SCALE_DTYPE), zero.to(torch.uint8)
 
-    def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
+    def unpack(self, parts: Sequence[Tensor]) -> Unpacked:
         packed, scale, zero = parts
-        codes = self.unpack(packed).to(torch.float32) - zero.to(torch.float32) * self._unit()
-        return (codes * scale.to(torch.float32)).to(dtype)
+        runs = [run.to(torch.float32) for run in self.split(packed)]
+        zero = zero.to(torch.float32) * self._unit()
+        return Unpacked(runs, self.units, scale.to(torch.float32), zero)
 
     def _unit(self) -> float:
         """Codes per unit of the stored zero: a byte spans them all, in steps far below a code."""

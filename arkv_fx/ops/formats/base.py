@@ -34,6 +34,22 @@ class Field:
 
 
 @dataclass(frozen=True)
+class Unpacked:
+    """Stored vectors as float32 numbers: (run * unit - zero) * scale.
+
+    `runs` are contiguous runs of the vector, `[..., D / len(runs)]` each, and `units` one power of
+    two for each: masking bits where they lie is cheaper than shifting them down, and a factor is
+    free once it is taken into the query or the sum. `scale` and `zero` are `[..., 1]`, or None
+    where the format has none.
+    """
+
+    runs: list[Tensor]
+    units: tuple[float, ...] = (1.0,)
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Codec(ABC):
     """How one vector (the key or the value of one token and kv head) is stored.
 
@@ -64,12 +80,23 @@ class Codec(ABC):
         """Store `x` `[..., D]` (any float dtype): one tensor `[..., width]` for each field."""
 
     @abstractmethod
+    def unpack(self, parts: Sequence[Tensor]) -> Unpacked:
+        """What `encode` gave as numbers: the kernels' form of `decode`, without its products."""
+
     def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
         """The vectors `[..., dim]` in `dtype` from what `encode` gave, in the STORED basis.
 
         The rotation is left in, because attention need not undo it for every slot: it rotates the
         query once (an orthogonal map keeps q.k) and the sum over the values once.
         """
+        found = self.unpack(parts)
+        runs = [run * unit for run, unit in zip(found.runs, found.units, strict=True)]
+        codes = torch.cat(runs, -1) if len(runs) > 1 else runs[0]
+        if found.zero is not None:
+            codes = codes - found.zero
+        if found.scale is not None:
+            codes = codes * found.scale
+        return codes.to(dtype)
 
     def to_stored(self, x: Tensor) -> Tensor:
         """`x` `[..., D]` in the basis of the stored vectors; same dtype, orthogonal: keeps q.k."""

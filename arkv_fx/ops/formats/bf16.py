@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from arkv_fx.ops.formats.base import Codec, Field
+from arkv_fx.ops.formats.base import Codec, Field, Unpacked
 
 
 class Bf16(Codec):
@@ -21,5 +21,5 @@ class Bf16(Codec):
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         return (x.to(torch.bfloat16),)
 
-    def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
-        return parts[0].to(dtype)
+    def unpack(self, parts: Sequence[Tensor]) -> Unpacked:
+        return Unpacked([parts[0].to(torch.float32)])

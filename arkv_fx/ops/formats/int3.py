@@ -17,6 +17,7 @@ class Int3(RotatedAffine):
 
     name: ClassVar[str] = "int3"
     bits: ClassVar[int] = 3
+    units: ClassVar[tuple[float, ...]] = tuple(2.0**-i for i in range(8))
     multiple: ClassVar[int] = 8
 
     def pack(self, codes: Tensor) -> Tensor:
@@ -29,7 +30,7 @@ class Int3(RotatedAffine):
             planes.append(plane)
         return torch.cat(planes, -1)
 
-    def unpack(self, packed: Tensor) -> Tensor:
+    def split(self, packed: Tensor) -> list[Tensor]:
         low, middle, high = packed.to(torch.int32).chunk(3, -1)  # as for int4: not uint8
-        runs = [low >> i & 1 | (middle >> i & 1) << 1 | (high >> i & 1) << 2 for i in range(8)]
-        return torch.cat(runs, -1)
+        middle, high = middle * 2, high * 4
+        return [low & 1 << i | middle & 2 << i | high & 4 << i for i in range(8)]

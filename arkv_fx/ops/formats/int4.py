@@ -13,12 +13,13 @@ class Int4(RotatedAffine):
 
     name: ClassVar[str] = "int4"
     bits: ClassVar[int] = 4
+    units: ClassVar[tuple[float, ...]] = (1.0, 1 / 16)
     multiple: ClassVar[int] = 2
 
     def pack(self, codes: Tensor) -> Tensor:
         first, second = codes.chunk(2, -1)
         return first | second << 4
 
-    def unpack(self, packed: Tensor) -> Tensor:
-        wide = packed.to(torch.int32)  # Inductor does not vectorise shifts of uint8
-        return torch.cat((wide & 15, wide >> 4), -1)
+    def split(self, packed: Tensor) -> list[Tensor]:
+        wide = packed.to(torch.int32)  # Inductor does not vectorise bit operations of uint8
+        return [wide & 15, wide & 240]

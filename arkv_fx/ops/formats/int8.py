@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from arkv_fx.ops.formats.base import SCALE_DTYPE, Codec, Field, symmetric_scale
+from arkv_fx.ops.formats.base import SCALE_DTYPE, Codec, Field, Unpacked, symmetric_scale
 
 TOP = 127.0
 
@@ -28,6 +28,6 @@ class Int8(Codec):
         codes = (x / scale).round().clamp(-TOP, TOP)
         return codes.to(torch.int8), scale.to(SCALE_DTYPE)
 
-    def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
+    def unpack(self, parts: Sequence[Tensor]) -> Unpacked:
         codes, scale = parts
-        return (codes.to(torch.float32) * scale.to(torch.float32)).to(dtype)
+        return Unpacked([codes.to(torch.float32)], scale=scale.to(torch.float32))

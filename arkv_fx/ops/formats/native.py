@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from arkv_fx.ops.formats.base import Codec, Field
+from arkv_fx.ops.formats.base import Codec, Field, Unpacked
 
 
 class Native(Codec):
@@ -21,8 +21,8 @@ class Native(Codec):
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         return (x,)
 
-    def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
-        return parts[0].to(dtype)
+    def unpack(self, parts: Sequence[Tensor]) -> Unpacked:
+        return Unpacked([parts[0].to(torch.float32)])
 
     def roundtrip(self, x: Tensor) -> Tensor:
         return x  # float64 would not survive the float32 of the general form
