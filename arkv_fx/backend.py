@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,16 +14,15 @@ from torch.fx import GraphModule, Node
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import UnknownOptionError
-from arkv_fx.ops.regional import regional_attend
+from arkv_fx.lower import Compiled, compile_graph, compile_pieces
 from arkv_fx.passes import pipeline
 from arkv_fx.passes.context import Context, Probe, StandIn
 from arkv_fx.passes.nodes import example
 from arkv_fx.passes.site import Site
 from arkv_fx.state.anchors import Anchors
-from arkv_fx.state.session import LayerState, Session, find_session
+from arkv_fx.state.session import LayerState, Session, check_finite, find_session
 
-Compiled = Callable[..., Any]
-LOWERINGS = ("inductor", "regional", "eager")
+LOWERINGS = ("inductor", "eager")
 
 
 class ArkvBackend:
@@ -66,9 +65,11 @@ class ArkvBackend:
         work = pipeline.apply(graph, context)
         self.sites.append(context.sites)
         if not context.fused:
-            return self._counted(_Runner(graph, context, self._lower(graph, [*example_inputs])))
+            return self._counted(
+                _Runner(graph, context, self._lower(graph, [*example_inputs], False))
+            )
         extra = _example_state(context, example_inputs)
-        compiled = self._lower(work, [*example_inputs, *extra])
+        compiled = self._lower(work, [*example_inputs, *extra], True)
         return self._counted(_Runner(graph, context, compiled))
 
     def _counted(self, compiled: Compiled) -> Compiled:
@@ -80,20 +81,10 @@ class ArkvBackend:
 
         return run
 
-    def _lower(self, graph: GraphModule, inputs: list[Any]) -> Compiled:
+    def _lower(self, graph: GraphModule, inputs: list[Any], fused: bool) -> Compiled:
         if self.lowering == "eager":
             return graph.forward
-        if self.lowering == "regional":
-            for node in graph.graph.find_nodes(
-                op="call_function", target=torch.ops.arkv.attend.default
-            ):
-                node.target = regional_attend
-            graph.recompile()
-            return graph.forward
-        from torch._inductor.compile_fx import compile_fx
-
-        compiled: Any = compile_fx(graph, inputs)
-        return compiled  # type: ignore[no-any-return]
+        return compile_pieces(graph, inputs) if fused else compile_graph(graph, inputs)
 
 
 def _example_state(context: Context, example_inputs: Sequence[Any]) -> list[Tensor]:
@@ -155,8 +146,7 @@ class _Runner:
         for session in sessions:  # in doubt until the whole step is done
             session.tokens = -1
         out = self.compiled(*inputs, *extra)
-        for state, layer in zip(states, self.layers, strict=True):
-            state.check(layer)
+        check_finite(zip(self.layers, states, strict=True))
         anchors.remember(out)
         return out
 

@@ -19,6 +19,7 @@ from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ArkvError, CacheError, TransformError
 from arkv_fx.passes.context import Probe, StandIn
 from arkv_fx.report import Report
+from arkv_fx.state.session import check_finite
 
 # Each batch size, a mask or none, one token or many: a model in real use needs more graphs than
 # Dynamo's default allows, and falling back to eager would leave the cache behind.
@@ -101,8 +102,8 @@ class Transformed:
         kwargs["attention_mask"] = _needed_mask(kwargs.get("attention_mask"))
         self._mark_lengths(kwargs)
         if cache.session.tokens != cache.seen:
-            for layer, state in cache.session.layers.items():
-                state.check(layer)  # NaN says more than the step that it stopped
+            # NaN says more than the step that it stopped.
+            check_finite(cache.session.layers.items())
             raise CacheError(
                 f"the cache counts {cache.seen} tokens and its states do not: a step was "
                 "interrupted or failed, or the cache was copied with copy.copy; start a new one "
@@ -191,9 +192,8 @@ def transform(
         config: budget, formats and ranking; the default is a quarter of the bytes at 4096 tokens.
         calibration: OQ ratios from ``arkv_fx.calibrate``; without one each layer takes
             ``config.oq_ratio``.
-        compile: "inductor" for the whole graph; "regional" to compile the decode attention alone,
-            once per layer shape (starts much sooner, the rest runs eagerly); "eager" to run the
-            rewritten graph as it is.
+        compile: "inductor" to compile the rewritten graph, once for all layers of one shape;
+            "eager" to run it as it is, with the reference operators.
 
     Returns:
         The same model object.

@@ -36,7 +36,7 @@ from arkv_fx.errors import (
 from arkv_fx.ops.attend import attend
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.plan import LayerPlan, Tier
-from arkv_fx.state.session import LayerState
+from arkv_fx.state.session import LayerState, check_finite
 
 ROOMY = ArkvConfig(budget=128, tiers=("native",))
 IDS = torch.arange(1, 13)[None]
@@ -181,11 +181,11 @@ def test_numbers_that_are_not_finite_are_refused(bad: float, side: str, length: 
     state = LayerState(plan, 3, torch.device("cpu"))
     q, k, v = (torch.randn(3, h, length, 8) for h in (4, 2, 2))
     attend(q, k, v, None, state.tensors, plan, Knobs(1.0), False)
-    state.check(7)
+    check_finite([(7, state)])
     (k if side == "keys" else v)[1, 0, -1, 3] = bad
     attend(q, k, v, None, state.tensors, plan, Knobs(1.0), False)
     with pytest.raises(NonFiniteError, match=r"layer 7: .*sequence\(s\) \[1\] hold NaN"):
-        state.check(7)
+        check_finite([(7, state)])
 
 
 def test_a_model_that_makes_nan_is_stopped(model: PreTrainedModel) -> None:

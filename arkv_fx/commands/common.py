@@ -53,7 +53,6 @@ class Lowering(StrEnum):
     """How rewritten graphs run."""
 
     eager = "eager"
-    regional = "regional"
     inductor = "inductor"
 
 

@@ -53,7 +53,7 @@ def generate(
     preset: Preset = "default",
     calibration: CalibrationFile = None,
     compile: Annotated[
-        Lowering | None, typer.Option(help="Default: eager for short texts on a CPU, else regional")
+        Lowering | None, typer.Option(help="Default: eager for short texts on a CPU, else inductor")
     ] = None,
     dtype: DTypeOption = DType.float32,
     device: Device = "cpu",
@@ -162,7 +162,7 @@ def _warm_up(model: PreTrainedModel, ids: Tensor) -> None:
 def _lowering(device: torch.device, tokens: int) -> str:
     if device.type == "cpu" and (tokens < COMPILE_WORTHWHILE or not shutil.which("c++")):
         return "eager"
-    return "regional"
+    return "inductor"
 
 
 def _sizes(cache: ArkvCache) -> dict[str, Any]:

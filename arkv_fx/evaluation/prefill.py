@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from arkv_fx.backend import ArkvBackend, Compiled
+from arkv_fx.backend import ArkvBackend
 from arkv_fx.cache import ArkvCache
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ConfigError
+from arkv_fx.lower import Compiled
 from arkv_fx.ops.attend import attend
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.no_output import NoOutput
 from arkv_fx.plan import LayerPlan, plan_layer
-from arkv_fx.state.session import PlainLayer
+from arkv_fx.state.session import PlainLayer, check_finite
 from arkv_fx.transform import Transformed, _own_code, fingerprint, restore, transform
 
 
@@ -126,7 +127,7 @@ class Contest:
             state = cache.session.layer(layer, plan, k.shape[0], k.device)
             with NoOutput():
                 attend(q, k, v, mask, state.tensors, plan, Knobs(scale), fresh=True)
-            state.check(layer)
+            check_finite([(layer, state)])
 
     def _plan(self, name: str, layer: int, k: Tensor, v: Tensor) -> LayerPlan:
         windows = self.windows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -30,20 +31,6 @@ class LayerState:
                 for s in plan.specs()
             ]
 
-    def check(self, layer: int) -> None:
-        """Refuse to go on with keys or values that were not finite.
-
-        Raises:
-            NonFiniteError: naming the layer and the rows of the batch.
-        """
-        bad = self.tensors[2]
-        if bad.any():
-            raise NonFiniteError(
-                f"layer {layer}: keys or values of sequence(s) {bad.nonzero().flatten().tolist()} "
-                "hold NaN or infinity: look at the model's dtype (float16 overflow?) or its "
-                "input. This cache is spoilt; start a new one"
-            )
-
     def view(self) -> View:
         """The tensors by name."""
         return view(self.plan, self.tensors)
@@ -57,6 +44,26 @@ class LayerState:
         with torch.inference_mode(False):
             self.tensors = [t.index_select(0, rows.to(t.device)) for t in self.tensors]
         self.batch = len(rows)
+
+
+def check_finite(layers: Iterable[tuple[int, LayerState]]) -> None:
+    """Refuse to go on with keys or values that were not finite.
+
+    Raises:
+        NonFiniteError: naming the layer and the rows of the batch.
+    """
+    layers = list(layers)
+    flags = [state.tensors[2] for _, state in layers]
+    if not flags or not torch.cat(flags).any():  # one look for all layers: it waits for the device
+        return
+    for layer, state in layers:
+        bad = state.tensors[2]
+        if bad.any():
+            raise NonFiniteError(
+                f"layer {layer}: keys or values of sequence(s) {bad.nonzero().flatten().tolist()} "
+                "hold NaN or infinity: look at the model's dtype (float16 overflow?) or its "
+                "input. This cache is spoilt; start a new one"
+            )
 
 
 class PlainLayer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from arkv_fx.errors import UnknownOptionError
@@ -56,3 +57,8 @@ def get_kernel(name: str) -> Kernel:
     if name not in KERNELS:
         raise UnknownOptionError(f"unknown kernel {name!r}; the kernels are {', '.join(KERNELS)}")
     return KERNELS[name]
+
+
+def best_kernel(device: torch.device) -> str:
+    """The fastest kernel for compiled decode steps on ``device``."""
+    return "inductor"

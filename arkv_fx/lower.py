@@ -1,0 +1,148 @@
+"""Compile a rewritten graph in pieces: one compilation for all layers of one shape.
+
+The graph is cut at its attention operators. What lies between two of them is the same for most
+layers of a model but for the weights, which are inputs, so it is compiled once and called for
+each; so is the attention of one decoded token, once per plan. A flat graph of 30 layers takes
+Inductor minutes. The idea is that of vLLM's piecewise compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.passes.split_module import split_module
+
+import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
+from arkv_fx.ops.kernels import best_kernel
+
+Compiled = Callable[..., Any]
+ATTEND = torch.ops.arkv.attend.default
+
+# Moving a tensor's reads behind its update makes Inductor copy the tensor: all of a tier's codes.
+_SETTINGS = {"reorder_for_locality": False}
+# Pieces without symbolic sizes, whatever graph, model or calibration they come from.
+_compiled: dict[Any, Compiled] = {}
+
+
+def compile_graph(graph: GraphModule, inputs: list[Any]) -> Compiled:
+    """Inductor on the whole graph."""
+    with torch._inductor.config.patch(_SETTINGS):
+        compiled: Compiled = compile_fx(graph, inputs)  # type: ignore[assignment]
+    return compiled
+
+
+def compile_pieces(graph: GraphModule, inputs: list[Any]) -> Compiled:
+    """Inductor on the pieces of a rewritten graph; takes and gives what the graph does.
+
+    A prompt's attention is left to torch: it comes once, and is bound by its matrix products.
+    """
+    part = 0
+    parts: dict[Node, int] = {}
+    for node in graph.graph.nodes:
+        if node.target == ATTEND:
+            parts[node] = part + 1
+            part += 2
+        else:
+            parts[node] = part
+    split = split_module(graph, graph, parts.__getitem__, keep_original_order=True)
+    mode = detect_fake_mode(inputs) or FakeTensorMode()
+    fakes = [_fake(mode, x) for x in inputs]
+    with mode:
+        _Pieces(split).run(*fakes)
+    forward: Compiled = split.forward
+    return forward
+
+
+def _fake(mode: FakeTensorMode, value: Any) -> Any:
+    """Weights come as they are, the other inputs as fake tensors with sizes that may be symbols."""
+    if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+        return mode.from_tensor(value, static_shapes=True)
+    return value
+
+
+class _Pieces(Interpreter):
+    """Runs the graph of pieces on fake tensors and puts a compiled piece in place of each."""
+
+    def __init__(self, split: GraphModule) -> None:
+        super().__init__(split)
+        self.split = split
+        self.local: dict[Any, Compiled] = {}
+        self.outputs: dict[Any, Any] = {}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        piece = getattr(self.split, target)
+        key = _key(piece, args)
+        if key not in self.outputs:
+            self.outputs[key] = super().call_module(target, args, kwargs)
+        out = self.outputs[key]
+        attend = next((n for n in piece.graph.nodes if n.target == ATTEND), None)
+        if attend is not None:
+            if out.shape[2] != 1:
+                return out
+            attend.update_kwarg("kernel", best_kernel(out.device))
+            piece.recompile()
+            key = (key, best_kernel(out.device))
+        # Sizes that are symbols mean something in this graph only.
+        known = self.local if any(not _is_static(a) for a in args) else _compiled
+        if key not in known:
+            known[key] = compile_graph(piece, list(args))
+        # A module's call costs more than the function's.
+        delattr(self.split, target)
+        object.__setattr__(self.split, target, known[key])
+        return out
+
+
+def _is_static(value: Any) -> bool:
+    if isinstance(value, torch.SymInt):
+        return False
+    return not isinstance(value, Tensor) or all(
+        isinstance(s, int) for s in (*value.shape, *value.stride())
+    )
+
+
+def _key(piece: GraphModule, args: tuple[Any, ...]) -> Any:
+    """Equal for pieces that compile to the same: the operations and the shapes of the inputs."""
+    order: dict[Node, int] = {}
+    lines: list[Any] = []
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Node):
+            return ("node", order[value])
+        if isinstance(value, (tuple, list)):
+            return (type(value).__name__, *map(plain, value))
+        if isinstance(value, Mapping):
+            return tuple((k, plain(v)) for k, v in value.items())
+        if isinstance(value, slice):
+            return ("slice", plain(value.start), plain(value.stop), plain(value.step))
+        if isinstance(value, torch.SymInt):
+            return ("symbol", str(value))
+        return (type(value).__name__, value)
+
+    for node in piece.graph.nodes:
+        order[node] = len(order)
+        if node.op == "get_attr":  # a constant of this piece alone
+            lines.append((node.op, id(getattr(piece, node.target, node))))
+        elif node.op == "placeholder":
+            lines.append(node.op)
+        else:
+            lines.append((node.op, node.target, plain(node.args), plain(node.kwargs)))
+    shapes = tuple(
+        (
+            a.dtype,
+            str(a.device),
+            tuple(map(str, a.shape)),
+            tuple(map(str, a.stride())),
+            a.requires_grad,
+        )
+        if isinstance(a, Tensor)
+        else plain(a)
+        for a in args
+    )
+    return tuple(lines), shapes, torch.is_grad_enabled(), torch.get_num_threads()
