@@ -69,8 +69,13 @@ def load_model(options: Options) -> PreTrainedModel:
     """
     if not options.model.endswith(".json"):
         return load(options.model, options.dtype, options.device)[0]
+    path = Path(options.model)
+    if not path.is_file():  # transformers would look for it on the hub
+        raise ModelNotFoundError(
+            f"cannot make a model from {options.model!r}: there is no such file"
+        )
     try:
-        config = AutoConfig.from_pretrained(Path(options.model))
+        config = AutoConfig.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=options.dtype)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(f"cannot make a model from {options.model!r}: {error}") from error

@@ -61,6 +61,14 @@ def excess(call: Callable[[], Any]) -> float:
     return max(0.0, (marks[1] - marks[0]) - (marks[2] - marks[1]))
 
 
+def generated() -> int:
+    """Graphs that this process has generated code for: Inductor found them nowhere."""
+    from torch._dynamo.utils import counters
+
+    found = counters["inductor"]  # looked up anew: Dynamo replaces it
+    return found["fxgraph_cache_miss"] + found["fxgraph_cache_bypass"]
+
+
 def measure(order: Order) -> dict[str, Any]:
     """CPU-seconds of compilation by what is compiled."""
     options = order.options()
@@ -85,11 +93,8 @@ def _two_steps(run: Callable[..., Any], ids: Tensor, cache: Any) -> None:
 
 def _arkv(network: PreTrainedModel, ids: Tensor, lowering: str, options: Options) -> dict[str, Any]:
     """Both graphs, then again with a calibration that gives every layer the same slots."""
-    from torch._dynamo.utils import counters
-
     config = options.config(options.slots or 0)
     found: dict[str, Any] = {}
-    generated = counters["inductor"]
     before = 0
     row = LayerStatistics(0, 1.0, 1.0, 1.0, 1.0, config.oq_ratio)
     rows = tuple(
@@ -109,8 +114,8 @@ def _arkv(network: PreTrainedModel, ids: Tensor, lowering: str, options: Options
         )
         restore(network)
         if not prefix:
-            before = generated["fxgraph_cache_miss"] + generated["fxgraph_cache_bypass"]
-    found["graphs"] = generated["fxgraph_cache_miss"] + generated["fxgraph_cache_bypass"] - before
+            before = generated()
+    found["graphs"] = generated() - before
     return found
 
 
