@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def found(tiny: Options) -> list[Measurement]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compile_module, "_run", lambda order, folder: measure(order))
         patch.setattr(compile_module, "BASELINES", ("static-compiled",))
+        patch.setattr(import_module("arkv_fx.evaluation.bench.dispatch"), "LAYERS", 2)
         layers = [name for name in SECTIONS if name != "model"]
         return bench(layers, tiny) + bench(["model"], replace(tiny, contexts=(96,)))
 

@@ -17,6 +17,7 @@ from transformers import (
     QuantizedCache,
     StaticCache,
 )
+from transformers.utils import logging
 
 from arkv_fx.cache import ArkvCache
 from arkv_fx.errors import ModelNotFoundError
@@ -67,6 +68,7 @@ def load_model(options: Options) -> PreTrainedModel:
     Raises:
         ModelNotFoundError: if it cannot be found or read.
     """
+    logging.disable_progress_bar()
     if not options.model.endswith(".json"):
         return load(options.model, options.dtype, options.device)[0]
     path = Path(options.model)

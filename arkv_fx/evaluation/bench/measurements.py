@@ -182,6 +182,7 @@ def plot(rows: Sequence[Measurement], path: str | Path) -> None:
         names = [name for name, _ in bars]
         axis.barh(range(len(bars)), [value for _, value in bars])
         axis.set_yticks(range(len(bars)), names)
+        axis.set_xscale("log")
         axis.invert_yaxis()
         axis.set_title(title)
     figure.savefig(path, dpi=120)

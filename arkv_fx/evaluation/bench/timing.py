@@ -20,6 +20,9 @@ from arkv_fx.transform import _own_code
 Call = Callable[[], Any]
 T = TypeVar("T")
 
+MOST_COPIES = 256
+"""Copies of one layer's data; that of tiny layers stays in a cache all the same."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -105,7 +108,8 @@ class Rotation(Generic[T]):
     """
 
     def __init__(self, make: Callable[[], T], nbytes: int, cold: int) -> None:
-        self.copies = [make() for _ in range(min(64, max(2, -(-cold // max(1, nbytes)))))]
+        number = min(MOST_COPIES, max(2, -(-cold // max(1, nbytes))))
+        self.copies = [make() for _ in range(number)]
         self.used = 0
 
     def __call__(self) -> T:
