@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from arkv_fx.commands import evaluate
+from arkv_fx.commands.bench import bench
 from arkv_fx.commands.common import Group
 from arkv_fx.commands.doctor import doctor
 from arkv_fx.commands.generate import generate
@@ -18,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, calibrate, report, doctor):
+for command in (generate, calibrate, report, bench, doctor):
     app.command()(command)
 app.add_typer(evaluate.app, name="eval")
 

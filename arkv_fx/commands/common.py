@@ -89,15 +89,25 @@ def load(
         EvaluationError: if there is no such device.
     """
     transformers_logging.disable_progress_bar()
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise EvaluationError(f"device {device!r} is not to be had: {error}") from error
+    place = device_of(device)
     try:
         return models.load(name, getattr(torch, dtype), place)
     except SafetensorError as error:
         raise ModelNotFoundError(f"the weights of {name!r} are damaged: {error}") from error
+
+
+def device_of(name: str) -> torch.device:
+    """The device called ``name``.
+
+    Raises:
+        EvaluationError: if there is no such device.
+    """
+    try:
+        place = torch.device(name)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise EvaluationError(f"device {name!r} is not to be had: {error}") from error
+    return place
 
 
 def configure(name: str, compression: float | None, budget: int | None, context: int) -> ArkvConfig:

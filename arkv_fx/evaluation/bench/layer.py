@@ -1,0 +1,61 @@
+"""One layer's decode step, compiled: the attention alone, and with the update of the state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
+from arkv_fx.evaluation.bench.cases import Case, Options, copy_of, filled
+from arkv_fx.evaluation.bench.timing import Call, Rotation, cold_bytes, compiled
+from arkv_fx.ops.attention import Knobs, group
+from arkv_fx.ops.kernels import get_kernel
+from arkv_fx.plan import LayerPlan
+from arkv_fx.state.session import LayerState
+from arkv_fx.state.view import view
+
+Step = Callable[[Tensor, Tensor, Tensor, list[Tensor]], Any]
+"""Of q [B, Hq, 1, D], k and v [B, Hkv, 1, D] and the state's tensors."""
+
+
+def attention_step(case: Case, plan: LayerPlan, kernel: str, options: Options) -> Step:
+    """The kernel alone: output and probabilities, which the scores take; the state stays."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, state: list[Tensor]) -> tuple[Tensor, Tensor]:
+        held = view(plan, state)
+        pos = held.seen[:, None]
+        out, probs = get_kernel(kernel)(
+            group(q, plan.heads), k, v, None, held, Knobs(case.scale), pos
+        )
+        return out.to(q.dtype), probs
+
+    return compiled(run, options.backend, dynamic=False)
+
+
+def whole_step(case: Case, plan: LayerPlan, kernel: str, options: Options) -> Step:
+    """``arkv::attend``: the same and the update of scores, ring and tiers."""
+    text, scale = plan.to_json(), case.scale
+
+    def run(q: Tensor, k: Tensor, v: Tensor, state: list[Tensor]) -> Any:
+        return torch.ops.arkv.attend(
+            q, k, v, None, state, text, scale, 0.0, None, False, kernel=kernel
+        )
+
+    return compiled(run, options.backend, dynamic=False)
+
+
+def cold_states(case: Case, plan: LayerPlan, options: Options) -> Rotation[LayerState]:
+    """Copies of a state whose slots are all taken."""
+    groups, device = case.q_heads // case.heads, options.device
+    first = filled(plan, groups, 2 * plan.slots, options.batch, device)
+    return Rotation(lambda: copy_of(first), plan.nbytes(options.batch), cold_bytes(device))
+
+
+def on_states(
+    step: Step, token: tuple[Tensor, Tensor, Tensor], states: Rotation[LayerState]
+) -> Call:
+    """The step of one token, each time on the next copy of the state."""
+    return lambda: step(*token, states().tensors)
