@@ -12,6 +12,7 @@ from torch import Tensor
 
 from arkv_fx.errors import UnknownOptionError
 from arkv_fx.ops.attention import Knobs
+from arkv_fx.ops.kernels.cpp import attend_cpp
 from arkv_fx.ops.kernels.reference import attend_columns
 from arkv_fx.state.view import View
 
@@ -47,7 +48,7 @@ class Kernel(Protocol):
         """
 
 
-KERNELS: dict[str, Kernel] = {"reference": attend_columns}
+KERNELS: dict[str, Kernel] = {"reference": attend_columns, "cpp": attend_cpp}
 
 
 def get_kernel(name: str) -> Kernel:
