@@ -15,11 +15,8 @@ constexpr int W = 8;  // two registers of four where vectors are 16 bytes
 
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
-typedef int8_t vi8 __attribute__((vector_size(W)));
-typedef uint8_t vu8 __attribute__((vector_size(W)));
-typedef uint16_t vu16 __attribute__((vector_size(2 * W)));
-typedef int16_t vi16 __attribute__((vector_size(2 * W)));
-
+typedef int16_t vs __attribute__((vector_size(4 * W)));
+constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: a sum with it has no fraction left
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 template <class V>
@@ -34,21 +31,34 @@ INLINE void store(void* p, V x) {
   std::memcpy(p, &x, sizeof(V));
 }
 
+#include "x86.h"
+
 INLINE vf spread(float x) { return x - vf{}; }
+
+// The first n of W elements, zeros behind.
+template <class V, class T>
+INLINE V load_some(const T* p, int64_t n) {
+  if (n >= W) return load<V>(p);
+  T held[W] = {};
+  for (int64_t i = 0; i < n; i++) held[i] = p[i];
+  return load<V>(held);
+}
+
+template <class T>
+INLINE vi widen_some(const T* p, int64_t n) {
+  if (n >= W) return widen(p);
+  T held[W] = {};
+  for (int64_t i = 0; i < n; i++) held[i] = p[i];
+  return widen(held);
+}
+
 INLINE vf number(vi x) { return __builtin_convertvector(x, vf); }
 INLINE vf bits(vi x) { return (vf)x; }
 
-INLINE float highest(vf x) {
-  float top = x[0];
-  for (int i = 1; i < W; i++) top = x[i] > top ? x[i] : top;
-  return top;
-}
+// To the nearest integer, |x| < 2^22.
+INLINE vi rounded(vf x) { return (vi)(x + ROUNDER) - (vi)(vf{} + ROUNDER); }
 
-INLINE float total(vf x) {
-  float sum = 0;
-  for (int i = 0; i < W; i++) sum += x[i];
-  return sum;
-}
+INLINE vf larger(vf x, vf y) { return y > x ? y : x; }
 
 // e^x to 2 ulp; below -87 it is exactly 0, so that hidden slots (-inf) get no probability.
 INLINE vf exponential(vf x) {
@@ -56,9 +66,8 @@ INLINE vf exponential(vf x) {
   vi none = x < low;
   x = x < low ? low : x;
   x = x > high ? high : x;
-  const vf magic = spread(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  vf shifted = x * 1.44269504f + magic;
-  vf n = shifted - magic;
+  vf shifted = x * 1.44269504f + ROUNDER;
+  vf n = shifted - ROUNDER;
   vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
   vf p = spread(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -67,36 +76,50 @@ INLINE vf exponential(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  vi power = ((vi)shifted - (vi)magic + 127) << 23;
+  vi power = ((vi)shifted - (vi)spread(ROUNDER) + 127) << 23;
   return bits((vi)(p * bits(power)) & ~none);
 }
 
 INLINE vf tanh_of(vf x) { return 1.0f - 2.0f / (exponential(x + x) + 1.0f); }
 
 typedef float f8 __attribute__((vector_size(32)));
+typedef int32_t i8 __attribute__((vector_size(32)));
 
-INLINE f8 fold(vf x) {
 #if defined(__AVX512F__)
-  return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-         __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+#define HALVES(x)                                             \
+  __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),      \
+      __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15)
+template <class F> INLINE f8 fold(vf x, F f) { return f(HALVES(x)); }
+template <class F> INLINE i8 fold(vi x, F f) { return f(HALVES(x)); }
 #else
-  return x;
+template <class F> INLINE f8 fold(vf x, F) { return x; }
+template <class F> INLINE i8 fold(vi x, F) { return x; }
 #endif
+
+// Each of eight vectors reduced to one number by f, in order.
+template <class V, class F>
+INLINE auto reduce(const V* x, F f) {
+  auto pairs = [f](auto a, auto b) {
+    return f(__builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14),
+             __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15));
+  };
+  auto fours = [f](auto a, auto b) {
+    return f(__builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13),
+             __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15));
+  };
+  auto ab = fours(pairs(fold(x[0], f), fold(x[1], f)), pairs(fold(x[2], f), fold(x[3], f)));
+  auto cd = fours(pairs(fold(x[4], f), fold(x[5], f)), pairs(fold(x[6], f), fold(x[7], f)));
+  return f(__builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11),
+           __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15));
 }
 
-INLINE f8 pairs(f8 a, f8 b) {
-  return __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14) +
-         __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+template <class V>
+INLINE auto sums(const V* x) {
+  return reduce(x, [](auto a, auto b) { return a + b; });
+}
+INLINE f8 highest(const vf* x) {
+  return reduce(x, [](auto a, auto b) { return b > a ? b : a; });
 }
 
-// The sums of eight vectors, in order, with seven additions.
-INLINE f8 totals(const vf* x) {
-  f8 a = pairs(fold(x[0]), fold(x[1])), b = pairs(fold(x[2]), fold(x[3]));
-  f8 c = pairs(fold(x[4]), fold(x[5])), d = pairs(fold(x[6]), fold(x[7]));
-  f8 ab = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
-          __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-  f8 cd = __builtin_shufflevector(c, d, 0, 1, 8, 9, 4, 5, 12, 13) +
-          __builtin_shufflevector(c, d, 2, 3, 10, 11, 6, 7, 14, 15);
-  return __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11) +
-         __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15);
-}
+INLINE f8 numbers(f8 x) { return x; }
+INLINE f8 numbers(i8 x) { return __builtin_convertvector(x, f8); }
