@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 def source() -> str:
-    """``attend.cpp`` with its headers in place of their includes: caches go by one text."""
+    """``binding.cpp`` with our headers in place of their includes: caches go by one text."""
     seen: set[str] = set()
 
     def expand(name: str) -> str:
@@ -23,7 +23,7 @@ def source() -> str:
         text = (HERE / name).read_text()
         return re.sub(r'#include "(.+)"', lambda m: expand(m[1]), text).replace("#pragma once", "")
 
-    return expand("attend.cpp")
+    return expand("binding.cpp")
 
 
 @lru_cache(maxsize=1)
@@ -45,7 +45,6 @@ def load() -> CDLL:
                 f"the C++ kernel could not be compiled: {error}; install a C++17 compiler "
                 "(g++ or clang++, or name one in CXX), or choose another kernel"
             ) from error
-    library.arkv_attend.restype = None
     return library
 
 

@@ -5,7 +5,6 @@
 
 #include "rows.h"
 
-// Eight bytes each, in the order in which arkv_fx/ops/kernels/cpp/__init__.py lists them.
 struct Segment {
   int64_t k_codec, v_codec, slots, centred;
   const int32_t* pos;  // null: the new token, which only the mask hides
@@ -18,16 +17,17 @@ struct Segment {
 };
 
 struct Call {
-  int64_t threads, batch, heads, groups, k_dim, v_dim, dtype, sliding, segments;
+  int64_t threads, batch, heads, groups, k_dim, v_dim, dtype, sliding;
   const char* q;            // [B, H, G, Dk]
   const int32_t* position;  // [B]
   const float* bias;        // [B or 1, H * G or 1, S]: strides, and S
   int64_t bias_batch, bias_head, bias_length;
   const float* sink;    // [H * G]
   const float* centre;  // [B, H, Dk]
+  float scale, softcap;
   float* out;           // [B, H, G, Dv]
   float* probs;         // [B, H, G, N]
-  Segment segment[];
+  std::vector<Segment> segment;  // ring, tiers, the new token
 };
 
 // Rows of one segment for one team: up to MOST queries of one head.
@@ -50,7 +50,8 @@ struct Plan {
 
   explicit Plan(const Call& call) {
     const int64_t heads = call.batch * call.heads, parts = (call.groups + MOST - 1) / MOST;
-    for (int64_t s = 0; s < call.segments; s++) columns += call.segment[s].slots;
+    const int64_t segments = call.segment.size();
+    for (int64_t s = 0; s < segments; s++) columns += call.segment[s].slots;
     // One thread takes a segment at once; several need units that can be shared out evenly.
     int64_t most = whole(columns, BLOCK);
     if (call.threads > 1) most = whole(columns * heads * parts / (call.threads * 8) + 1, BLOCK);
@@ -59,7 +60,7 @@ struct Plan {
         const int64_t from = call.groups * part / parts, to = call.groups * (part + 1) / parts;
         const size_t begin = units.size();
         int64_t column = 0, room = 0;
-        for (int64_t s = 0; s < call.segments; s++)
+        for (int64_t s = 0; s < segments; s++)
           for (int64_t i = 0; i < call.segment[s].slots; i += most) {
             const int64_t count = std::min(most, call.segment[s].slots - i);
             units.push_back({(int64_t)teams.size(), s, i, count, column, room});

@@ -1,7 +1,7 @@
 // Attention of one new token over ring, tiers and itself; see arkv_fx/ops/kernels/__init__.py.
-//
 // Three steps over units of work, shared out to threads: logits; then weights and their sums of
 // values; then, per query, the sums of all units joined.
+#pragma once
 #include "call.h"
 
 // Queries stand in the basis that a codec's keys are stored in: as they are; lifted for fp8;
@@ -15,8 +15,8 @@ static int64_t width(int64_t codec, int64_t D) {
 
 class Attention {
  public:
-  Attention(const Call& call, float scale, float softcap)
-      : call(call), scale(scale), softcap(softcap), plan(call),
+  explicit Attention(const Call& call)
+      : call(call), scale(call.scale), softcap(call.softcap), plan(call),
         k_wide(whole(call.k_dim, 2 * W)), v_wide(whole(call.v_dim, W)) {
     static thread_local Scratch scratch;
     const int64_t n = call.batch * call.heads * call.groups, u = plan.units.size() * MOST;
@@ -31,7 +31,7 @@ class Attention {
     tops = scratch.take<float>(u);
     masses = scratch.take<float>(u);
     parts = scratch.take<float>(u * v_wide);
-    for (int64_t s = 0; s < call.segments; s++) used[basis_of(call.segment[s].k_codec)] = true;
+    for (const Segment& s : call.segment) used[basis_of(s.k_codec)] = true;
     if (used[NIBBLES])
       for (int64_t j = 0; j < call.k_dim; j++) nibbles.push_back(nibble_at(j, call.k_dim));
   }
@@ -348,7 +348,3 @@ class Attention {
     }
   }
 };
-
-extern "C" void arkv_attend(const Call* call, float scale, float softcap) {
-  Attention(*call, scale, softcap).run();
-}
