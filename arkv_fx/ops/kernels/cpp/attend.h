@@ -40,7 +40,7 @@ class Attention {
     const int64_t teams = plan.teams.size(), works = plan.units.size();
 #pragma omp parallel num_threads(call.threads)
     {
-      std::vector<char> room(BLOCK * std::max(k_wide, v_wide));
+      std::vector<char> room(BLOCK * whole(std::max(call.k_dim, call.v_dim), 2 * W));
 #pragma omp for
       for (int64_t t = 0; t < teams; t++) prepare(plan.teams[t]);
 #pragma omp for schedule(dynamic)

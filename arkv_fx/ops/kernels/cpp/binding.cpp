@@ -26,7 +26,6 @@ std::tuple<Tensor, Tensor> attend(
     const std::optional<Tensor>& centre, const std::vector<Tensor>& slots,
     const std::vector<int64_t>& codecs, double scale, double softcap, int64_t sliding) {
   Call call{};
-  call.threads = torch::stable::get_num_threads();
   call.batch = q.size(0), call.heads = q.size(1), call.groups = q.size(2);
   call.k_dim = q.size(4), call.v_dim = v.size(3);
   const auto type = q.scalar_type();
@@ -56,6 +55,9 @@ std::tuple<Tensor, Tensor> attend(
     columns += s.slots;
     if (s.slots) call.segment.push_back(s);
   }
+  // Another thread is worth its start from about ten microseconds of work on.
+  const int64_t work = call.batch * call.heads * call.groups * columns * (call.k_dim + call.v_dim);
+  call.threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + (work >> 18));
   Segment own{call.dtype, call.dtype, 1};
   own.k = data<char>(k), own.v = data<char>(v);
   call.segment.push_back(own);

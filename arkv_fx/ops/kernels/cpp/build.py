@@ -42,8 +42,8 @@ def load() -> CDLL:
             library: CDLL = CppCodeCache.load(source())
         except Exception as error:
             raise KernelError(
-                f"the C++ kernel could not be compiled: {error}; install a C++17 compiler "
-                "(g++ or clang++, or name one in CXX), or choose another kernel"
+                f"the C++ kernel could not be compiled: {error}; install a C++ compiler "
+                "(g++ 12, clang++ 13 or newer, or name one in CXX), or choose another kernel"
             ) from error
     return library
 

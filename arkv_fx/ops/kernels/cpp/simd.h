@@ -5,7 +5,7 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
 constexpr int W = 16;
 #else
 constexpr int W = 8;  // two registers of four where vectors are 16 bytes
@@ -85,7 +85,7 @@ INLINE vf tanh_of(vf x) { return 1.0f - 2.0f / (exponential(x + x) + 1.0f); }
 typedef float f8 __attribute__((vector_size(32)));
 typedef int32_t i8 __attribute__((vector_size(32)));
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
 #define HALVES(x)                                             \
   __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),      \
       __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15)

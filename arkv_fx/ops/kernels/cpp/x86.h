@@ -2,7 +2,7 @@
 #pragma once
 #include "simd.h"
 
-#if defined(__AVX2__) && !defined(ARKV_PLAIN)
+#if defined(__AVX2__)
 #include <immintrin.h>
 constexpr bool INTEGERS = true;  // products of 16-bit integers are twice as fast as of floats
 
