@@ -150,7 +150,7 @@ class Attention {
   static void fields(int64_t codec, const uint16_t* scale, const uint8_t* zero, int64_t first,
                      int64_t n, float* scales, float* zeros) {
     const float rest = codec == FP8 ? FP8_UNIT / LIFT : 1.0f, step = codes_per_zero(codec);
-    for (int64_t r = 0; r < n; r += W) {
+    for (int64_t r = 0; r < whole(n, 2 * W); r += W) {
       vf x = spread(1.0f), z{};
       if (codec >= FP8) x = bits(widen_some(scale + first + r, n - r) << 16) * rest;
       if (rotated(codec)) {
@@ -168,7 +168,7 @@ class Attention {
     if (call.sliding) low = std::max<int64_t>(low, call.position[b] - call.sliding);
     vi any{}, lane;
     for (int i = 0; i < W; i++) lane[i] = i;
-    for (int64_t r = 0; r < n; r += W) {
+    for (int64_t r = 0; r < whole(n, 2 * W); r += W) {
       const vi x = (pos ? load_some<vi>(pos + r, n - r) > low : ~vi{}) & (lane < (int32_t)(n - r));
       store(seen + r, x);
       any |= x;
@@ -204,7 +204,7 @@ class Attention {
       float* to = columns + team.query * plan.padded + u.room + r;
       if (!shown(team.head / call.heads, pos, n, seen)) {
         for (int64_t g = 0; g < team.size; g++)
-          std::fill(to + g * plan.padded, to + g * plan.padded + whole(n, W), NEVER);
+          std::fill(to + g * plan.padded, to + g * plan.padded + whole(n, 2 * W), NEVER);
         continue;
       }
       fields(codec, s.k_scale, s.k_zero, first, n, scales, zeros);
@@ -223,7 +223,7 @@ class Attention {
         if (call.bias) bias(i, pos, n, added);
         const float unit = (integers(codec) ? units[at(basis, i)] : 1.0f) * scale;
         const float sum = query_sums[i] * scale, centre = s.centred ? centres[i] * scale : 0.0f;
-        for (int64_t j = 0; j < n; j += W) {
+        for (int64_t j = 0; j < whole(n, 2 * W); j += W) {
           vf x = load<vf>(dots[g] + j) * unit;
           if (rotated(codec)) x -= load<vf>(zeros + j) * sum;
           x = x * load<vf>(scales + j) + centre;
@@ -272,12 +272,16 @@ class Attention {
       vf high[MOST] = {};
       for (int64_t g = 0; g < team.size; g++, p += plan.padded) {
         const float top = most[g];
-        for (int64_t j = 0; j < n; j += W) {
-          const vf x = exponential(load<vf>(p + j) - top), y = x * load<vf>(scales + j) * lift;
-          store(p + j, x);
-          store(weights[g] + j, y);
-          mass[g] += x;
-          high[g] = larger(high[g], y);
+        for (int64_t j = 0; j < n; j += 2 * W) {
+          vf x[2] = {load<vf>(p + j) - top, load<vf>(p + j + W) - top};
+          exponential<2>(x);
+          for (int i = 0; i < 2; i++) {
+            const vf y = x[i] * load<vf>(scales + j + i * W) * lift;
+            store(p + j + i * W, x[i]);
+            store(weights[g] + j + i * W, y);
+            mass[g] += x[i];
+            high[g] = larger(high[g], y);
+          }
         }
       }
       const f8 highs = highest(high);

@@ -65,7 +65,7 @@ struct Plan {
             const int64_t count = std::min(most, call.segment[s].slots - i);
             units.push_back({(int64_t)teams.size(), s, i, count, column, room});
             column += count;
-            room += whole(count, W);
+            room += whole(count, 2 * W);
           }
         padded = room;
         teams.push_back({h, h * call.groups + from, to - from, begin, units.size()});

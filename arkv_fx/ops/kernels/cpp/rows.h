@@ -2,9 +2,6 @@
 #pragma once
 #include "codecs.h"
 
-// Before arrays become registers: GCC would otherwise keep them in memory.
-#define UNROLL _Pragma("GCC unroll 8")
-
 constexpr int64_t BLOCK = 64;  // rows that are read together: they fit the first-level cache
 constexpr int LANES = 8;       // dots that are reduced together
 

@@ -60,27 +60,40 @@ INLINE vi rounded(vf x) { return (vi)(x + ROUNDER) - (vi)(vf{} + ROUNDER); }
 
 INLINE vf larger(vf x, vf y) { return y > x ? y : x; }
 
-// e^x to 2 ulp; below -87 it is exactly 0, so that hidden slots (-inf) get no probability.
-INLINE vf exponential(vf x) {
-  const vf low = spread(-87.0f), high = spread(88.0f);
-  vi none = x < low;
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  vf shifted = x * 1.44269504f + ROUNDER;
-  vf n = shifted - ROUNDER;
-  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  vf p = spread(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  vi power = ((vi)shifted - (vi)spread(ROUNDER) + 127) << 23;
-  return bits((vi)(p * bits(power)) & ~none);
+// Before arrays become registers: GCC would otherwise keep them in memory.
+#define UNROLL _Pragma("GCC unroll 8")
+#define EACH UNROLL for (int i = 0; i < N; i++)
+
+// e^x for x <= 88 to 2 ulp, of N vectors side by side: one alone would wait for itself. Below -87
+// it is exactly 0, so that hidden slots (-inf) get no probability.
+template <int N>
+INLINE void exponential(vf* x) {
+  const vf low = spread(-87.0f);
+  vi some[N], power[N];
+  vf r[N], square[N], p[N];
+  EACH some[i] = x[i] >= low;
+  EACH x[i] = larger(low, x[i]);
+  EACH r[i] = x[i] * 1.44269504f + ROUNDER;
+  EACH power[i] = ((vi)r[i] - (vi)spread(ROUNDER) + 127) << 23;
+  EACH r[i] -= ROUNDER;
+  EACH x[i] -= r[i] * 0.693359375f;
+  EACH r[i] = x[i] + r[i] * 2.12194440e-4f;
+  EACH square[i] = r[i] * r[i];
+  EACH p[i] = r[i] * 1.9875691500e-4f + 1.3981999507e-3f;
+  EACH x[i] = r[i] * 8.3334519073e-3f + 4.1665795894e-2f;
+  EACH p[i] = p[i] * square[i] + x[i];
+  EACH x[i] = r[i] * 1.6666665459e-1f + 5.0000001201e-1f;
+  EACH p[i] = p[i] * square[i] + x[i];
+  EACH p[i] = p[i] * square[i] + (r[i] + 1.0f);
+  EACH x[i] = bits((vi)(p[i] * bits(power[i])) & some[i]);
 }
 
-INLINE vf tanh_of(vf x) { return 1.0f - 2.0f / (exponential(x + x) + 1.0f); }
+INLINE vf tanh_of(vf x) {
+  vf e = x + x;
+  e = e < 80.0f ? e : spread(80.0f);
+  exponential<1>(&e);
+  return 1.0f - 2.0f / (e + 1.0f);
+}
 
 typedef float f8 __attribute__((vector_size(32)));
 typedef int32_t i8 __attribute__((vector_size(32)));
