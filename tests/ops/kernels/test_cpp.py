@@ -149,10 +149,16 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+# Enough work for two threads, which small shapes are not given.
+LARGE = Case(300, (0, 7), 3, 8, 128, 128, (("k8v4", 100), ("k4v3", 150)), mask="bool")
+
+
 @settings(max_examples=100)
 @given(case=cases())
 @example(Case(groups=17, dtype=torch.bfloat16))
 @example(Case(k_dim=128, v_dim=64, length=300, threads=2, dtype=torch.float16))
+@example(replace(LARGE, threads=2))
+@example(replace(LARGE, threads=2, dtype=torch.bfloat16, mask="bool-heads"))
 @example(Case(k_dim=64, v_dim=128, pad=(0, 61), mask="lowest"))  # a row that sees nothing
 @example(Case(length=1, tiers=(("native", 0),)))
 def test_it_equals_the_reference(case: Case) -> None:

@@ -55,9 +55,9 @@ std::tuple<Tensor, Tensor> attend(
     columns += s.slots;
     if (s.slots) call.segment.push_back(s);
   }
-  // Another thread is worth its start from about ten microseconds of work on.
+  // Another thread is worth its start from about fifty microseconds of work on.
   const int64_t work = call.batch * call.heads * call.groups * columns * (call.k_dim + call.v_dim);
-  call.threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + (work >> 18));
+  call.threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + (work >> 20));
   Segment own{call.dtype, call.dtype, 1};
   own.k = data<char>(k), own.v = data<char>(v);
   call.segment.push_back(own);
