@@ -47,3 +47,7 @@ class ModelNotFoundError(ArkvError):
 
 class EvaluationError(ArkvError, ValueError):
     """A text, a prompt or a file of results does not fit the measurement asked for."""
+
+
+class KernelError(ArkvError):
+    """An attention kernel cannot run here or on these tensors; the message says what can."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from arkv_fx.errors import UnknownOptionError
 from arkv_fx.ops.attention import Knobs
+from arkv_fx.ops.kernels.cpp import attend_cpp
 from arkv_fx.ops.kernels.inductor import attend_one
 from arkv_fx.ops.kernels.reference import attend_columns
 from arkv_fx.state.view import View
@@ -49,7 +50,11 @@ class Kernel(Protocol):
         """
 
 
-KERNELS: dict[str, Kernel] = {"reference": attend_columns, "inductor": attend_one}
+KERNELS: dict[str, Kernel] = {
+    "reference": attend_columns,
+    "inductor": attend_one,
+    "cpp": attend_cpp,
+}
 
 
 def get_kernel(name: str) -> Kernel:

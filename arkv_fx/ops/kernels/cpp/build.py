@@ -1,0 +1,57 @@
+"""The C++ source as a loaded library."""
+
+from __future__ import annotations
+
+import re
+from ctypes import CDLL
+from functools import lru_cache
+from pathlib import Path
+
+from arkv_fx.errors import KernelError
+
+HERE = Path(__file__).parent
+
+
+def source() -> str:
+    """``binding.cpp`` with our headers in place of their includes: caches go by one text."""
+    seen: set[str] = set()
+
+    def expand(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = (HERE / name).read_text()
+        return re.sub(r'#include "(.+)"', lambda m: expand(m[1]), text).replace("#pragma once", "")
+
+    return expand("binding.cpp")
+
+
+@lru_cache(maxsize=1)
+def load() -> CDLL:
+    """Compile (seconds, once per machine and version) or take from Inductor's cache on disk.
+
+    Raises:
+        KernelError: without a working compiler.
+    """
+    from torch._inductor import config  # here: it takes seconds to import
+    from torch._inductor.codecache import CppCodeCache
+
+    # Multiplications and additions in one instruction; the code holds no comparison that minds.
+    with config.patch({"cpp.enable_floating_point_contract_flag": "fast"}):
+        try:
+            library: CDLL = CppCodeCache.load(source())
+        except Exception as error:
+            raise KernelError(
+                f"the C++ kernel could not be compiled: {error}; install a C++ compiler "
+                "(g++ 12, clang++ 13 or newer, or name one in CXX), or choose another kernel"
+            ) from error
+    return library
+
+
+def available() -> str:
+    """Empty if the kernel can run here, else the reason why not. Compiles it."""
+    try:
+        load()
+    except KernelError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,138 @@
+// Vectors of W floats through the compiler's vector extensions: one source for AVX2, AVX512, NEON.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX512BW__)
+constexpr int W = 16;
+#else
+constexpr int W = 8;  // two registers of four where vectors are 16 bytes
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef int16_t vs __attribute__((vector_size(4 * W)));
+constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: a sum with it has no fraction left
+constexpr float NEVER = -std::numeric_limits<float>::infinity();
+
+template <class V>
+INLINE V load(const void* p) {
+  V x;
+  std::memcpy(&x, p, sizeof(V));
+  return x;
+}
+
+template <class V>
+INLINE void store(void* p, V x) {
+  std::memcpy(p, &x, sizeof(V));
+}
+
+#include "x86.h"
+
+INLINE vf spread(float x) { return x - vf{}; }
+
+// The first n of W elements, zeros behind.
+template <class V, class T>
+INLINE V load_some(const T* p, int64_t n) {
+  if (n >= W) return load<V>(p);
+  T held[W] = {};
+  for (int64_t i = 0; i < n; i++) held[i] = p[i];
+  return load<V>(held);
+}
+
+template <class T>
+INLINE vi widen_some(const T* p, int64_t n) {
+  if (n >= W) return widen(p);
+  T held[W] = {};
+  for (int64_t i = 0; i < n; i++) held[i] = p[i];
+  return widen(held);
+}
+
+INLINE vf number(vi x) { return __builtin_convertvector(x, vf); }
+INLINE vf bits(vi x) { return (vf)x; }
+
+// To the nearest integer, |x| < 2^22.
+INLINE vi rounded(vf x) { return (vi)(x + ROUNDER) - (vi)(vf{} + ROUNDER); }
+
+INLINE vf larger(vf x, vf y) { return y > x ? y : x; }
+
+// Before arrays become registers: GCC would otherwise keep them in memory.
+#define UNROLL _Pragma("GCC unroll 8")
+#define EACH UNROLL for (int i = 0; i < N; i++)
+
+// e^x for x <= 88 to 2 ulp, of N vectors side by side: one alone would wait for itself. Below -87
+// it is exactly 0, so that hidden slots (-inf) get no probability.
+template <int N>
+INLINE void exponential(vf* x) {
+  const vf low = spread(-87.0f);
+  vi some[N], power[N];
+  vf r[N], square[N], p[N];
+  EACH some[i] = x[i] >= low;
+  EACH x[i] = larger(low, x[i]);
+  EACH r[i] = x[i] * 1.44269504f + ROUNDER;
+  EACH power[i] = ((vi)r[i] - (vi)spread(ROUNDER) + 127) << 23;
+  EACH r[i] -= ROUNDER;
+  EACH x[i] -= r[i] * 0.693359375f;
+  EACH r[i] = x[i] + r[i] * 2.12194440e-4f;
+  EACH square[i] = r[i] * r[i];
+  EACH p[i] = r[i] * 1.9875691500e-4f + 1.3981999507e-3f;
+  EACH x[i] = r[i] * 8.3334519073e-3f + 4.1665795894e-2f;
+  EACH p[i] = p[i] * square[i] + x[i];
+  EACH x[i] = r[i] * 1.6666665459e-1f + 5.0000001201e-1f;
+  EACH p[i] = p[i] * square[i] + x[i];
+  EACH p[i] = p[i] * square[i] + (r[i] + 1.0f);
+  EACH x[i] = bits((vi)(p[i] * bits(power[i])) & some[i]);
+}
+
+INLINE vf tanh_of(vf x) {
+  vf e = x + x;
+  e = e < 80.0f ? e : spread(80.0f);
+  exponential<1>(&e);
+  return 1.0f - 2.0f / (e + 1.0f);
+}
+
+typedef float f8 __attribute__((vector_size(32)));
+typedef int32_t i8 __attribute__((vector_size(32)));
+
+#if defined(__AVX512BW__)
+#define HALVES(x)                                             \
+  __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),      \
+      __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15)
+template <class F> INLINE f8 fold(vf x, F f) { return f(HALVES(x)); }
+template <class F> INLINE i8 fold(vi x, F f) { return f(HALVES(x)); }
+#else
+template <class F> INLINE f8 fold(vf x, F) { return x; }
+template <class F> INLINE i8 fold(vi x, F) { return x; }
+#endif
+
+// Each of eight vectors reduced to one number by f, in order.
+template <class V, class F>
+INLINE auto reduce(const V* x, F f) {
+  auto pairs = [f](auto a, auto b) {
+    return f(__builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14),
+             __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15));
+  };
+  auto fours = [f](auto a, auto b) {
+    return f(__builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13),
+             __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15));
+  };
+  auto ab = fours(pairs(fold(x[0], f), fold(x[1], f)), pairs(fold(x[2], f), fold(x[3], f)));
+  auto cd = fours(pairs(fold(x[4], f), fold(x[5], f)), pairs(fold(x[6], f), fold(x[7], f)));
+  return f(__builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11),
+           __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15));
+}
+
+template <class V>
+INLINE auto sums(const V* x) {
+  return reduce(x, [](auto a, auto b) { return a + b; });
+}
+INLINE f8 highest(const vf* x) {
+  return reduce(x, [](auto a, auto b) { return b > a ? b : a; });
+}
+
+INLINE f8 numbers(f8 x) { return x; }
+INLINE f8 numbers(i8 x) { return __builtin_convertvector(x, f8); }

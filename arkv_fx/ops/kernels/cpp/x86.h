@@ -1,0 +1,67 @@
+// What vector extensions express badly or not at all: by name on x86, element by element elsewhere.
+#pragma once
+#include "simd.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+constexpr bool INTEGERS = true;  // products of 16-bit integers are twice as fast as of floats
+
+#if defined(__AVX512BW__)
+#define WIDE(name) _mm512_##name
+typedef __m512i wide;
+#define LOAD_HALF(p) _mm256_loadu_si256((const __m256i*)(p))
+#define LOAD_QUARTER(p) _mm_loadu_si128((const __m128i*)(p))
+#else
+#define WIDE(name) _mm256_##name
+typedef __m256i wide;
+#define LOAD_HALF(p) _mm_loadu_si128((const __m128i*)(p))
+#define LOAD_QUARTER(p) _mm_loadl_epi64((const __m128i*)(p))
+#endif
+
+// W integers as wide ones.
+INLINE vi widen(const int8_t* p) { return (vi)WIDE(cvtepi8_epi32)(LOAD_QUARTER(p)); }
+INLINE vi widen(const int16_t* p) { return (vi)WIDE(cvtepi16_epi32)(LOAD_HALF(p)); }
+INLINE vi widen(const uint16_t* p) { return (vi)WIDE(cvtepu16_epi32)(LOAD_HALF(p)); }
+
+// 2 W bytes as shorts.
+INLINE vs shorts(const int8_t* p) { return (vs)WIDE(cvtepi8_epi16)(LOAD_HALF(p)); }
+
+// Sums of neighbours' products.
+INLINE vi multiply_pairs(vs x, vs y) { return (vi)WIDE(madd_epi16)((wide)x, (wide)y); }
+
+// W columns of two rows of bytes as shorts, one row's beside the other's.
+INLINE vs interleave(const char* a, const char* b) {
+  const __m128i x = LOAD_QUARTER(a), y = LOAD_QUARTER(b);
+#if defined(__AVX512BW__)
+  const __m256i both = _mm256_set_m128i(_mm_unpackhi_epi8(x, y), _mm_unpacklo_epi8(x, y));
+#else
+  const __m128i both = _mm_unpacklo_epi8(x, y);
+#endif
+  return (vs)WIDE(cvtepi8_epi16)(both);
+}
+
+// Rounded, |x| < 2^15.
+INLINE void store_shorts(int16_t* p, vi x) {
+#if defined(__AVX512BW__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((wide)x));
+#else
+  const wide y = _mm256_packs_epi32((wide)x, (wide)x);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(y, 8)));
+#endif
+}
+
+#else
+constexpr bool INTEGERS = false;
+
+template <class T>
+INLINE vi widen(const T* p) {
+  typedef T narrow __attribute__((vector_size(W * sizeof(T))));
+  return __builtin_convertvector(load<narrow>(p), vi);
+}
+
+// Only so that what INTEGERS leaves out compiles.
+INLINE vs shorts(const int8_t*) { return vs{}; }
+INLINE vi multiply_pairs(vs, vs) { return vi{}; }
+INLINE vs interleave(const char*, const char*) { return vs{}; }
+INLINE void store_shorts(int16_t*, vi) {}
+#endif

@@ -1,0 +1,324 @@
+"""The C++ kernel against the reference, on states that hold real tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import example, given, settings
+from reference_attention import Layer, make_mask
+from torch import Tensor
+
+import arkv_fx.ops.kernels.cpp.build as build
+from arkv_fx.errors import KernelError
+from arkv_fx.ops.attend import attend
+from arkv_fx.ops.attention import Knobs
+from arkv_fx.ops.kernels import get_kernel
+from arkv_fx.ops.kernels.cpp import available
+from arkv_fx.plan import LayerPlan, Tier
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+MASKS = ("none", "bool", "additive", "lowest", "bool-heads", "additive-heads")
+
+reason = available()
+pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_after() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer that holds ``length`` tokens; ``pad`` are left padding tokens per row."""
+
+    length: int = 60
+    pad: tuple[int, ...] = (0,)
+    heads: int = 2
+    groups: int = 2
+    k_dim: int = 16
+    v_dim: int = 16
+    tiers: tuple[tuple[str, int], ...] = (("k8v4", 20), ("k4v3", 90))
+    window_format: str = "native"
+    sliding: int = 0
+    dtype: torch.dtype = torch.float32
+    mask: str = "none"
+    softcap: float = 0.0
+    sink_logits: bool = False
+    threads: int = 1
+    seed: int = 0
+
+
+def arguments(case: Case) -> tuple[Layer, dict[str, object]]:
+    """A filled layer and what a kernel takes for the token after it."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def normal(heads: int, length: int, dim: int) -> Tensor:
+        x = torch.randn(len(case.pad), heads, length, dim, generator=generator)
+        return (x + torch.arange(dim) % 3).to(case.dtype)  # a common part, as keys have
+
+    plan = LayerPlan(
+        case.heads, case.k_dim, case.v_dim, case.dtype, 5, 0 if case.sliding else 2, case.sliding,
+        tuple(Tier(*t) for t in case.tiers), "combined", (), case.window_format,
+    )  # fmt: skip
+    layer = Layer(plan, len(case.pad))
+    query_heads = case.heads * case.groups
+    sink = torch.randn(query_heads, generator=generator) if case.sink_logits else None
+    knobs = Knobs(0.5 / case.k_dim**0.5, case.softcap, sink)
+    total = case.length + 1
+    valid = torch.arange(total)[None] >= torch.tensor(case.pad)[:, None]
+    first = make_mask(valid[:, :-1], case.length, kind="bool")
+    layer.step(
+        normal(query_heads, case.length, case.k_dim), normal(case.heads, case.length, case.k_dim),
+        normal(case.heads, case.length, case.v_dim), first, knobs, valid[:, :-1], fresh=True,
+    )  # fmt: skip
+    mask = make_mask(
+        valid, 1, kind=case.mask, heads=query_heads, sliding=case.sliding, dtype=case.dtype,
+        generator=generator,
+    )  # fmt: skip
+    held = layer.state.view()
+    return layer, {
+        "q": normal(query_heads, 1, case.k_dim).unflatten(1, (case.heads, case.groups)),
+        "k": normal(case.heads, 1, case.k_dim),
+        "v": normal(case.heads, 1, case.v_dim),
+        "mask": mask,
+        "held": held,
+        "knobs": knobs,
+        "query_pos": held.seen[:, None],
+    }
+
+
+def compare(args: dict[str, object], dtype: torch.dtype, **changed: object) -> None:
+    """Output and probabilities agree with the reference's, hidden columns exactly."""
+    expected = get_kernel("reference")(**args)  # type: ignore[arg-type]
+    found = get_kernel("cpp")(**{**args, **changed})  # type: ignore[arg-type]
+    for name, x, y in zip(("output", "probabilities"), expected, found, strict=True):
+        assert x.shape == y.shape and y.dtype == torch.float32
+        assert (y[x == 0] == 0).all(), f"{name}: something hidden is seen"
+        error = float((x - y).abs().max() / x.abs().max().clamp(min=1e-3))
+        assert error <= TOLERANCE[dtype], f"{name}: {error:.1e}"
+
+
+def check(case: Case) -> None:
+    torch.set_num_threads(case.threads)
+    compare(arguments(case)[1], case.dtype)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    tiers = draw(
+        st.sampled_from(
+            (
+                (("native", 70),),
+                (("bf16", 8), ("fp8", 70)),
+                (("int8", 70),),
+                (("int8", 5), ("int4", 130)),
+                (("k8v4", 20), ("k4v3", 90)),
+                (("k4v3", 0), ("k4v3", 40)),
+            )
+        )
+    )
+    names = {name for name, _ in tiers}
+    step = 8 if "k4v3" in names or "k8v4" in names else 2 if "int4" in names else 1
+    dims = st.one_of(
+        st.integers(1, 80 // step).map(lambda n: n * step), st.sampled_from((64, 128, 256))
+    )
+    length = draw(st.integers(1, 140))
+    pad = draw(st.lists(st.integers(0, length + 1), min_size=1, max_size=3).map(tuple))
+    return Case(
+        length=length,
+        pad=pad,
+        heads=draw(st.integers(1, 3)),
+        groups=draw(st.integers(1, 9)),
+        k_dim=draw(dims),
+        v_dim=draw(dims),
+        tiers=tiers,
+        window_format=draw(st.sampled_from(("native", "bf16"))),
+        sliding=draw(st.sampled_from((0, 0, 9, 60))),
+        dtype=draw(st.sampled_from((torch.float32, torch.float32, torch.bfloat16, torch.float16))),
+        mask=draw(st.sampled_from(MASKS if not any(pad) else MASKS[1:])),
+        softcap=draw(st.sampled_from((0.0, 0.0, 2.0))),
+        sink_logits=draw(st.booleans()),
+        threads=draw(st.sampled_from((1, 2))),
+        seed=draw(st.integers(0, 999)),
+    )
+
+
+# Enough work for two threads, which small shapes are not given.
+LARGE = Case(300, (0, 7), 3, 8, 128, 128, (("k8v4", 100), ("k4v3", 150)), mask="bool")
+
+
+@settings(max_examples=100)
+@given(case=cases())
+@example(Case(groups=17, dtype=torch.bfloat16))
+@example(Case(k_dim=128, v_dim=64, length=300, threads=2, dtype=torch.float16))
+@example(replace(LARGE, threads=2))
+@example(replace(LARGE, threads=2, dtype=torch.bfloat16, mask="bool-heads"))
+@example(Case(k_dim=64, v_dim=128, pad=(0, 61), mask="lowest"))  # a row that sees nothing
+@example(Case(length=1, tiers=(("native", 0),)))
+def test_it_equals_the_reference(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tiers", ["native", "bf16", "fp8", "int8", "int4", "k8v4", "k4v3"])
+def test_every_format_with_every_dtype(tiers: str, dtype: torch.dtype) -> None:
+    for dims, groups in (((128, 128), 4), ((64, 64), 3), ((24, 40), 1)):
+        case = Case(150, (0, 9), 2, groups, *dims, ((tiers, 200),), dtype=dtype, mask="bool")
+        check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_far_within_its_rounding(dtype: torch.dtype) -> None:
+    """An outlier channel in the queries, as models have them, makes 16 bits coarser for others."""
+    _, args = arguments(Case(k_dim=64, v_dim=64, dtype=dtype, length=100))
+    q = args["q"]
+    assert isinstance(q, Tensor)
+    q[..., 3] *= 20
+    out, probs = get_kernel("reference")(**args)  # type: ignore[arg-type]
+    found, shares = get_kernel("cpp")(**args)  # type: ignore[arg-type]
+    assert float((out - found).abs().max() / out.abs().max()) < 5e-4
+    assert float((probs - shares).abs().max() / probs.abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_whatever_lies_in_empty_slots(dtype: torch.dtype) -> None:
+    case = Case(length=20, tiers=(("native", 30), ("int8", 30)), dtype=dtype)
+    outputs = []
+    for poison in (False, True):
+        layer, args = arguments(case)
+        for segment in layer.state.view().segments:
+            empty = (segment.pos < 0)[..., None]
+            for part in (*segment.k, *segment.v):
+                if poison:
+                    part.masked_fill_(empty, 3e4 if part.is_floating_point() else 127)
+        outputs.append(get_kernel("cpp")(**args))  # type: ignore[arg-type]
+    assert all(torch.equal(x, y) for x, y in zip(*outputs, strict=True))
+
+
+def test_noncontiguous_tensors() -> None:
+    _, args = arguments(Case(pad=(0, 3), mask="bool"))
+    changed = {}
+    for name in ("q", "k", "v", "mask"):
+        x = args[name]
+        assert isinstance(x, Tensor)
+        changed[name] = x.repeat_interleave(2, -1)[..., ::2]
+        assert not changed[name].is_contiguous()
+    compare(args, torch.float32, **changed)
+
+
+def test_attend_takes_it() -> None:
+    """Through the operator's whole step, state included."""
+    results = []
+    for kernel in ("reference", "cpp"):
+        layer, args = arguments(Case(length=40))
+        q, k, v = args["q"], args["k"], args["v"]
+        assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+        knobs = Knobs(0.2)
+        state = layer.state.tensors
+        out = attend(q.flatten(1, 2), k, v, None, state, layer.plan, knobs, False, kernel)
+        results.append([out, *(t.float() for t in state)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+# Tracing
+
+
+def operator_arguments(case: Case) -> tuple[object, ...]:
+    """What ``arkv_cpu::attend`` gets for a case."""
+    found: list[tuple[object, ...]] = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func is torch.ops.arkv_cpu.attend.default:
+                found.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        get_kernel("cpp")(**arguments(case)[1])  # type: ignore[arg-type]
+    return found[0]
+
+
+@pytest.mark.parametrize("case", [Case(), Case(mask="additive-heads", sink_logits=True)])
+def test_operator_is_well_formed(case: Case) -> None:
+    args = operator_arguments(case)
+    torch.library.opcheck(torch.ops.arkv_cpu.attend.default, args)
+
+
+@pytest.mark.parametrize("case", [Case(), Case(pad=(0, 2), mask="bool", dtype=torch.bfloat16)])
+def test_it_compiles_as_one_graph(case: Case) -> None:
+    _, args = arguments(case)
+    expected = get_kernel("cpp")(**args)  # type: ignore[arg-type]
+    found = torch.compile(get_kernel("cpp"), fullgraph=True)(**args)  # type: ignore[arg-type]
+    for x, y in zip(expected, found, strict=True):
+        assert torch.equal(x, y)
+
+
+# What it refuses
+
+
+def test_other_devices_and_dtypes() -> None:
+    _, args = arguments(Case())
+    for wrong in (torch.zeros(1, 2, 2, 1, 16, device="meta"), torch.zeros(1, 2, 2, 1, 16).double()):
+        with pytest.raises(KernelError, match="choose the kernel 'reference'"):
+            get_kernel("cpp")(**{**args, "q": wrong})  # type: ignore[arg-type]
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "source", lambda: "no C++ at all")
+    build.load.cache_clear()
+    try:
+        assert "install a C++" in build.available()
+        with pytest.raises(KernelError, match="choose another kernel"):
+            build.load()
+    finally:
+        build.load.cache_clear()
+
+
+# Negative controls: the comparison must notice each of these.
+
+
+def _shifted(tensors: list[Tensor]) -> list[Tensor]:
+    return [t + 40 if t.dtype == torch.uint8 and t.shape[-1] == 1 else t for t in tensors]
+
+
+BROKEN = {
+    "zero points of keys": lambda s: replace(s, k=_shifted(s.k)),
+    "zero points of values": lambda s: replace(s, v=_shifted(s.v)),
+    "scales": lambda s: replace(s, v=[s.v[0], *(t.roll(1, 2) for t in s.v[1:])]),
+    "codes": lambda s: replace(s, k=[s.k[0].roll(1, -1), *s.k[1:]]),
+    "centre": lambda s: replace(s, centre=None),
+    "empty slots": lambda s: replace(s, pos=s.pos.clamp(min=0)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_broken_state_is_noticed(name: str, dtype: torch.dtype) -> None:
+    _, args = arguments(Case(dtype=dtype, k_dim=64, v_dim=64))
+    compare(args, dtype)
+    held = args["held"]
+    segments = [*held.segments[:-1], BROKEN[name](held.segments[-1])]  # type: ignore[attr-defined]
+    with pytest.raises(AssertionError, match=r"output|probabilities"):
+        compare(args, dtype, held=replace(held, segments=segments))  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize(
+    ("case", "changed"),
+    [
+        (Case(softcap=1.0), {"knobs": Knobs(0.125)}),
+        (Case(sink_logits=True), {"knobs": Knobs(0.125)}),
+        (Case(mask="bool-heads"), {"mask": None}),
+    ],
+)
+def test_a_broken_argument_is_noticed(case: Case, changed: dict[str, object]) -> None:
+    _, args = arguments(case)
+    compare(args, case.dtype)
+    with pytest.raises(AssertionError, match=r"output|probabilities"):
+        compare(args, case.dtype, **changed)
