@@ -13,6 +13,7 @@ from torch import Tensor
 from arkv_fx.errors import UnknownOptionError
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.kernels.reference import attend_columns
+from arkv_fx.ops.kernels.triton import attend_triton
 from arkv_fx.state.view import View
 
 __all__ = ["KERNELS", "Kernel", "get_kernel"]
@@ -47,7 +48,7 @@ class Kernel(Protocol):
         """
 
 
-KERNELS: dict[str, Kernel] = {"reference": attend_columns}
+KERNELS: dict[str, Kernel] = {"reference": attend_columns, "triton": attend_triton}
 
 
 def get_kernel(name: str) -> Kernel:

@@ -13,7 +13,7 @@ from arkv_fx.state.view import Segment, View
 
 
 def stored_query(q: Tensor, segment: Segment) -> Tensor:
-    """The queries [B, Hkv, G, 1, Dk] in the basis of the segment's keys, float32 [B, Hkv, G, Dk]."""
+    """Queries [B, Hkv, G, 1, Dk] in the basis of the segment's keys, float32 [B, Hkv, G, Dk]."""
     return segment.format.key.to_stored(q.squeeze(3).float())
 
 
