@@ -11,11 +11,12 @@ from arkv_fx.ops.kernels.triton.codecs import columns, load_codes, load_scale, l
 
 
 @triton.constexpr_function
-def factor_type(stored, model, for_integers):
-    """What the tensor core multiplies: float32 in a float32 model, else what holds the codes."""
-    if model == tl.float32:
-        return model
-    return stored if stored.is_floating() else for_integers
+def factor_type(stored, model, for_codes):
+    """The type in which the tensor core multiplies what is stored; every code is exact in it."""
+    if model == tl.float32 or not stored.is_floating():
+        return model if model == tl.float32 else for_codes
+    # A float16 query has digits that bfloat16 has not.
+    return stored if stored == model else tl.float32
 
 
 @triton.jit(do_not_specialize=["slots", "chunk", "splits"])  # one compilation for all lengths
@@ -68,8 +69,8 @@ def attend_chunk(
 ):  # fmt: skip
     """Slots [first, last) of one segment and head; the segment's logits begin at ``column``."""
     query, centre, k, v, pos = segment
-    # Every code is exact in both; a probability times a scale needs the range of bfloat16.
-    K_TYPE: tl.constexpr = factor_type(k[0].dtype.element_ty, MODEL, MODEL)
+    # A rotated query needs float16's digits; a probability times a scale, bfloat16's range.
+    K_TYPE: tl.constexpr = factor_type(k[0].dtype.element_ty, MODEL, tl.float16)
     V_TYPE: tl.constexpr = factor_type(v[0].dtype.element_ty, MODEL, tl.bfloat16)
     group = tl.arange(0, ROWS)
     real = group < GROUPS
@@ -79,12 +80,18 @@ def attend_chunk(
     q = tl.load(
         query + row * K_DIM + group[:, None] * K_DIM + k_element[None, :],
         mask=real[:, None] & k_there[None, :], other=0.0,
-    ).to(K_TYPE)  # fmt: skip
+    )  # fmt: skip
+    factor = tl.full([ROWS], scale, tl.float32)
+    if len(k) > 1:  # there are codes, not numbers: bring the query into float16's range
+        largest = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)
+        q = q / largest[:, None]
+        factor *= largest
+    q = q.to(K_TYPE)
     # The zero point takes its share off the logit of the same, rounded, query.
     q_sum = tl.sum(q.to(tl.float32), 1)
     common = tl.zeros([ROWS], tl.float32)
     if centre is not None:
-        common = tl.load(centre + row + group, mask=real, other=0.0)
+        common = tl.load(centre + row + group, mask=real, other=0.0) * scale
     seen_from = tl.load(lowest)
     base = head * slots
     logits += row * width + column
@@ -109,7 +116,7 @@ def attend_chunk(
 
         logit = product(q, tl.trans(keys), ROUND_ONLY)
         logit = (logit - q_sum[:, None] * k_zero[None, :]) * k_scale[None, :]
-        logit = (logit + common[:, None]) * scale
+        logit = logit * factor[:, None] + common[:, None]
         if SOFTCAP > 0:
             # tanh(x) = 2 sigmoid(2 x) - 1
             logit = (2 * tl.sigmoid(logit * (2 / SOFTCAP)) - 1) * SOFTCAP

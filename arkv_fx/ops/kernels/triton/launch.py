@@ -100,6 +100,7 @@ def attend_slots(
 
     layer = LayerPlan.parse(plan)
     batch, heads, groups = own.shape
+    bias = bias.contiguous() if bias is not None else None
     rest = iter([f.contiguous() for f in fields])
     segments = []
     for index, (fmt, _) in enumerate(layer.segments()):
@@ -118,8 +119,8 @@ def attend_slots(
     width = probs.shape[-1]
     with torch.cuda.device_of(own):
         decode[batch * heads, splits](
-            tuple(segments), slots, lowest, bias, probs, parts, lse, scale, chunk, splits,
-            **settings, **options(settings),
+            tuple(segments), slots, lowest.contiguous(), bias, probs, parts, lse, scale, chunk,
+            splits, **settings, **options(settings),
         )  # fmt: skip
         combine[batch * heads * groups, -(-width // PROBS_BLOCK) + len(slots)](
             probs, parts, lse, own.contiguous(), sinks, outs, slots, chunk, splits, width,
