@@ -68,10 +68,13 @@ def options(settings: dict[str, Any]) -> dict[str, Any]:
     """How ``decode`` is compiled, given its ``constants``.
 
     One stage: the loop waits for memory once per block, and four programs of 128 threads on a
-    processor hide that; they fit if a thread takes at most 128 registers. 16-bit models do with
-    16 query rows; more rows or float32 would spill, and run fewer programs instead.
+    processor hide that; they fit if a thread takes at most 128 registers. Tiles of 16 query rows
+    of up to 128 16-bit elements do; larger ones would spill and run fewer programs instead
+    (float32 heads of 256 spill a little even so).
     """
-    small = settings["ROWS"] == 16 and settings["MODEL"].primitive_bitwidth == 16
+    narrow = settings["MODEL"].primitive_bitwidth == 16
+    dim = max(settings["K_DIM"], settings["V_DIM"])
+    small = narrow and settings["ROWS"] == 16 and dim <= 128
     return {"num_warps": 4, "num_stages": 1, "maxnreg": 128 if small else None}
 
 
