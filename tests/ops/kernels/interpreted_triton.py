@@ -6,7 +6,7 @@ query about the same state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -194,22 +194,43 @@ def _ones(fields: Any, base: Any, rows: Any, inside: Any, codec: Any) -> Any:
     return rows * 0.0 + 1.0
 
 
-class LastSplitForgotten:
-    """`combine` of all splits but the last."""
+class Combine:
+    """`combine`, its arguments changed before it starts."""
 
-    def __getitem__(self, grid: Any, launcher: Any = combine_module.combine) -> Any:
-        def run(probs: Tensor, parts: Tensor, lse: Tensor, *args: Any, **kwargs: Any) -> None:
-            lse[..., -1] = float("-inf")
-            launcher[grid](probs, parts, lse, *args, **kwargs)
+    def __init__(self, change: Callable[[list[Any]], None]) -> None:
+        self.change, self.kernel = change, combine_module.combine
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> None:
+            changed = list(args)
+            self.change(changed)
+            self.kernel[grid](*changed, **kwargs)
 
         return run
+
+
+def _forget_last_split(args: list[Any]) -> None:
+    args[2][..., -1] = float("-inf")
+
+
+def _forget_sinks(args: list[Any]) -> None:
+    args[4] = None
+
+
+def _no_softcap(plan: Any, groups: int, cap: float, bias: int, f: Any = launch.constants) -> Any:
+    return f(plan, groups, 0.0, bias)
 
 
 PLAIN = Case()
 BROKEN = {
     "zero points ignored": (PLAIN, decode_module, "load_zero", _zeros),
     "scales ignored": (PLAIN, decode_module, "load_scale", _ones),
-    "one split forgotten": (PLAIN, combine_module, "combine", LastSplitForgotten()),
+    "one split forgotten": (PLAIN, combine_module, "combine", Combine(_forget_last_split)),
+    "sinks ignored": (
+        replace(PLAIN, sink_logits=True),
+        combine_module, "combine", Combine(_forget_sinks),
+    ),
+    "softcap ignored": (replace(PLAIN, softcap=2.0), launch, "constants", _no_softcap),
     "centre ignored": (
         replace(PLAIN, tiers=(("native", 20), ("int8", 30))),
         kernel, "centre_logits", lambda q, segment: None,
