@@ -45,9 +45,9 @@ class ModelNotFoundError(ArkvError):
     """A model cannot be found or read; the message says what to install or choose."""
 
 
+class KernelError(ArkvError):
+    """A kernel cannot run here or on these tensors; the message says what it needs."""
+
+
 class EvaluationError(ArkvError, ValueError):
     """A text, a prompt or a file of results does not fit the measurement asked for."""
-
-
-class KernelError(ArkvError):
-    """An attention kernel cannot run here or on these tensors; the message says what can."""

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.passes.split_module import split_module
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
-from arkv_fx.ops.kernels import best_kernel
+from arkv_fx.ops.kernels import usable
 
 Compiled = Callable[..., Any]
 ATTEND = torch.ops.arkv.attend.default
@@ -86,9 +86,10 @@ class _Pieces(Interpreter):
         if attend is not None:
             if out.shape[2] != 1:
                 return out
-            attend.update_kwarg("kernel", best_kernel(out.device))
+            kernel = usable(out.device)[0]
+            attend.update_kwarg("kernel", kernel)
             piece.recompile()
-            key = (key, best_kernel(out.device))
+            key = (key, kernel)
         # Sizes that are symbols mean something in this graph only.
         known = self.local if any(not _is_static(a) for a in args) else _compiled
         if key not in known:

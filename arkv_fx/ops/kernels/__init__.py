@@ -6,6 +6,7 @@ reference defines what all of them compute.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Protocol
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from arkv_fx.errors import UnknownOptionError
 from arkv_fx.ops.attention import Knobs
-from arkv_fx.ops.kernels.cpp import attend_cpp
+from arkv_fx.ops.kernels.cpp import attend_cpp, available
 from arkv_fx.ops.kernels.inductor import attend_one
 from arkv_fx.ops.kernels.reference import attend_columns
+from arkv_fx.ops.kernels.triton import attend_triton
 from arkv_fx.state.view import View
 
-__all__ = ["KERNELS", "Kernel", "get_kernel"]
+__all__ = ["KERNELS", "Kernel", "get_kernel", "usable"]
 
 
 class Kernel(Protocol):
@@ -54,6 +56,7 @@ KERNELS: dict[str, Kernel] = {
     "reference": attend_columns,
     "inductor": attend_one,
     "cpp": attend_cpp,
+    "triton": attend_triton,
 }
 
 
@@ -64,6 +67,11 @@ def get_kernel(name: str) -> Kernel:
     return KERNELS[name]
 
 
-def best_kernel(device: torch.device) -> str:
-    """The fastest kernel for compiled decode steps on ``device``."""
-    return "inductor"
+def usable(device: torch.device) -> list[str]:
+    """Names of the kernels that can run on ``device``, the fastest first."""
+    fast = []
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        fast.append("triton")
+    if device.type == "cpu" and not available():
+        fast.append("cpp")
+    return [*fast, "inductor", "reference"]

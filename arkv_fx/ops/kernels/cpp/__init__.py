@@ -44,7 +44,7 @@ def attend_cpp(
         added = 0.0 if mask.dtype == torch.bool else mask.float()
         bias = torch.where(allowed(mask), added, float("-inf")).contiguous()
     sink = None if knobs.sink_logits is None else knobs.sink_logits.float().contiguous()
-    slots = [t for s in held.segments for t in (*s.k, *s.v, s.pos)]
+    slots = [t for s in held.segments for t in (*s.k, *s.v, s.pos.contiguous())]
     codecs = [n for s in held.segments for n in _codecs(s, DTYPES[q.dtype])]
     out, probs = torch.ops.arkv_cpu.attend(
         q.contiguous(), k.contiguous(), v.contiguous(), query_pos.contiguous(), bias, sink,
