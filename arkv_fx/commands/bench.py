@@ -62,7 +62,7 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
     compile: Annotated[
         list[Lowering] | None,
-        typer.Option(help="How transformed models run (regional). May be repeated."),
+        typer.Option(help="How transformed models run (inductor). May be repeated."),
     ] = None,
     json: JsonFile = None,
     plot: Annotated[Path | None, typer.Option(help="An image file to draw it into.")] = None,
@@ -79,7 +79,7 @@ def bench(
         rounds=rounds,
         steps=steps,
         threads=threads,
-        lowerings=tuple(str(name) for name in compile or [Lowering.regional]),
+        lowerings=tuple(str(name) for name in compile or [Lowering.inductor]),
         model=model,
     )
     with spinner() as progress:

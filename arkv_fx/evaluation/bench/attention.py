@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from arkv_fx.evaluation.bench.baselines import Attention, decode_baselines, words
-from arkv_fx.evaluation.bench.cases import Case, Options, new_token, usable
+from arkv_fx.evaluation.bench.cases import Case, Options, new_token
 from arkv_fx.evaluation.bench.contest import Entrant, compete
 from arkv_fx.evaluation.bench.layer import attention_step, cold_states, on_states
 from arkv_fx.evaluation.bench.measurements import Measurement, dtype_name
 from arkv_fx.evaluation.bench.timing import Call, Rotation, cold_bytes
+from arkv_fx.ops.kernels import usable
 
 CONTEXTS = (4096, 8192, 32768)
 

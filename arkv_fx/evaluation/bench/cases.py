@@ -12,7 +12,6 @@ from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import UnknownOptionError
 from arkv_fx.ops.attend import attend
 from arkv_fx.ops.attention import Knobs
-from arkv_fx.ops.kernels import KERNELS
 from arkv_fx.ops.no_output import NoOutput
 from arkv_fx.plan import LayerPlan, plan_layer
 from arkv_fx.state.session import LayerState
@@ -90,7 +89,7 @@ class Options:
     rounds: int = 20
     steps: int = 16
     threads: int = 1
-    lowerings: tuple[str, ...] = ("regional",)
+    lowerings: tuple[str, ...] = ("inductor",)
     backend: str = "inductor"
     model: str = "smollm2"
 
@@ -112,11 +111,6 @@ class Options:
     def random(self, *shape: int) -> Tensor:
         """Normal numbers [B, *shape] in the run's dtype."""
         return torch.randn(self.batch, *shape, dtype=self.dtype, device=self.device)
-
-
-def usable(device: torch.device) -> list[str]:
-    """Names of the kernels that run on a device."""
-    return list(KERNELS)
 
 
 def new_token(case: Case, options: Options) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
-from arkv_fx.evaluation.bench.cases import Case, Options, filled, new_token, usable
+from arkv_fx.evaluation.bench.cases import Case, Options, filled, new_token
 from arkv_fx.evaluation.bench.contest import Entrant, compete
 from arkv_fx.evaluation.bench.measurements import Measurement, dtype_name
 from arkv_fx.evaluation.bench.timing import compiled
+from arkv_fx.ops.kernels import usable
 from arkv_fx.plan import LayerPlan
 
 LAYERS = 4
@@ -23,7 +24,7 @@ SLOTS = 44
 
 
 def dispatch(options: Options, progress: Callable[[str], None]) -> list[Measurement]:
-    """Per layer and kernel: compiled on its own, as ``regional`` does, and several in one graph.
+    """Per layer and kernel: compiled on its own, as graphs are cut, and several in one graph.
 
     The time inside the kernels is that of a few slots; it is not taken off.
     """

@@ -18,7 +18,7 @@ from arkv_fx.state.session import LayerState
 
 
 def prefill(options: Options, progress: Callable[[str], None]) -> list[Measurement]:
-    """One layer; ours eagerly, as ``regional`` runs a prompt, and compiled."""
+    """One layer; ours eagerly, as ``transform`` runs a prompt's attention, and compiled."""
     return [row for case in options.cases for row in _case(case, options, progress)]
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from arkv_fx.evaluation.bench.cases import Case, Options, new_token, usable
+from arkv_fx.evaluation.bench.cases import Case, Options, new_token
 from arkv_fx.evaluation.bench.contest import Entrant, compete
 from arkv_fx.evaluation.bench.layer import attention_step, cold_states, on_states, whole_step
 from arkv_fx.evaluation.bench.measurements import Measurement, dtype_name
+from arkv_fx.ops.kernels import usable
 
 
 def update(options: Options, progress: Callable[[str], None]) -> list[Measurement]:
