@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import arkv_fx
-from arkv_fx import ArkvCache, ArkvConfig, Calibration, models, preset, restore, transform
+from arkv_fx import ArkvCache, ArkvConfig, Calibration, backend, models, preset, restore, transform
 from arkv_fx.backend import ArkvBackend, arkv_backend
 from arkv_fx.errors import (
     AbsorbedCacheError,
@@ -321,15 +321,13 @@ def test_an_interrupted_step_spoils_the_cache(
     """Some layers have the new token then, and some do not."""
     cache = ArkvCache(model)
     model(IDS, past_key_values=cache)
-    check = LayerState.check
 
-    def interrupt(self: LayerState, layer: int) -> None:
+    def interrupt(layers: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LayerState, "check", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(backend, "check_finite", interrupt)
         model(IDS[:, :1], past_key_values=cache)
-    monkeypatch.setattr(LayerState, "check", check)
     with pytest.raises(CacheError, match=r"interrupted|start a new"):
         model(IDS[:, :1], past_key_values=cache)
 
