@@ -26,14 +26,14 @@ Compiled = Callable[..., Any]
 ATTEND = torch.ops.arkv.attend.default
 
 # Moving a tensor's reads behind its update makes Inductor copy the tensor: all of a tier's codes.
-_SETTINGS = {"reorder_for_locality": False}
+SETTINGS = {"reorder_for_locality": False}
 # Pieces without symbolic sizes, whatever graph, model or calibration they come from.
-_compiled: dict[Any, Compiled] = {}
+compiled_pieces: dict[Any, Compiled] = {}
 
 
 def compile_graph(graph: GraphModule, inputs: list[Any]) -> Compiled:
     """Inductor on the whole graph."""
-    with torch._inductor.config.patch(_SETTINGS):
+    with torch._inductor.config.patch(SETTINGS):
         compiled: Compiled = compile_fx(graph, inputs)  # type: ignore[assignment]
     return compiled
 
@@ -78,7 +78,7 @@ class _Pieces(Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         piece = getattr(self.split, target)
-        key = _key(piece, args)
+        key = piece_key(piece, args)
         if key not in self.outputs:
             self.outputs[key] = super().call_module(target, args, kwargs)
         out = self.outputs[key]
@@ -91,7 +91,7 @@ class _Pieces(Interpreter):
             piece.recompile()
             key = (key, kernel)
         # Sizes that are symbols mean something in this graph only.
-        known = self.local if any(not _is_static(a) for a in args) else _compiled
+        known = self.local if any(not _is_static(a) for a in args) else compiled_pieces
         if key not in known:
             known[key] = compile_graph(piece, list(args))
         # A module's call costs more than the function's.
@@ -108,7 +108,7 @@ def _is_static(value: Any) -> bool:
     )
 
 
-def _key(piece: GraphModule, args: tuple[Any, ...]) -> Any:
+def piece_key(piece: GraphModule, args: tuple[Any, ...]) -> Any:
     """Equal for pieces that compile to the same: the operations and the shapes of the inputs."""
     order: dict[Node, int] = {}
     lines: list[Any] = []
