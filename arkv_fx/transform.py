@@ -99,7 +99,7 @@ class Transformed:
             raise CacheError(
                 "the cache is not differentiated: call model.eval() or use_cache=False"
             )
-        kwargs["attention_mask"] = _needed_mask(kwargs.get("attention_mask"))
+        kwargs["attention_mask"] = self._needed_mask(cache, kwargs)
         self._mark_lengths(kwargs)
         if cache.session.tokens != cache.seen:
             # NaN says more than the step that it stopped.
@@ -148,6 +148,29 @@ class Transformed:
         if use is None:
             use = getattr(getattr(self.model, "config", None), "use_cache", False)
         return bool(use)
+
+    def _needed_mask(self, cache: ArkvCache, kwargs: dict[str, Any]) -> Any:
+        """The mask, or None where it says nothing that the cache does not know.
+
+        Padding is never stored, so a decoded token may see all that is held: without the mask,
+        which grows, its graph has fixed shapes. Positions must not hang on the mask then.
+        """
+        mask, before = kwargs.get("attention_mask"), cache.session.mask
+        if not (isinstance(mask, Tensor) and mask.dim() == 2):
+            cache.session.mask = None
+            return mask
+        cache.session.mask = mask
+        if bool(mask.all()):  # no [T, S] mask is built at all
+            return None
+        known = (
+            before is not None
+            and kwargs.get("position_ids") is not None
+            and not getattr(_text_config(self.model), "alibi", False)
+            and before.shape[1] == cache.seen == mask.shape[1] - 1
+            and torch.equal(before, mask[:, :-1])
+            and bool(mask[:, -1].all())
+        )
+        return None if known else mask
 
     def _mark_lengths(self, kwargs: dict[str, Any]) -> None:
         """Let one graph serve prompts of every length."""
@@ -287,13 +310,6 @@ def _require_ours(cache: Any) -> None:
             f"the model is transformed but got a {type(cache).__name__}; pass ArkvCache(model), "
             "or no cache at all, or undo with arkv_fx.restore(model)"
         )
-
-
-def _needed_mask(mask: Any) -> Any:
-    """None for a mask without padding: then no [T, S] mask is built at all."""
-    if isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all()):
-        return None
-    return mask
 
 
 def _text_config(model: nn.Module) -> Any:

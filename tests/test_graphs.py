@@ -130,3 +130,38 @@ def test_a_prompt_after_a_conversation_still_knows_that_its_cache_is_empty() -> 
     model(prompt(30, batch=2))
     fresh = [[site.fresh for site in sites] for sites in model.arkv.backend.sites]
     assert fresh == [[True], [False], [True]]
+
+
+def padded_step(model: PreTrainedModel, hide: int | None = None) -> tuple[Tensor, list[bool]]:
+    """Logits of a second decoded token after a left-padded prompt; masks in the graphs so far.
+
+    With ``hide``, that token may not see position ``hide``.
+    """
+    ids = prompt(30, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    cache = ArkvCache(model)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        for step in range(2):
+            mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], -1)
+            if hide is not None and step == 1:
+                mask[:, hide] = 0
+            positions = mask.sum(-1, keepdim=True) - 1
+            out = model(
+                ids[:, step : step + 1], attention_mask=mask, position_ids=positions,
+                past_key_values=cache,
+            )  # fmt: skip
+    masks = [site.mask is not None for sites in model.arkv.backend.sites for site in sites]
+    return out.logits, masks
+
+
+def test_padding_is_known_while_decoding() -> None:
+    """A decoded token's graph takes no mask, whose shape would grow, and sees no padding."""
+    model = models.random_model("llama", num_hidden_layers=1)
+    transform(model, ArkvConfig(budget=64, tiers=("native",)), compile="eager")
+    found, masks = padded_step(model)
+    assert masks == [True, False]
+    with_mask, _ = padded_step(model, hide=0)  # hides padding of one row and a token of the other
+    assert torch.allclose(found[0], with_mask[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[1], with_mask[1], rtol=1e-3)

@@ -103,6 +103,7 @@ class Session:
         self.plain: dict[int, PlainLayer] = {}
         self.active = False
         self.tokens = 0  # what the states have seen, kept by whoever runs the model
+        self.mask: Tensor | None = None  # the last padding mask [B, S], likewise
         _sessions[number] = self
 
     def layer(self, index: int, plan: LayerPlan, batch: int, device: torch.device) -> LayerState:
@@ -143,7 +144,7 @@ class Session:
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         """A sequence of its own that goes on from here (prefix reuse): own tensors and handle."""
         twin = Session(self.owner)
-        twin.tokens = self.tokens
+        twin.tokens, twin.mask = self.tokens, self.mask
         with torch.inference_mode(False):
             for index, state in self.layers.items():
                 twin.layers[index] = copy.copy(state)
@@ -155,7 +156,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.tokens = 0
+        self.tokens, self.mask = 0, None
         self.layers.clear()
         self.plain.clear()
 
