@@ -9,6 +9,7 @@ Inductor minutes. The idea is that of vLLM's piecewise compilation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.passes.split_module import split_module
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
-from arkv_fx.ops.kernels import usable
+from arkv_fx.ops.attention import Knobs
+from arkv_fx.ops.kernels import STEPS, usable
+from arkv_fx.plan import LayerPlan
 
 Compiled = Callable[..., Any]
 ATTEND = torch.ops.arkv.attend.default
@@ -87,6 +90,10 @@ class _Pieces(Interpreter):
             if out.shape[2] != 1:
                 return out
             kernel = usable(out.device)[0]
+            step = _whole_step(attend, kernel)
+            if step is not None:
+                self._put(target, step)
+                return out
             attend.update_kwarg("kernel", kernel)
             piece.recompile()
             key = (key, kernel)
@@ -94,10 +101,38 @@ class _Pieces(Interpreter):
         known = self.local if any(not _is_static(a) for a in args) else compiled_pieces
         if key not in known:
             known[key] = compile_graph(piece, list(args))
-        # A module's call costs more than the function's.
-        delattr(self.split, target)
-        object.__setattr__(self.split, target, known[key])
+        self._put(target, known[key])
         return out
+
+    def _put(self, target: str, function: Compiled) -> None:
+        """Replace a piece by a function: a module's call costs more."""
+        delattr(self.split, target)
+        object.__setattr__(self.split, target, function)
+
+
+def _whole_step(attend: Node, kernel: str) -> Compiled | None:
+    """The decode step as one call where the kernel does all of it: there is nothing to compile."""
+    q, k, v, mask, state, text, scale, softcap, sinks, _ = attend.args
+    plan = LayerPlan.parse(text)
+    if kernel not in STEPS or not STEPS[kernel].knows(plan):
+        return None
+    step = STEPS[kernel].step
+    order = {n: i for i, n in enumerate(attend.graph.find_nodes(op="placeholder"))}
+    first = [order[n] for n in (q, k, v)]
+    held = [order[n] for n in state]
+    masked, sunk = (None if n is None else order[n] for n in (mask, sinks))
+    knobs = Knobs(scale, softcap)
+
+    def run(*args: Tensor) -> Tensor:
+        return step(
+            *[args[i] for i in first],
+            None if masked is None else args[masked],
+            [args[i] for i in held],
+            plan,
+            knobs if sunk is None else replace(knobs, sink_logits=args[sunk]),
+        )
+
+    return run
 
 
 def _is_static(value: Any) -> bool:

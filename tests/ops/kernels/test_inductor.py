@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,11 +48,11 @@ def test_a_broken_form_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) ->
         compare("inductor", args, case.dtype)
 
 
-def generated(kernel: str, **settings: bool) -> str:
+def generated(kernel: str, plan: LayerPlan = PLAN, **settings: bool) -> str:
     """Inductor's code of one decode step."""
-    tensors = LayerState(PLAN, 1, torch.device("cpu")).tensors
+    tensors = LayerState(plan, 1, torch.device("cpu")).tensors
     q, k, v = (torch.randn(1, heads, 1, 32) for heads in (4, 2, 2))
-    text = PLAN.to_json()
+    text = plan.to_json()
 
     def step(*args: torch.Tensor) -> torch.Tensor:
         q, k, v, *state = args
@@ -91,7 +92,7 @@ def test_codes_become_numbers_inside_the_reductions() -> None:
 
 
 def test_the_reference_would_write_them_out() -> None:
-    code = generated("reference")
+    code = generated("reference", replace(PLAN, score="mass", tiers=(Tier("int8", 72),)))
     assert large_buffers(code) and "extern_kernels.bmm" in code
     assert not FUSED.search(code)
 
