@@ -168,7 +168,7 @@ class Step {
   void gather(int64_t start, int64_t n, const Token& token, Candidates& c) const {
     const Stats& stats = state.stats;
     c.count = n + 1;
-    const int64_t end = whole(c.count, W);
+    const int64_t end = whole(c.count, Candidates::STEP);
     std::copy(state.pos + start, state.pos + start + n, c.pos);
     std::fill(c.pos + n, c.pos + end, -1);
     c.pos[n] = token.pos;
