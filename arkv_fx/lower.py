@@ -112,7 +112,8 @@ class _Pieces(Interpreter):
 
 def _whole_step(attend: Node, kernel: str) -> Compiled | None:
     """The decode step as one call where the kernel does all of it: there is nothing to compile."""
-    q, k, v, mask, state, text, scale, softcap, sinks, _ = attend.args
+    arguments: Any = attend.args
+    q, k, v, mask, state, text, scale, softcap, sinks, _ = arguments
     plan = LayerPlan.parse(text)
     if kernel not in STEPS or not STEPS[kernel].knows(plan):
         return None
@@ -124,13 +125,10 @@ def _whole_step(attend: Node, kernel: str) -> Compiled | None:
     knobs = Knobs(scale, softcap)
 
     def run(*args: Tensor) -> Tensor:
-        return step(
-            *[args[i] for i in first],
-            None if masked is None else args[masked],
-            [args[i] for i in held],
-            plan,
-            knobs if sunk is None else replace(knobs, sink_logits=args[sunk]),
-        )
+        q, k, v = (args[i] for i in first)
+        here = knobs if sunk is None else replace(knobs, sink_logits=args[sunk])
+        seen = None if masked is None else args[masked]
+        return step(q, k, v, seen, [args[i] for i in held], plan, here)
 
     return run
 

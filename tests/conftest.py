@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# tests/ops holds the naive attention that tests/state uses too.
-sys.path.insert(0, str(Path(__file__).parent / "ops"))
+# The naive attention and the check of what is held serve other folders' tests too.
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("ops", "state")]
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 

@@ -7,6 +7,8 @@ reference defines what all of them compute.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,13 +16,14 @@ from torch import Tensor
 
 from arkv_fx.errors import UnknownOptionError
 from arkv_fx.ops.attention import Knobs
-from arkv_fx.ops.kernels.cpp import attend_cpp, available
+from arkv_fx.ops.kernels.cpp import attend_cpp, available, knows, step_cpp
 from arkv_fx.ops.kernels.inductor import attend_one
 from arkv_fx.ops.kernels.reference import attend_columns
 from arkv_fx.ops.kernels.triton import attend_triton
+from arkv_fx.plan import LayerPlan
 from arkv_fx.state.view import View
 
-__all__ = ["KERNELS", "Kernel", "get_kernel", "usable"]
+__all__ = ["KERNELS", "STEPS", "Kernel", "WholeStep", "get_kernel", "usable"]
 
 
 class Kernel(Protocol):
@@ -58,6 +61,25 @@ KERNELS: dict[str, Kernel] = {
     "cpp": attend_cpp,
     "triton": attend_triton,
 }
+
+
+@dataclass(frozen=True)
+class WholeStep:
+    """A decode step in one call, for the plans that it ``knows``.
+
+    ``step(q, k, v, mask, state, plan, knobs)`` returns and does what ``arkv_fx.ops.attend.attend``
+    does with one new token.
+    """
+
+    knows: Callable[[LayerPlan], bool]
+    step: Callable[
+        [Tensor, Tensor, Tensor, Tensor | None, Sequence[Tensor], LayerPlan, Knobs], Tensor
+    ]
+
+
+# Whole decode steps by the name of the kernel whose attention they hold. Optional: where there is
+# none, or it does not know the plan, plain torch updates the state after the kernel's attention.
+STEPS: dict[str, WholeStep] = {"cpp": WholeStep(knows, step_cpp)}
 
 
 def get_kernel(name: str) -> Kernel:

@@ -39,18 +39,18 @@ class MassScore(Score):
 
     def observe(self, stats: Stats, seen: Observation) -> Stats:
         mass = seen.masked_probs().sum((2, 3)) / seen.visible()
-        kept = torch.exp2(seen.steps * _log2(self.decay))
+        kept = torch.exp2(seen.steps * log2_of(self.decay))
         return {**stats, "mass": kept * stats["mass"] + (1 - kept) * mass}
 
     def precision(self, stats: Stats, age: Tensor, valid: Tensor) -> Tensor:
         rank = stats["mass"]
         if self.use_age:
-            rank = rank / (1 - torch.exp2((age + 1) * _log2(self.decay))).clamp(min=1e-6)
+            rank = rank / (1 - torch.exp2((age + 1) * log2_of(self.decay))).clamp(min=1e-6)
         if self.use_norm:
             rank = rank * stats["norm"].float()
         return rank
 
 
-def _log2(decay: float) -> float:
+def log2_of(decay: float) -> float:
     """log2 of the decay; a decay of 0 (only the current step counts) stays finite."""
     return math.log2(max(decay, 1e-30))

@@ -3,30 +3,34 @@
 #include <algorithm>
 #include <vector>
 
+#include "mask.h"
 #include "rows.h"
 
+// Keys or values of a segment: the fields of their codec, [B, H, slots, ...] each.
+struct Stored {
+  int64_t codec;
+  char* codes;
+  uint16_t* scale;
+  uint8_t* zero;
+};
+
 struct Segment {
-  int64_t k_codec, v_codec, slots, centred;
-  const int32_t* pos;  // null: the new token, which only the mask hides
-  const char* k;
-  const uint16_t* k_scale;
-  const uint8_t* k_zero;
-  const char* v;
-  const uint16_t* v_scale;
-  const uint8_t* v_zero;
+  int64_t slots, centred;
+  int32_t* pos;  // its slots among all of the first head's; null: the new token, never hidden by it
+  Stored k, v;
 };
 
 struct Call {
   int64_t threads, batch, heads, groups, k_dim, v_dim, dtype, sliding;
+  int64_t slots;            // of one head, in all segments
   const char* q;            // [B, H, G, Dk]
   const int32_t* position;  // [B]
-  const float* bias;        // [B or 1, H * G or 1, S]: strides, and S
-  int64_t bias_batch, bias_head, bias_length;
-  const float* sink;    // [H * G]
-  const float* centre;  // [B, H, Dk]
+  Mask mask;                // its columns by position, the new token's last
+  const float* sink;        // [H * G]
+  float* centre;            // [B, H, Dk]
   float scale, softcap;
-  float* out;           // [B, H, G, Dv]
-  float* probs;         // [B, H, G, N]
+  char* out;                // [B, H, G, Dv]
+  int64_t out_dtype;
   std::vector<Segment> segment;  // ring, tiers, the new token
 };
 

@@ -2,7 +2,7 @@
 #pragma once
 #include "simd.h"
 
-// As arkv_fx.ops.kernels.cpp.CODECS numbers them.
+// As NUMBERS in arguments.py has them.
 enum Codec : int64_t { F32, BF16, F16, FP8, INT8, INT4, INT3, CODECS };
 
 struct F32Row {
@@ -48,6 +48,25 @@ INLINE vf row_end(const char* p, int64_t n) {
   typename R::T held[W] = {};
   std::memcpy(held, p, n * sizeof(held[0]));
   return R::floats(held);
+}
+
+// The first n of W elements.
+template <class R>
+INLINE vf row_some(const char* p, int64_t n) {
+  return n >= W ? row_at<R>(p) : row_end<R>(p, n);
+}
+
+// Elements from j on of a row in one of the models' own formats that has D of them.
+INLINE vf plain_some(int64_t codec, const char* row, int64_t j, int64_t D) {
+  return codec == F32 ? row_some<F32Row>(row + 4 * j, D - j)
+         : codec == BF16 ? row_some<BF16Row>(row + 2 * j, D - j)
+                         : row_some<F16Row>(row + 2 * j, D - j);
+}
+
+// Bytes of the codes of D elements.
+inline int64_t width(int64_t codec, int64_t D) {
+  return codec == F32 ? 4 * D : codec <= F16 ? 2 * D : codec == INT4 ? D / 2
+         : codec == INT3 ? D / 8 * 3 : D;
 }
 
 inline float codes_per_zero(int64_t codec) {

@@ -44,6 +44,13 @@ INLINE V load_some(const T* p, int64_t n) {
   return load<V>(held);
 }
 
+// The first n of W elements.
+template <class V, class T>
+INLINE void store_some(T* p, V x, int64_t n) {
+  if (n >= W) return store(p, x);  // a copy of unknown length is a call
+  std::memcpy(p, &x, n * sizeof(T));
+}
+
 template <class T>
 INLINE vi widen_some(const T* p, int64_t n) {
   if (n >= W) return widen(p);
