@@ -39,7 +39,7 @@ class Case:
     seed: int = 0
 
 
-def arguments(case: Case) -> tuple[Layer, dict[str, Any]]:
+def arguments(case: Case, score: str = "combined") -> tuple[Layer, dict[str, Any]]:
     """A filled layer and what a kernel takes for the token after it."""
     generator = torch.Generator().manual_seed(case.seed)
 
@@ -49,7 +49,7 @@ def arguments(case: Case) -> tuple[Layer, dict[str, Any]]:
 
     plan = LayerPlan(
         case.heads, case.k_dim, case.v_dim, case.dtype, 5, 0 if case.sliding else 2, case.sliding,
-        tuple(Tier(*t) for t in case.tiers), "combined", (), case.window_format,
+        tuple(Tier(*t) for t in case.tiers), score, (), case.window_format,
     )  # fmt: skip
     layer = Layer(plan, len(case.pad))
     query_heads = case.heads * case.groups
