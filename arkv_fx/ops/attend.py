@@ -62,7 +62,8 @@ def attend(
     length = k.shape[2]
     new, query_pos = _arrivals(k, v, mask, held)
     valid = new.valid
-    finite = torch.isfinite(k).all((1, 2, 3)) & torch.isfinite(v).all((1, 2, 3))
+    extremes = [f((1, 2, 3)) for x in (k, v) for f in (x.amax, x.amin)]  # NaN passes through both
+    finite = torch.isfinite(torch.stack(extremes)).all(0)
     layer = dict(held.layer)
     new.stats = plan.policy().arrive(k, v, valid, layer)
     alone = fresh and length != 1

@@ -20,8 +20,10 @@ from arkv_fx.state.view import Segment, View
 class Arrivals:
     """Tokens in native precision on their way into the state.
 
-    ``k`` [B, Hkv, T, Dk], ``v`` [B, Hkv, T, Dv], ``pos`` [B, Hkv, T] int32 with -1 for "no
-    token", ``valid`` [B, T] bool, ``stats`` [B, Hkv, T] each.
+    ``k`` [B, Hkv, T, Dk], ``v`` [B, Hkv, T, Dv], ``pos`` [B, Hkv, N] int32 with -1 for "no
+    token", ``valid`` [B, N] bool, ``stats`` [B, Hkv, N] each. ``rows`` [B, Hkv, N] int64 tells
+    where in k and v each of the N tokens lies, None where N is T and they lie in order: tokens
+    are sorted several times, and only those that are stored in the end are worth copying.
     """
 
     k: Tensor
@@ -29,6 +31,13 @@ class Arrivals:
     pos: Tensor
     valid: Tensor
     stats: Stats
+    rows: Tensor | None = None
+
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """[B, Hkv, N, Dk] and [B, Hkv, N, Dv]."""
+        if self.rows is None:
+            return self.k, self.v
+        return _gather(self.k, self.rows), _gather(self.v, self.rows)
 
 
 @dataclass
@@ -168,12 +177,17 @@ def merge_many(held: View, new: Arrivals, updated: Stats, fresh: bool) -> None:
         rank = _rank(held, pos, stats, now, last)
         best = rank.argsort(dim=-1, descending=True, stable=True)
         winners, losers = best.split([tier.slots, best.shape[-1] - tier.slots], -1)
-        below = None if last else _pick(_join(_decode(tier, plan.k_dim, plan.v_dim), out), losers)
+        below = None
+        if fresh:  # there is nothing in the tier that could come down
+            below = _pick(out, (losers - tier.slots).clamp(min=0))
+            below.pos = torch.where(losers < tier.slots, -1, below.pos)
+        elif not last:
+            below = _pick(_join(_decode(tier, plan.k_dim, plan.v_dim), out), losers)
         old = winners < tier.slots
         kept = winners.clamp(max=tier.slots - 1)
         came = _pick(out, (winners - tier.slots).clamp(min=0))
         for field, value in _fields(tier, came):
-            moved = _gather(field, kept)
+            moved = field if fresh else _gather(field, kept)
             field.copy_(torch.where(old if field.dim() == 3 else old[..., None], moved, value))
         if below is not None:
             out = below
@@ -217,7 +231,7 @@ def _codes(segment: Segment, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]
 
 def _fields(segment: Segment, token: Arrivals) -> list[tuple[Tensor, Tensor]]:
     """``_codes``, and the same of positions and statistics."""
-    pairs = _codes(segment, token.k, token.v)
+    pairs = _codes(segment, *token.keys_and_values())
     pairs.append((segment.pos, token.pos))
     pairs += [(t, token.stats[n].to(t.dtype)) for n, t in segment.stats.items()]
     return pairs
@@ -238,9 +252,13 @@ def _decode(segment: Segment, k_dim: int, v_dim: int) -> Arrivals:
 
 def _join(a: Arrivals, b: Arrivals) -> Arrivals:
     """Both groups of tokens, a's first."""
+    k, v = (
+        torch.cat([x.float(), y.float()], 2)  # a bf16 ring must not round the new tokens
+        for x, y in zip(a.keys_and_values(), b.keys_and_values(), strict=True)
+    )
     return Arrivals(
-        torch.cat([a.k.float(), b.k.float()], 2),  # a bf16 ring must not round the new tokens
-        torch.cat([a.v.float(), b.v.float()], 2),
+        k,
+        v,
         torch.cat([a.pos, b.pos], -1),
         torch.cat([a.valid, b.valid], -1),
         {n: torch.cat([a.stats[n], b.stats[n].to(a.stats[n].dtype)], -1) for n in a.stats},
@@ -251,16 +269,21 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     """Slots ``index`` [B, Hkv, M] of x [B, Hkv, N] or [B, Hkv, N, D]."""
     if x.dim() == 3:
         return x.gather(2, index)
-    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+    # Whole rows at once: a gather looks up every number on its own.
+    batch, heads, slots, width = x.shape
+    first = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * slots
+    rows = x.reshape(-1, width).index_select(0, (first + index).flatten())
+    return rows.view(batch, heads, -1, width)
 
 
 def _pick(tokens: Arrivals, index: Tensor) -> Arrivals:
     """The tokens ``index`` [B, Hkv, M] of each head."""
     pos = _gather(tokens.pos, index)
     return Arrivals(
-        _gather(tokens.k, index),
-        _gather(tokens.v, index),
+        tokens.k,
+        tokens.v,
         pos,
         pos[:, 0] >= 0,
         {n: _gather(t, index) for n, t in tokens.stats.items()},
+        index if tokens.rows is None else tokens.rows.gather(-1, index),
     )
