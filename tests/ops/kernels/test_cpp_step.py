@@ -276,7 +276,7 @@ def cases(draw: st.DrawFn) -> Case:
 LARGE = Case(300, 4, (0, 7), 0.3, 3, 8, 128, 128, (("k8v4", 100), ("k4v3", 150)), mask="bool")
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(case=cases())
 @example(replace(LARGE, threads=2))
 @example(replace(LARGE, threads=2, dtype=torch.bfloat16, mask="bool-heads"))
