@@ -155,12 +155,12 @@ def advance(
     return out, ranks.doubtful
 
 
-def close(name: str, x: Tensor, y: Tensor, tolerance: float) -> None:
-    """Within a tolerance of the largest number."""
+def close(name: str, x: Tensor, y: Tensor, tolerance: float, size: float = 1e-3) -> None:
+    """Within a tolerance of the largest number, or of ``size`` where all are smaller."""
     assert x.shape == y.shape and x.dtype == y.dtype, name
     if not x.numel():
         return
-    error = float((x.float() - y.float()).abs().max() / x.float().abs().max().clamp(min=1e-3))
+    error = float((x.float() - y.float()).abs().max() / x.float().abs().max().clamp(min=size))
     assert error <= tolerance, f"{name}: {error:.1e}"
 
 
@@ -227,7 +227,8 @@ def check(
             layer.state.tensors, call, plan, knobs, "reference", MARGIN[case.dtype]
         )
         assert not torch.isnan(out).any() and out.is_contiguous()
-        close("output", expected, out, OUTPUT[case.dtype])
+        # Values are of order one, and a sum of few columns may cancel.
+        close("output", expected, out, OUTPUT[case.dtype], size=0.3)
         if broken:
             broken(view(plan, state), before)
         sure = torch.ones(len(case.pad), case.heads, dtype=torch.bool)

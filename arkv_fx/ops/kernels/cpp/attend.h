@@ -1,6 +1,6 @@
 // Attention of one new token over ring, tiers and itself; see arkv_fx/ops/kernels/__init__.py.
-// Three steps over units of work, shared out to threads: logits; then weights and their sums of
-// values; then, per query, the sums of all units joined.
+// Steps over units of work, shared out to threads: logits; then weights and their sums of values;
+// then, per query, the sums of all units joined; then, per head, what the caller makes of them.
 #pragma once
 #include "queries.h"
 #include "vectors.h"
@@ -26,12 +26,27 @@ class Attention {
   template <class Finish>
   void run(Finish finish) {
     const int64_t teams = plan.teams.size(), works = plan.units.size();
+    const int64_t heads = call.batch * call.heads;
+    const int64_t space = whole(std::max(call.k_dim, call.v_dim), 2 * W);
+    if (call.threads == 1) {  // head by head, so that all of it stays in the cache
+      std::vector<char> room(BLOCK * space);
+      for (int64_t h = 0; h < heads; h++) {
+        for (int64_t t = teams / heads * h; t < teams / heads * (h + 1); t++) {
+          const Team& team = plan.teams[t];
+          prepare(team);
+          for (size_t u = team.begin; u < team.end; u++) logits(u, room.data());
+          for (size_t u = team.begin; u < team.end; u++) values(u, room.data());
+          join(team);
+        }
+        finish(h);
+      }
+      return;
+    }
 #pragma omp parallel num_threads(call.threads)
     {
-      std::vector<char> room(BLOCK * whole(std::max(call.k_dim, call.v_dim), 2 * W));
+      std::vector<char> room(BLOCK * space);
 #pragma omp for
-      for (int64_t t = 0; t < teams; t++)
-        for (int64_t g = 0; g < plan.teams[t].size; g++) queries.prepare(plan.teams[t].query + g);
+      for (int64_t t = 0; t < teams; t++) prepare(plan.teams[t]);
 #pragma omp for schedule(dynamic)
       for (int64_t u = 0; u < works; u++) logits(u, room.data());
 #pragma omp for schedule(dynamic)
@@ -39,7 +54,7 @@ class Attention {
 #pragma omp for
       for (int64_t t = 0; t < teams; t++) join(plan.teams[t]);
 #pragma omp for
-      for (int64_t h = 0; h < call.batch * call.heads; h++) finish(h);
+      for (int64_t h = 0; h < heads; h++) finish(h);
     }
   }
 
@@ -54,7 +69,8 @@ class Attention {
         for (int64_t i = from; i < to; i++) {
           const vf p = load<vf>(columns + i * plan.padded + unit.room + j) * norms[i];
           x = SUM ? x + p : p;
-          if (!SUM) store_some(out + (i - from) * plan.columns + unit.column + j, x, unit.count - j);
+          float* row = out + (i - from) * plan.columns + unit.column;
+          if (!SUM) store_some(row + j, x, unit.count - j);
         }
         if (SUM) store_some(out + unit.column + j, x, unit.count - j);
       }
@@ -69,6 +85,10 @@ class Attention {
   float* norms;          // [B * H * G], what makes weights probabilities
   float *tops, *masses;  // [units, MOST]: highest logit, sum of weights
   float* parts;          // [units, MOST, v_wide]: weights times values
+
+  void prepare(const Team& team) {
+    for (int64_t i = team.query; i < team.query + team.size; i++) queries.prepare(i);
+  }
 
   // Where a unit's n <= BLOCK rows from `first` on are; packed codes are unpacked into `room`.
   const char* rows(int64_t codec, const char* codes, int64_t D, int64_t first, int64_t n,
@@ -144,15 +164,18 @@ class Attention {
         continue;
       }
       fields(s.k, first, n, scales, zeros);
+      const int64_t ldq = queries.wide;
+      const float* numbers = queries.numbers + q;
+      const int16_t* shorts = queries.shorts + q;
       if (basis == NIBBLES) {
-        DOT_NIBBLES[team.size - 1](s.k.codes + first * D / 2, D / 2, n, D, queries.shorts + q, queries.wide, dots);
+        DOT_NIBBLES[team.size - 1](s.k.codes + first * D / 2, D / 2, n, D, shorts, ldq, dots);
       } else {
         int64_t stride;
         const char* codes = rows(codec, s.k.codes, D, first, n, room, &stride);
         if (queries.integers(codec))
-          DOT_BYTES[team.size - 1](codes, stride, n, D, queries.shorts + q, queries.wide, dots);
+          DOT_BYTES[team.size - 1](codes, stride, n, D, shorts, ldq, dots);
         else
-          DOT_ROWS[codec][team.size - 1](codes, stride, n, D, queries.numbers + q, queries.wide, dots);
+          DOT_ROWS[codec][team.size - 1](codes, stride, n, D, numbers, ldq, dots);
       }
       for (int64_t g = 0; g < team.size; g++, to += plan.padded) {
         const int64_t i = team.query + g;
@@ -274,13 +297,15 @@ class Attention {
         const bool turn = rotated(call.segment[u.segment].v.codec);
         turned |= turn;
         float *to = both.data() + turn * v_wide, *part = parts + (i * MOST + g) * v_wide;
-        for (int64_t j = 0; j < v_wide; j += W) store(to + j, load<vf>(to + j) + load<vf>(part + j));
+        for (int64_t j = 0; j < v_wide; j += W)
+          store(to + j, load<vf>(to + j) + load<vf>(part + j));
       }
-      if (turned) rotate(both.data() + v_wide, D);
+      float *out = both.data(), *other = out + v_wide;
+      if (turned) rotate(other, D);
       for (int64_t j = 0; j < v_wide; j += W)
-        store(both.data() + j, (load<vf>(both.data() + j) + load<vf>(both.data() + v_wide + j)) * norm);
+        store(out + j, (load<vf>(out + j) + load<vf>(other + j)) * norm);
       const int64_t row = width(call.out_dtype, D);
-      store_row(call.out_dtype, both.data(), D, call.out + (team.query + g) * row);
+      store_row(call.out_dtype, out, D, call.out + (team.query + g) * row);
     }
   }
 };

@@ -52,6 +52,9 @@ Call call_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& po
     if (rotated(codec)) s.zero = data<uint8_t>(*tensor++);
     return s;
   };
+  STD_TORCH_CHECK(type_of(k) == call.dtype && type_of(v) == call.dtype &&
+                      pos.size(0) == call.batch && pos.size(1) == call.heads,
+                  "arkv_cpu: q, k, v and the state must agree in dtype, batch and heads");
   int64_t start = 0;
   for (size_t i = 0; i < codecs.size(); i += 3) {
     Segment s{tensor->size(2), codecs[i + 2], data<int32_t>(pos) + start};

@@ -26,9 +26,9 @@ struct Mask {
     else if (type == F32)
       each([p](int64_t i) { return load<float>(p + 4 * i); }, -0x1.fffffep126f);
     else if (type == BF16)
-      each([p](int64_t i) { return row_end<BF16Row>(p + 2 * i, 1)[0]; }, -0x1.fep126f);
+      each([p](int64_t i) { return bf16_at(p + 2 * i); }, -0x1.fep126f);
     else
-      each([p](int64_t i) { return row_end<F16Row>(p + 2 * i, 1)[0]; }, -32752.0f);
+      each([p](int64_t i) { return f16_at(p + 2 * i); }, -32752.0f);
   }
 
   // Whether the new token of sequence b attends to itself in any head; if not, it is padding.
@@ -41,5 +41,16 @@ struct Mask {
       any |= x > NEVER;
     }
     return any;
+  }
+
+ private:
+  // As `BF16Row` and `F16Row`, one number at a time.
+  static float bf16_at(const char* p) {
+    const uint32_t b = (uint32_t)load<uint16_t>(p) << 16;
+    return load<float>(&b);
+  }
+  static float f16_at(const char* p) {
+    const uint32_t b = ((uint32_t)(int32_t)load<int16_t>(p) << 13) & 0x8fffe000;
+    return load<float>(&b) * 0x1p112f;
   }
 };

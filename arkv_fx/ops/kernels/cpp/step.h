@@ -49,6 +49,7 @@ class Step {
   Attention attention;
   std::vector<char> real;  // [B]: not padding
 
+  // Of all heads of sequence b; `F16Row` makes numbers beyond a half's largest of its NaN.
   bool finite(const Stored& x, int64_t b, int64_t D) const {
     const int64_t n = call.heads * D;
     const float most = x.codec == F16 ? 65504.0f : std::numeric_limits<float>::max();
@@ -62,6 +63,7 @@ class Step {
     return found;
   }
 
+  // After the attention of this head, which used the centre before the token.
   void update(int64_t head) {
     static thread_local Scratch scratch;
     const int64_t k_wide = whole(call.k_dim, W), v_wide = whole(call.v_dim, W);
@@ -108,7 +110,10 @@ class Step {
       attention.probabilities<true>(head * call.groups, (head + 1) * call.groups, seen);
     else
       std::fill(seen, seen + call.slots + 1, 0.0f);
-    for (int64_t i = 0; i < call.slots; i++) mass[i] = kept * mass[i] + share * seen[i];
+    for (int64_t i = 0; i < call.slots; i += W) {
+      const int64_t n = call.slots - i;
+      store_some(mass + i, kept * load_some<vf>(mass + i, n) + share * load<vf>(seen + i), n);
+    }
     token.mass = share * seen[call.slots];
   }
 
