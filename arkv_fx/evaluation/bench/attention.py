@@ -11,10 +11,10 @@ from torch import Tensor
 from arkv_fx.evaluation.bench.baselines import Attention, decode_baselines, words
 from arkv_fx.evaluation.bench.cases import Case, Options, new_token
 from arkv_fx.evaluation.bench.contest import Entrant, compete
-from arkv_fx.evaluation.bench.layer import attention_step, cold_states, on_states
+from arkv_fx.evaluation.bench.layer import attention_step, cold_states, on_states, whole_step
 from arkv_fx.evaluation.bench.measurements import Measurement, dtype_name
 from arkv_fx.evaluation.bench.timing import Call, Rotation, cold_bytes
-from arkv_fx.ops.kernels import usable
+from arkv_fx.ops.kernels import STEPS, usable
 
 CONTEXTS = (4096, 8192, 32768)
 
@@ -38,6 +38,9 @@ def _case(case: Case, options: Options, progress: Callable[[str], None]) -> list
     for kernel in usable(options.device):
         call = on_states(attention_step(case, plan, kernel, options), token, states)
         entrants.append(Entrant(row(f"arkv-{kernel}", held, slots=plan.slots), call))
+        if kernel in STEPS and STEPS[kernel].knows(plan):
+            call = on_states(whole_step(case, plan, kernel, options), token, states)
+            entrants.append(Entrant(row(f"arkv-{kernel} step", held, slots=plan.slots), call))
     data = Rotation(lambda: words(held, options.device), held, cold)
     entrants.append(Entrant(row("bound", held, slots=plan.slots), lambda: data().sum()))
     for tokens in dict.fromkeys((*(options.contexts or CONTEXTS), plan.slots)):

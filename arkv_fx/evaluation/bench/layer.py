@@ -1,4 +1,4 @@
-"""One layer's decode step, compiled: the attention alone, and with the update of the state."""
+"""One layer's decode step, as graphs run it: attention alone, and with the update of the state."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 from arkv_fx.evaluation.bench.cases import Case, Options, copy_of, filled
 from arkv_fx.evaluation.bench.timing import Call, Rotation, cold_bytes, compiled
 from arkv_fx.ops.attention import Knobs, group
-from arkv_fx.ops.kernels import get_kernel
+from arkv_fx.ops.kernels import STEPS, get_kernel
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.session import LayerState
-from arkv_fx.state.view import view
+from arkv_fx.state.view import View, view
 
 Step = Callable[[Tensor, Tensor, Tensor, list[Tensor]], Any]
 """Of q [B, Hq, 1, D], k and v [B, Hkv, 1, D] and the state's tensors."""
@@ -24,19 +24,34 @@ Step = Callable[[Tensor, Tensor, Tensor, list[Tensor]], Any]
 def attention_step(case: Case, plan: LayerPlan, kernel: str, options: Options) -> Step:
     """The kernel alone: output and probabilities, which the scores take; the state stays."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor, state: list[Tensor]) -> tuple[Tensor, Tensor]:
-        held = view(plan, state)
+    def on_view(q: Tensor, k: Tensor, v: Tensor, held: View) -> tuple[Tensor, Tensor]:
         pos = held.seen[:, None]
         out, probs = get_kernel(kernel)(
             group(q, plan.heads), k, v, None, held, Knobs(case.scale), pos
         )
         return out.to(q.dtype), probs
 
-    return compiled(run, options.backend, dynamic=False)
+    def run(q: Tensor, k: Tensor, v: Tensor, state: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return on_view(q, k, v, view(plan, state))
+
+    if kernel not in STEPS:
+        return compiled(run, options.backend, dynamic=False)
+    # One operator: compiling adds nothing. Compiled code has no names to look up, so views wait.
+    views: dict[int, View] = {}
+
+    def direct(q: Tensor, k: Tensor, v: Tensor, state: list[Tensor]) -> tuple[Tensor, Tensor]:
+        if id(state) not in views:
+            views[id(state)] = view(plan, state)
+        return on_view(q, k, v, views[id(state)])
+
+    return direct
 
 
 def whole_step(case: Case, plan: LayerPlan, kernel: str, options: Options) -> Step:
     """``arkv::attend``: the same and the update of scores, ring and tiers."""
+    if kernel in STEPS and STEPS[kernel].knows(plan):
+        step, knobs = STEPS[kernel].step, Knobs(case.scale)
+        return lambda q, k, v, state: step(q, k, v, None, state, plan, knobs)
     text, scale = plan.to_json(), case.scale
 
     def run(q: Tensor, k: Tensor, v: Tensor, state: list[Tensor]) -> Any:
