@@ -82,9 +82,11 @@ class ArkvBackend:
         return run
 
     def _lower(self, graph: GraphModule, inputs: list[Any], fused: bool) -> Compiled:
-        if self.lowering == "eager":
+        if self.lowering == "eager" or self.stand_in is not None:
             return graph.forward
-        return compile_pieces(graph, inputs) if fused else compile_graph(graph, inputs)
+        if not fused:
+            return compile_graph(graph, inputs)
+        return compile_pieces(graph, inputs, self.probe)
 
 
 def _example_state(context: Context, example_inputs: Sequence[Any]) -> list[Tensor]:

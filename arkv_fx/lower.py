@@ -41,15 +41,16 @@ def compile_graph(graph: GraphModule, inputs: list[Any]) -> Compiled:
     return compiled
 
 
-def compile_pieces(graph: GraphModule, inputs: list[Any]) -> Compiled:
+def compile_pieces(graph: GraphModule, inputs: list[Any], probe: Any = None) -> Compiled:
     """Inductor on the pieces of a rewritten graph; takes and gives what the graph does.
 
     A prompt's attention is left to torch: it comes once, and is bound by its matrix products.
+    ``probe`` is Python that the graph calls: it is called, with real tensors only.
     """
     part = 0
     parts: dict[Node, int] = {}
     for node in graph.graph.nodes:
-        if node.target == ATTEND:
+        if node.target == ATTEND or (probe is not None and node.target == probe):
             parts[node] = part + 1
             part += 2
         else:
@@ -58,7 +59,7 @@ def compile_pieces(graph: GraphModule, inputs: list[Any]) -> Compiled:
     mode = detect_fake_mode(inputs) or FakeTensorMode()
     fakes = [_fake(mode, x) for x in inputs]
     with mode:
-        _Pieces(split).run(*fakes)
+        _Pieces(split, probe).run(*fakes)
     forward: Compiled = split.forward
     return forward
 
@@ -73,14 +74,16 @@ def _fake(mode: FakeTensorMode, value: Any) -> Any:
 class _Pieces(Interpreter):
     """Runs the graph of pieces on fake tensors and puts a compiled piece in place of each."""
 
-    def __init__(self, split: GraphModule) -> None:
+    def __init__(self, split: GraphModule, probe: Any) -> None:
         super().__init__(split)
-        self.split = split
+        self.split, self.probe = split, probe
         self.local: dict[Any, Compiled] = {}
         self.outputs: dict[Any, Any] = {}
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         piece = getattr(self.split, target)
+        if any(n.op == "call_function" and n.target == self.probe for n in piece.graph.nodes):
+            return None
         key = piece_key(piece, args)
         if key not in self.outputs:
             self.outputs[key] = super().call_module(target, args, kwargs)

@@ -83,3 +83,15 @@ def test_refusals() -> None:
         Contest(model, {})
     with Contest(model, CONFIGS), pytest.raises(TransformError, match="restore"):
         Contest(model, CONFIGS)
+
+
+def test_compiled_methods_answer_as_eager_ones() -> None:
+    """The probe in their graphs is Python and is left out of what is compiled."""
+    answers = []
+    for compile in ("eager", "inductor"):
+        chosen = {name: CONFIGS[name] for name in ("first", "evict")}
+        with Contest(random_model("llama"), chosen, compile=compile) as contest:
+            _, caches = contest.prefill(IDS)
+            answers.append([contest.step(n, NEXT, cache) for n, cache in caches.items()])
+    for eager, compiled in zip(*answers, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
