@@ -14,6 +14,7 @@ import typer
 
 from arkv_fx.commands.common import out
 from arkv_fx.evaluation.rows import table
+from arkv_fx.ops.kernels import usable
 
 REQUIRED = ("torch", "transformers", "safetensors", "typer", "rich", "filelock")
 EXTRAS = {
@@ -29,7 +30,7 @@ EXTRAS = {
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Versions, devices, the compiler that Inductor needs, and which extras can run."""
+    """Versions, devices, the compiler that Inductor needs, kernels (the first is taken), extras."""
     found = examine()
     if json:
         print(json_.dumps(found))
@@ -39,6 +40,9 @@ def doctor(
     general += [{"what": n, "found": v or "missing"} for n, v in found["packages"].items()]
     general += [{"what": "device", "found": d} for d in found["devices"]]
     general += [{"what": "C++ compiler", "found": compiler}]
+    general += [
+        {"what": f"kernels, {d}", "found": ", ".join(n)} for d, n in found["kernels"].items()
+    ]
     out.print(table("Environment", general))
     extras = [
         {"extra": name, "runs": "no" if missing else "yes", "missing": ", ".join(missing)}
@@ -48,7 +52,7 @@ def doctor(
 
 
 def examine() -> dict[str, Any]:
-    """JSON-ready facts: versions, devices, compiler (its path or None), missing packages."""
+    """JSON-ready facts: versions, devices, compiler (its path or None), kernels, missing packages."""
     versions = {
         name: _version(name) for name in (*REQUIRED, *dict.fromkeys(sum(EXTRAS.values(), ())))
     }
@@ -58,6 +62,10 @@ def examine() -> dict[str, Any]:
         "packages": versions,
         "devices": _devices(),
         "compiler": _compiler(),
+        "kernels": {
+            name: usable(torch.device(name))
+            for name in ("cpu", *["cuda"] * torch.cuda.is_available())
+        },
         "missing": {
             extra: [name for name in names if versions[name] is None]
             for extra, names in EXTRAS.items()
