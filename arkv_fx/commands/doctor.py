@@ -52,7 +52,7 @@ def doctor(
 
 
 def examine() -> dict[str, Any]:
-    """JSON-ready facts: versions, devices, compiler (its path or None), kernels, missing packages."""
+    """JSON-ready facts: versions, devices, compiler (path or None), kernels, missing packages."""
     versions = {
         name: _version(name) for name in (*REQUIRED, *dict.fromkeys(sum(EXTRAS.values(), ())))
     }
