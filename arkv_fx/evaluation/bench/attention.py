@@ -36,7 +36,8 @@ def _case(case: Case, options: Options, progress: Callable[[str], None]) -> list
 
     entrants = []
     for kernel in usable(options.device):
-        call = on_states(attention_step(case, plan, kernel, options), token, states)
+        step = attention_step(case, plan, kernel, options, states)
+        call = on_states(step, token, states)
         entrants.append(Entrant(row(f"arkv-{kernel}", held, slots=plan.slots), call))
         if kernel in STEPS and STEPS[kernel].knows(plan):
             call = on_states(whole_step(case, plan, kernel, options), token, states)

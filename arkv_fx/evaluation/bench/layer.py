@@ -21,8 +21,10 @@ Step = Callable[[Tensor, Tensor, Tensor, list[Tensor]], Any]
 """Of q [B, Hq, 1, D], k and v [B, Hkv, 1, D] and the state's tensors."""
 
 
-def attention_step(case: Case, plan: LayerPlan, kernel: str, options: Options) -> Step:
-    """The kernel alone: output and probabilities, which the scores take; the state stays."""
+def attention_step(
+    case: Case, plan: LayerPlan, kernel: str, options: Options, states: Rotation[LayerState]
+) -> Step:
+    """The kernel alone on one of ``states``: output and probabilities; the state stays."""
 
     def on_view(q: Tensor, k: Tensor, v: Tensor, held: View) -> tuple[Tensor, Tensor]:
         pos = held.seen[:, None]
@@ -36,15 +38,10 @@ def attention_step(case: Case, plan: LayerPlan, kernel: str, options: Options) -
 
     if kernel not in STEPS:
         return compiled(run, options.backend, dynamic=False)
-    # One operator: compiling adds nothing. Compiled code has no names to look up, so views wait.
-    views: dict[int, View] = {}
-
-    def direct(q: Tensor, k: Tensor, v: Tensor, state: list[Tensor]) -> tuple[Tensor, Tensor]:
-        if id(state) not in views:
-            views[id(state)] = view(plan, state)
-        return on_view(q, k, v, views[id(state)])
-
-    return direct
+    # One operator: compiling adds nothing. Naming a state's tensors would cost as much as it does,
+    # and is done once for each.
+    views = {id(copy.tensors): copy.view() for copy in states.copies}
+    return lambda q, k, v, state: on_view(q, k, v, views[id(state)])
 
 
 def whole_step(case: Case, plan: LayerPlan, kernel: str, options: Options) -> Step:

@@ -26,10 +26,13 @@ def _case(case: Case, options: Options, progress: Callable[[str], None]) -> list
     )  # fmt: skip
     entrants = []
     for kernel in usable(options.device):
-        for part, make in (("attention", attention_step), ("step", whole_step)):
+        parts = {
+            "attention": attention_step(case, plan, kernel, options, states),
+            "step": whole_step(case, plan, kernel, options),
+        }
+        for part, step in parts.items():
             row = replace(empty, method=f"arkv-{kernel} {part}")
-            call = on_states(make(case, plan, kernel, options), token, states)
-            entrants.append(Entrant(row, call))
+            entrants.append(Entrant(row, on_states(step, token, states)))
     rows = compete(entrants, options, progress)
     pairs = zip(rows[::2], rows[1::2], strict=True)
     return [row for alone, whole in pairs for row in _with_difference(alone, whole)]
