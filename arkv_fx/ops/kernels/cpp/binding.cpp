@@ -132,14 +132,15 @@ void encode_vectors(const Tensor& x, const Tensor& rows, const Maybe& centre, in
   from.heads = x.size(1), from.slots = rows.size(2), from.D = x.size(3);
   from.rows = data<int64_t>(rows), from.centre = data<float>(centre);
   const int64_t n = x.size(0) * from.heads * from.slots;
+  const int64_t length = x.size(2);
   bool inside = true;
-  for (int64_t i = 0; i < n; i++) inside &= from.rows[i] < x.size(2);
+  for (int64_t i = 0; i < n; i++) inside &= from.rows[i] < length;
   STD_TORCH_CHECK(inside, "arkv_cpu: a row outside its tensor");
   Next tensor = fields.begin();
   const Stored to = stored(codec, tensor);
   // As in call_of; a vector's element costs some nanoseconds.
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + (n * from.D >> 15));
-  encode_all(from, to, n, threads);
+  const int64_t most = 1 + (n * from.D >> 15);
+  encode_all(from, to, n, std::min<int64_t>(torch::stable::get_num_threads(), most));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(arkv_cpu, CPU, m) {
