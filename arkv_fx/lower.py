@@ -44,8 +44,8 @@ def compile_graph(graph: GraphModule, inputs: list[Any]) -> Compiled:
 def compile_pieces(graph: GraphModule, inputs: list[Any], probe: Any = None) -> Compiled:
     """Inductor on the pieces of a rewritten graph; takes and gives what the graph does.
 
-    A prompt's attention is left to torch: it comes once, and is bound by its matrix products.
-    ``probe`` is Python that the graph calls: it is called, with real tensors only.
+    A prompt's attention is left to torch, all but the codes: it comes once, and is bound by its
+    matrix products. ``probe`` is Python that the graph calls: it is called, with real tensors only.
     """
     part = 0
     parts: dict[Node, int] = {}
@@ -90,15 +90,16 @@ class _Pieces(Interpreter):
         out = self.outputs[key]
         attend = next((n for n in piece.graph.nodes if n.target == ATTEND), None)
         if attend is not None:
-            if out.shape[2] != 1:
-                return out
             kernel = usable(out.device)[0]
-            step = _whole_step(attend, kernel)
+            one = out.shape[2] == 1
+            step = _whole_step(attend, kernel) if one else None
             if step is not None:
                 self._put(target, step)
                 return out
             attend.update_kwarg("kernel", kernel)
             piece.recompile()
+            if not one:
+                return out
             key = (key, kernel)
         # Sizes that are symbols mean something in this graph only.
         known = self.local if any(not _is_static(a) for a in args) else compiled_pieces

@@ -49,7 +49,8 @@ def attend(
             token. A token whose own column is hidden from its own row is padding: never stored.
         state: the tensors of ``plan.specs()``, each with a leading batch dimension.
         fresh: the state is known to be empty, so this is a whole prefill.
-        kernel: name in ``arkv_fx.ops.kernels.KERNELS`` of what attends for a single new token.
+        kernel: name in ``arkv_fx.ops.kernels.KERNELS`` of what attends for a single new token, and
+            in ``ENCODERS`` of what makes the codes of many.
 
     Returns:
         [B, Hq, T, Dv] in q's dtype.
@@ -71,11 +72,11 @@ def attend(
     columns = _gather_stats(held, new, alone)
     updated = plan.policy().observe(columns, seen)
     if held.centre is not None:
-        _centre(held, held.centre, new)
+        _centre(held, held.centre, new, mask is not None)
     if length == 1:
         exchange_one(held, new, updated)
     else:
-        merge_many(held, new, updated, fresh)
+        merge_many(held, new, updated, fresh, kernel)
     for name, total in layer.items():
         held.layer[name].copy_(total)
     held.count.add_(valid.sum(-1, dtype=torch.int32))
@@ -106,10 +107,10 @@ def _arrivals(k: Tensor, v: Tensor, mask: Tensor | None, held: View) -> tuple[Ar
     return Arrivals(k, v, pos, valid, {}), query_pos
 
 
-def _centre(held: View, centre: Tensor, new: Arrivals) -> None:
+def _centre(held: View, centre: Tensor, new: Arrivals, padded: bool) -> None:
     """Until a token leaves the ring, the centre is the mean key of all tokens so far."""
-    weight = new.valid[:, None, :, None]
-    came = torch.where(weight, new.k.float(), 0.0).sum(2)
+    weight, k = new.valid[:, None, :, None], new.k.float()
+    came = (torch.where(weight, k, 0.0) if padded else k).sum(2)
     before = held.count[:, None, None].float()
     total = before + weight.float().sum(2)
     mean = (centre * before + came) / total.clamp(min=1.0)
@@ -145,7 +146,7 @@ def _run(
     run = get_kernel(kernel if length == 1 else "reference")
     out, probs = run(group(q, held.plan.heads), new.k, new.v, mask, held, knobs, query_pos)
     pos = torch.cat([held.pos, new.pos], -1)
-    return out, _observation(probs, new.valid, query_pos, pos, held.plan, length)
+    return out, _observation(probs, new.valid, query_pos, pos, held.plan, length, mask is not None)
 
 
 def _prefill(
@@ -159,9 +160,19 @@ def _prefill(
     rows, watched_pos = new.valid[:, -plan.window :], query_pos[:, -plan.window :]
     part = mask[..., -plan.window :, :] if mask is not None else None
     native = get_format("native")
-    logits = cap(key_logits(watched, native.key, [new.k], plan.k_dim) * knobs.scale, knobs)
-    probs = softmax(hide_new(logits, part, plan, watched_pos), knobs.sink_logits)
-    seen = _observation(probs, rows, watched_pos, new.pos, plan, query_pos.shape[1])
+    # Nobody differentiates what was observed.
+    watched, keys = watched.detach().float() * knobs.scale, [new.k.detach()]
+    logits = cap(key_logits(watched, native.key, keys, plan.k_dim), knobs)
+    if mask is None and not plan.sliding and knobs.sink_logits is None:
+        # All but their own columns are visible to all of them, and every one of them sees itself.
+        own = logits[..., -plan.window :]
+        later = torch.ones(own.shape[-2:], dtype=torch.bool, device=own.device).triu(1)
+        own.masked_fill_(later, float("-inf"))
+        probs = torch.softmax(logits, -1, out=logits)  # fresh memory costs more than the sums
+    else:
+        probs = softmax(hide_new(logits, part, plan, watched_pos), knobs.sink_logits)
+    padded = mask is not None
+    seen = _observation(probs, rows, watched_pos, new.pos, plan, query_pos.shape[1], padded)
     if knobs.softcap or knobs.sink_logits is not None or (plan.sliding and mask is None):
         full = cap(key_logits(grouped, native.key, [new.k], plan.k_dim) * knobs.scale, knobs)
         full = softmax(hide_new(full, mask, plan, query_pos), knobs.sink_logits)
@@ -183,6 +194,7 @@ def _observation(
     pos: Tensor,
     plan: LayerPlan,
     length: int,
+    padded: bool,
 ) -> Observation:
     """What the last W of these queries saw, in a call of ``length`` new tokens."""
     newest = query_pos[:, -1, None, None]
@@ -198,4 +210,5 @@ def _observation(
         pos=pos,
         steps=steps.float(),
         window=plan.window,
+        padded=padded,
     )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arkv_fx.ops.kernels import ENCODERS, Encoder
+from arkv_fx.ops.kernels.reference import encode_rows, gather
 from arkv_fx.ops.scores import Stats
 from arkv_fx.state.view import Segment, View
 
@@ -37,7 +39,7 @@ class Arrivals:
         """[B, Hkv, N, Dk] and [B, Hkv, N, Dv]."""
         if self.rows is None:
             return self.k, self.v
-        return _gather(self.k, self.rows), _gather(self.v, self.rows)
+        return gather(self.k, self.rows), gather(self.v, self.rows)
 
 
 @dataclass
@@ -130,7 +132,9 @@ def _weakest(rank: Tensor) -> Tensor:
     return torch.where(rank == least, index, -1).amax(-1).long()
 
 
-def merge_many(held: View, new: Arrivals, updated: Stats, fresh: bool) -> None:
+def merge_many(
+    held: View, new: Arrivals, updated: Stats, fresh: bool, kernel: str = "reference"
+) -> None:
     """A chunk: ring and sinks take their tokens, all others are sorted into the tiers.
 
     Tokens that stay in a tier are copied as codes, never encoded again.
@@ -138,8 +142,10 @@ def merge_many(held: View, new: Arrivals, updated: Stats, fresh: bool) -> None:
     Args:
         updated: statistics [B, Hkv, N] after the chunk, of ring, tiers and new tokens, or of the
             new tokens alone if ``fresh``.
+        kernel: whose encoder makes the codes, see ``arkv_fx.ops.kernels.ENCODERS``.
     """
     plan, ring = held.plan, held.ring
+    encoder = ENCODERS.get(kernel, encode_rows)
     if not fresh:
         _store_stats(held, updated)
     length = new.k.shape[2]
@@ -163,11 +169,7 @@ def merge_many(held: View, new: Arrivals, updated: Stats, fresh: bool) -> None:
     out = Arrivals(new.k, new.v, torch.where(stays_out, new.pos, -1), new.valid, new.stats)
     if not fresh:
         out = _join(_leavers(ring, is_new), out)
-    picked = _pick(new, source)
-    here = is_new[:, None].expand(-1, plan.heads, -1)
-    for field, value in _fields(ring, picked):
-        choice = here if field.dim() == 3 else here[..., None]
-        field.copy_(torch.where(choice, value, field))
+    _store(ring, new, torch.where(is_new[:, None], source, -1), encoder)
     now = held.seen + length - 1
     tiers = [t for t in held.tiers if t.slots]
     for tier in tiers:
@@ -183,12 +185,11 @@ def merge_many(held: View, new: Arrivals, updated: Stats, fresh: bool) -> None:
             below.pos = torch.where(losers < tier.slots, -1, below.pos)
         elif not last:
             below = _pick(_join(_decode(tier, plan.k_dim, plan.v_dim), out), losers)
-        old = winners < tier.slots
-        kept = winners.clamp(max=tier.slots - 1)
-        came = _pick(out, (winners - tier.slots).clamp(min=0))
-        for field, value in _fields(tier, came):
-            moved = field if fresh else _gather(field, kept)
-            field.copy_(torch.where(old if field.dim() == 3 else old[..., None], moved, value))
+        if not fresh:
+            kept = winners.clamp(max=tier.slots - 1)
+            for field in (*tier.k, *tier.v, tier.pos, *tier.stats.values()):
+                field.copy_(gather(field, kept))
+        _store(tier, out, (winners - tier.slots).clamp(min=-1), encoder)
         if below is not None:
             out = below
 
@@ -229,12 +230,18 @@ def _codes(segment: Segment, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]
     return pairs
 
 
-def _fields(segment: Segment, token: Arrivals) -> list[tuple[Tensor, Tensor]]:
-    """``_codes``, and the same of positions and statistics."""
-    pairs = _codes(segment, *token.keys_and_values())
-    pairs.append((segment.pos, token.pos))
-    pairs += [(t, token.stats[n].to(t.dtype)) for n, t in segment.stats.items()]
-    return pairs
+def _store(segment: Segment, tokens: Arrivals, rows: Tensor, encoder: Encoder) -> None:
+    """Write into each slot the token ``rows`` [B, Hkv, C] int64; where that is -1, none."""
+    token = _pick(tokens, rows.clamp(min=0))
+    assert token.rows is not None
+    taken = rows >= 0
+    where = torch.where(taken, token.rows, -1)
+    parts = zip(segment.parts(), (token.k, token.v), (segment.centre, None), strict=True)
+    for (codec, fields), x, centre in parts:
+        encoder(codec, x, where, centre, fields)
+    stats = [(t, token.stats[n]) for n, t in segment.stats.items()]
+    for field, value in [(segment.pos, token.pos), *stats]:
+        field.copy_(torch.where(taken, value.to(field.dtype), field))
 
 
 def _leavers(ring: Segment, replaced: Tensor) -> Arrivals:
@@ -265,25 +272,14 @@ def _join(a: Arrivals, b: Arrivals) -> Arrivals:
     )
 
 
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Slots ``index`` [B, Hkv, M] of x [B, Hkv, N] or [B, Hkv, N, D]."""
-    if x.dim() == 3:
-        return x.gather(2, index)
-    # Whole rows at once: a gather looks up every number on its own.
-    batch, heads, slots, width = x.shape
-    first = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * slots
-    rows = x.reshape(-1, width).index_select(0, (first + index).flatten())
-    return rows.view(batch, heads, -1, width)
-
-
 def _pick(tokens: Arrivals, index: Tensor) -> Arrivals:
     """The tokens ``index`` [B, Hkv, M] of each head."""
-    pos = _gather(tokens.pos, index)
+    pos = gather(tokens.pos, index)
     return Arrivals(
         tokens.k,
         tokens.v,
         pos,
         pos[:, 0] >= 0,
-        {n: _gather(t, index) for n, t in tokens.stats.items()},
+        {n: gather(t, index) for n, t in tokens.stats.items()},
         index if tokens.rows is None else tokens.rows.gather(-1, index),
     )

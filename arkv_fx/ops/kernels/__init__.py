@@ -16,14 +16,15 @@ from torch import Tensor
 
 from arkv_fx.errors import UnknownOptionError
 from arkv_fx.ops.attention import Knobs
-from arkv_fx.ops.kernels.cpp import attend_cpp, available, knows, step_cpp
+from arkv_fx.ops.formats import Codec
+from arkv_fx.ops.kernels.cpp import attend_cpp, available, encode_cpp, knows, step_cpp
 from arkv_fx.ops.kernels.inductor import attend_one
-from arkv_fx.ops.kernels.reference import attend_columns
+from arkv_fx.ops.kernels.reference import attend_columns, encode_rows
 from arkv_fx.ops.kernels.triton import attend_triton
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.view import View
 
-__all__ = ["KERNELS", "STEPS", "Kernel", "WholeStep", "get_kernel", "usable"]
+__all__ = ["ENCODERS", "KERNELS", "STEPS", "Encoder", "Kernel", "WholeStep", "get_kernel", "usable"]
 
 
 class Kernel(Protocol):
@@ -55,6 +56,21 @@ class Kernel(Protocol):
         """
 
 
+class Encoder(Protocol):
+    """Stores many vectors as codes."""
+
+    def __call__(
+        self, codec: Codec, x: Tensor, rows: Tensor, centre: Tensor | None, fields: list[Tensor]
+    ) -> None:
+        """Write vectors of x [B, Hkv, T, D] into the codec's fields, in place.
+
+        Args:
+            rows: [B, Hkv, C] int64, which of the T vectors each slot takes; -1: it stays as it is.
+            centre: [B, Hkv, 1, D] float32, taken off before; None for zeros.
+            fields: [B, Hkv, C, ...] each, contiguous.
+        """
+
+
 KERNELS: dict[str, Kernel] = {
     "reference": attend_columns,
     "inductor": attend_one,
@@ -80,6 +96,11 @@ class WholeStep:
 # Whole decode steps by the name of the kernel whose attention they hold. Optional: where there is
 # none, or it does not know the plan, plain torch updates the state after the kernel's attention.
 STEPS: dict[str, WholeStep] = {"cpp": WholeStep(knows, step_cpp)}
+
+
+# What makes the codes of a prompt, by the name of the kernel that decodes after it; for all others
+# it is the reference.
+ENCODERS: dict[str, Encoder] = {"reference": encode_rows, "cpp": encode_cpp}
 
 
 def get_kernel(name: str) -> Kernel:

@@ -14,7 +14,7 @@ from arkv_fx.ops.attention import (
     softmax,
     value_sum,
 )
-from arkv_fx.ops.formats import get_format
+from arkv_fx.ops.formats import Codec, get_format
 from arkv_fx.state.view import View
 
 
@@ -37,3 +37,25 @@ def attend_columns(
     for segment, share in zip(held.segments, shares[:-1], strict=True):
         out = out + value_sum(share, segment.format.value, segment.v, plan.v_dim)
     return out, probs
+
+
+def encode_rows(
+    codec: Codec, x: Tensor, rows: Tensor, centre: Tensor | None, fields: list[Tensor]
+) -> None:
+    """See ``Encoder``."""
+    x = gather(x, rows.clamp(min=0))
+    if centre is not None:
+        x = x.float() - centre
+    for field, code in zip(fields, codec.encode(x), strict=True):
+        field.copy_(torch.where(rows[..., None] >= 0, code.to(field.dtype), field))
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """Slots ``index`` [B, Hkv, M] of x [B, Hkv, N] or [B, Hkv, N, D]."""
+    if x.dim() == 3:
+        return x.gather(2, index)
+    # Whole rows at once: a gather looks up every number on its own.
+    batch, heads, slots, width = x.shape
+    first = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * slots
+    rows = x.reshape(-1, width).index_select(0, (first + index).flatten())
+    return rows.view(batch, heads, -1, width)

@@ -31,10 +31,11 @@ class Observation:
     Args:
         probs: [B, Hkv, G, Q, N] float32 attention probabilities of the Q observed queries.
         rows: [B, Q] bool, which of those queries are real (not padding).
-        query_pos: [B, Q] int, their absolute positions.
+        query_pos: [B, Q] int, their absolute positions, one after the other.
         pos: [B, Hkv, N] int, absolute position of each column.
         steps: [B, Hkv, N] float32, how many queries came since the column was last observed.
         window: tokens that are always kept; columns younger than that need no score.
+        padded: whether there may be padding among the queries.
     """
 
     probs: Tensor
@@ -43,6 +44,7 @@ class Observation:
     pos: Tensor
     steps: Tensor
     window: int
+    padded: bool = True
 
     def now(self) -> Tensor:
         """[B, 1, 1] position of the newest query."""
@@ -50,14 +52,19 @@ class Observation:
 
     def masked_probs(self) -> Tensor:
         """``probs`` with padding queries zeroed."""
+        if not self.padded:
+            return self.probs
         return torch.where(self.rows[:, None, None, :, None], self.probs, 0.0)
 
     def visible(self) -> Tensor:
         """[B, Hkv, N] how many observed queries could see each column, at least 1."""
         if self.query_pos.shape[1] == 1:
             return torch.ones_like(self.pos, dtype=torch.float32)
-        later = self.query_pos[:, None, :, None] >= self.pos[:, :, None, :]
-        return (later & self.rows[:, None, :, None]).sum(-2).clamp(min=1).float()
+        # Queries stand side by side: all from some place on see a column.
+        first = (self.pos - self.query_pos[:, :1, None]).clamp(min=0).flatten(1)
+        real = torch.nn.functional.pad(self.rows.flip(-1).cumsum(-1), (1, 0)).flip(-1)
+        count = real.gather(-1, first.clamp(max=real.shape[-1] - 1).long())
+        return count.view(self.pos.shape).clamp(min=1).float()
 
 
 class Score(ABC):

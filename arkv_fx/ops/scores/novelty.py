@@ -24,10 +24,10 @@ class NoveltyScore(Score):
     def arrive(self, keys: Tensor, values: Tensor, valid: Tensor, layer: Stats) -> Stats:
         stats = super().arrive(keys, values, valid, layer)
         unit = torch.nn.functional.normalize(keys.float(), dim=-1)
-        unit = torch.where(valid[:, None, :, None], unit, 0.0)
+        unit.masked_fill_(~valid[:, None, :, None], 0.0)
         layer["key_sum"] = layer["key_sum"] + unit.sum(-2)
         mean = torch.nn.functional.normalize(layer["key_sum"], dim=-1)
-        stats["novelty"] = (1 - (unit * mean[:, :, None]).sum(-1)).to(torch.float16)
+        stats["novelty"] = (1 - unit.mul_(mean[:, :, None]).sum(-1)).to(torch.float16)
         return stats
 
     def observe(self, stats: Stats, seen: Observation) -> Stats:

@@ -1,4 +1,4 @@
-"""What both operators take: the library they belong to, codecs by number, tensors made plain."""
+"""What the operators take: the library they belong to, codecs by number, tensors made plain."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from arkv_fx.errors import KernelError
 from arkv_fx.ops.attention import Knobs
-from arkv_fx.ops.formats import CODECS
+from arkv_fx.ops.formats import CODECS, Codec
 from arkv_fx.plan import LayerPlan
 
 library = torch.library.Library("arkv_cpu", "FRAGMENT")
@@ -17,6 +17,13 @@ library = torch.library.Library("arkv_cpu", "FRAGMENT")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "float16"}
 NUMBERS = ("float32", "bf16", "float16", "fp8", "int8", "int4", "int3")  # as codecs.h counts them
 OURS = {name: type(codec) for name, codec in CODECS.items()}
+
+
+def number(codec: Codec, native: torch.dtype) -> int | None:
+    """A codec's index in ``NUMBERS``, for vectors in dtype ``native``; None: it is not known."""
+    if native not in DTYPES or OURS.get(codec.name) is not type(codec):
+        return None
+    return NUMBERS.index(DTYPES[native] if codec.name == "native" else codec.name)
 
 
 @lru_cache(maxsize=256)
@@ -28,10 +35,10 @@ def codecs(plan: LayerPlan) -> list[int] | None:
     out: list[int] = []
     for index, (fmt, _) in enumerate(plan.segments()):
         for codec in (fmt.key, fmt.value):
-            if plan.dtype not in DTYPES or OURS.get(codec.name) is not type(codec):
+            found = number(codec, plan.dtype)
+            if found is None:
                 return None
-            native = codec.name == "native"
-            out.append(NUMBERS.index(DTYPES[plan.dtype] if native else codec.name))
+            out.append(found)
         out.append(int(index > 0 and fmt.key.centred))
     return out
 

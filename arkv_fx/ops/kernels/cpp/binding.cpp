@@ -1,8 +1,10 @@
-// The operators arkv_cpu::attend and arkv_cpu::step, see attend.py and step.py beside this file.
+// The operators arkv_cpu::attend, step and encode, see attend.py, step.py and encode.py beside this
+// file.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "encode.h"
 #include "step.h"
 
 namespace {
@@ -36,7 +38,14 @@ Mask mask_of(const Maybe& mask) {
           stride(0), stride(1), stride(3)};
 }
 
-// What both operators take; `tensor` then stands behind the segments' fields.
+Stored stored(int64_t codec, Next& tensor) {
+  Stored s{codec, data<char>(*tensor++)};
+  if (codec >= FP8) s.scale = data<uint16_t>(*tensor++);
+  if (rotated(codec)) s.zero = data<uint8_t>(*tensor++);
+  return s;
+}
+
+// What attend and step take; `tensor` then stands behind the segments' fields.
 Call call_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& position,
              const Maybe& mask, const Maybe& sink, const Tensor& pos, Next& tensor,
              const std::vector<int64_t>& codecs, double scale, double softcap, int64_t sliding) {
@@ -46,19 +55,13 @@ Call call_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& po
   call.sliding = sliding, call.scale = scale, call.softcap = softcap;
   call.q = data<char>(q), call.position = data<int32_t>(position);
   call.mask = mask_of(mask), call.sink = data<float>(sink);
-  auto stored = [&](int64_t codec) {
-    Stored s{codec, data<char>(*tensor++)};
-    if (codec >= FP8) s.scale = data<uint16_t>(*tensor++);
-    if (rotated(codec)) s.zero = data<uint8_t>(*tensor++);
-    return s;
-  };
   STD_TORCH_CHECK(type_of(k) == call.dtype && type_of(v) == call.dtype &&
                       pos.size(0) == call.batch && pos.size(1) == call.heads,
                   "arkv_cpu: q, k, v and the state must agree in dtype, batch and heads");
   int64_t start = 0;
   for (size_t i = 0; i < codecs.size(); i += 3) {
     Segment s{tensor->size(2), codecs[i + 2], data<int32_t>(pos) + start};
-    s.k = stored(codecs[i]), s.v = stored(codecs[i + 1]);
+    s.k = stored(codecs[i], tensor), s.v = stored(codecs[i + 1], tensor);
     start += s.slots;
     if (s.slots) call.segment.push_back(s);
   }
@@ -121,9 +124,29 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask
   return out;
 }
 
+void encode_vectors(const Tensor& x, const Tensor& rows, const Maybe& centre, int64_t codec,
+                    const std::vector<Tensor>& fields) {
+  Vectors from{type_of(x), (const char*)x.data_ptr(), {x.stride(0), x.stride(1), x.stride(2)}};
+  STD_TORCH_CHECK(x.is_cpu() && from.dtype <= F16 && (x.size(3) == 1 || x.stride(3) == 1),
+                  "arkv_cpu: floats on a CPU only, with the elements of a vector side by side");
+  from.heads = x.size(1), from.slots = rows.size(2), from.D = x.size(3);
+  from.rows = data<int64_t>(rows), from.centre = data<float>(centre);
+  const int64_t n = x.size(0) * from.heads * from.slots;
+  const int64_t length = x.size(2);
+  bool inside = true;
+  for (int64_t i = 0; i < n; i++) inside &= from.rows[i] < length;
+  STD_TORCH_CHECK(inside, "arkv_cpu: a row outside its tensor");
+  Next tensor = fields.begin();
+  const Stored to = stored(codec, tensor);
+  // As in call_of; a vector's element costs some nanoseconds.
+  const int64_t most = 1 + (n * from.D >> 15);
+  encode_all(from, to, n, std::min<int64_t>(torch::stable::get_num_threads(), most));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(arkv_cpu, CPU, m) {
   m.impl("attend", TORCH_BOX(&attend));
   m.impl("step", TORCH_BOX(&step));
+  m.impl("encode", TORCH_BOX(&encode_vectors));
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 #pragma once
 #include "simd.h"
 
+#include <utility>
+
 // As NUMBERS in arguments.py has them.
 enum Codec : int64_t { F32, BF16, F16, FP8, INT8, INT4, INT3, CODECS };
 
@@ -163,11 +165,27 @@ INLINE void swing(float* p, float* q) {
   store<V>(q, a - b);
 }
 
+// Sums and differences of neighbours HALF apart within a vector.
+template <int HALF, int... I>
+INLINE vf swing_within(vf x, std::integer_sequence<int, I...>) {
+  const vi sign = {(I & HALF ? (int32_t)0x80000000 : 0)...};  // the second is what is taken off
+  return __builtin_shufflevector(x, x, (I ^ HALF)...) + bits((vi)x ^ sign);
+}
+
 // The orthonormal Hadamard rotation of arkv_fx.ops.formats.hadamard, in place.
 inline void rotate(float* x, int64_t D) {
-  int64_t block = D & -D;
+  int64_t block = D & -D, half = 1;
   float unit = 1.0f / std::sqrt((float)block);
-  for (int64_t half = 1; half < block; half *= 2)
+  if (block >= W) {
+    for (int64_t j = 0; j < D; j += W) {
+      constexpr std::make_integer_sequence<int, W> all;
+      vf y = swing_within<1>(load<vf>(x + j), all);
+      y = swing_within<4>(swing_within<2>(y, all), all);
+      store(x + j, W > 8 ? swing_within<W / 2>(y, all) : y);
+    }
+    half = W;
+  }
+  for (; half < block; half *= 2)
     for (int64_t i = 0; i < D; i += 2 * half) {
       int64_t j = i;
       for (; j + W <= i + half; j += W) swing<vf>(x + j, x + j + half);

@@ -4,7 +4,6 @@
 #include "call.h"
 
 typedef uint16_t half_bits __attribute__((vector_size(2 * W)));
-typedef uint8_t byte_codes __attribute__((vector_size(W)));
 
 // As torch.finfo(torch.bfloat16).tiny: a smaller scale could not be divided by.
 constexpr float TINY_SCALE = 0x1p-126f;
@@ -91,19 +90,35 @@ inline void decode(const Stored& from, int64_t at, int64_t D, float* x, char* ro
   if (rotated(codec)) rotate(x, D);
 }
 
+template <class V>
+void pack4(const uint8_t* codes, int64_t half, char* to) {
+  for (int64_t j = 0; j < half; j += sizeof(V))
+    store<V>(to + j, load<V>(codes + j) | load<V>(codes + half + j) << 4);
+}
+
+template <class V>
+void pack3(const uint8_t* codes, int64_t run, char* to) {
+  const V one = bytes<V>(1);
+  for (int64_t j = 0; j < run; j += sizeof(V)) {
+    V plane[3] = {};
+    UNROLL for (int i = 0; i < 8; i++) {
+      const V x = load<V>(codes + i * run + j);
+      UNROLL for (int bit = 0; bit < 3; bit++) plane[bit] |= (x >> bit & one) << i;
+    }
+    for (int bit = 0; bit < 3; bit++) store<V>(to + bit * run + j, plane[bit]);
+  }
+}
+
 // Codes of one byte each become packed ones, see int4.py and int3.py.
 inline void pack(int64_t codec, const uint8_t* codes, int64_t D, char* to) {
-  if (codec == INT4) {
-    for (int64_t j = 0; j < D / 2; j++) to[j] = codes[j] | codes[D / 2 + j] << 4;
-    return;
-  }
-  const int64_t run = D / 8;
-  for (int plane = 0; plane < 3; plane++)
-    for (int64_t j = 0; j < run; j++) {
-      int byte = 0;
-      for (int i = 0; i < 8; i++) byte |= (codes[i * run + j] >> plane & 1) << i;
-      to[plane * run + j] = byte;
-    }
+  const int64_t run = codec == INT4 ? D / 2 : D / 8;
+  auto choose = [run](auto u8, auto u64, auto two) {
+    return run % 16 == 0 ? two : run % 8 == 0 ? u64 : u8;
+  };
+  if (codec == INT4)
+    choose(pack4<uint8_t>, pack4<uint64_t>, pack4<u64x2>)(codes, run, to);
+  else
+    choose(pack3<uint8_t>, pack3<uint64_t>, pack3<u64x2>)(codes, run, to);
 }
 
 // (x - zero) / scale in 0..top after a rotation, the zero point in steps that a byte holds.
@@ -122,7 +137,7 @@ inline void encode_affine(const Stored& to, int64_t at, int64_t D, float* x, uin
   for (int64_t j = 0; j < D; j += W) {
     vf y = load<vf>(x + j) / scale + zero * unit;
     y = y < top ? larger(y, vf{}) : spread(top);
-    store(codes + j, __builtin_convertvector(rounded(y), byte_codes));
+    store_bytes(codes + j, rounded(y));
   }
   to.scale[at] = scale_bits(scale);
   to.zero[at] = (uint8_t)zero;
@@ -149,7 +164,7 @@ inline void encode(const Stored& to, int64_t at, int64_t D, float* x, char* room
     // A scale that was rounded down makes values beyond the largest code.
     y = y < top ? larger(y, spread(-top)) : spread(top);
     const vi b = codec == FP8 ? fp8_bits(y) : rounded(y);
-    store(bytes + j, __builtin_convertvector(b, byte_codes));
+    store_bytes(bytes + j, b);
   }
   std::memcpy(codes, bytes, D);
   to.scale[at] = scale_bits(scale);

@@ -50,6 +50,18 @@ INLINE void store_shorts(int16_t* p, vi x) {
 #endif
 }
 
+// The low byte of each.
+INLINE void store_bytes(void* p, vi x) {
+#if defined(__AVX512BW__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((wide)x));
+#else
+  wide y = (wide)(x & 255);
+  y = _mm256_packus_epi16(_mm256_packus_epi32(y, y), y);
+  _mm_storel_epi64((__m128i*)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(y),
+                                                   _mm256_extracti128_si256(y, 1)));
+#endif
+}
+
 #else
 constexpr bool INTEGERS = false;
 
@@ -57,6 +69,12 @@ template <class T>
 INLINE vi widen(const T* p) {
   typedef T narrow __attribute__((vector_size(W * sizeof(T))));
   return __builtin_convertvector(load<narrow>(p), vi);
+}
+
+INLINE void store_bytes(void* p, vi x) {
+  typedef uint8_t narrow __attribute__((vector_size(W)));
+  const narrow y = __builtin_convertvector(x, narrow);
+  std::memcpy(p, &y, W);
 }
 
 // Only so that what INTEGERS leaves out compiles.
