@@ -14,7 +14,8 @@ from arkv_fx.evaluation.bench.cases import Case, Options, filled, new_token
 from arkv_fx.evaluation.bench.contest import Entrant, compete
 from arkv_fx.evaluation.bench.measurements import Measurement, dtype_name
 from arkv_fx.evaluation.bench.timing import compiled
-from arkv_fx.ops.kernels import usable
+from arkv_fx.ops.attention import Knobs
+from arkv_fx.ops.kernels import STEPS, usable
 from arkv_fx.plan import LayerPlan
 
 LAYERS = 4
@@ -24,7 +25,7 @@ SLOTS = 44
 
 
 def dispatch(options: Options, progress: Callable[[str], None]) -> list[Measurement]:
-    """Per layer and kernel: compiled on its own, as graphs are cut, and several in one graph.
+    """Per layer and kernel: one step, and several in a row.
 
     The time inside the kernels is that of a few slots; it is not taken off.
     """
@@ -39,7 +40,9 @@ def dispatch(options: Options, progress: Callable[[str], None]) -> list[Measurem
                 "dispatch", SMALLEST.name, f"arkv-{kernel}, {how}", dtype_name(options.dtype),
                 plan.slots, bytes=plan.nbytes(options.batch),
             )  # fmt: skip
-            run = compiled(_steps(plan, kernel), options.backend, dynamic=False)
+            run = _steps(plan, kernel)
+            if kernel not in STEPS:  # else graphs call it as it is
+                run = compiled(run, options.backend, dynamic=False)
             entrants.append(Entrant(row, _on(run, token, tensors[:layers])))
     rows = compete(entrants, options, progress)
     return [row if index % 2 == 0 else _per_layer(row, LAYERS) for index, row in enumerate(rows)]
@@ -47,7 +50,16 @@ def dispatch(options: Options, progress: Callable[[str], None]) -> list[Measurem
 
 def _steps(plan: LayerPlan, kernel: str) -> Callable[..., Any]:
     """One decode step for each of several layers, each of which gets the output of the last."""
-    text = plan.to_json()
+    text, knobs = plan.to_json(), Knobs(1.0)
+    if kernel in STEPS and STEPS[kernel].knows(plan):
+        step = STEPS[kernel].step
+
+        def call(q: Tensor, k: Tensor, v: Tensor, states: list[list[Tensor]]) -> Tensor:
+            for state in states:
+                q = step(q, k, v, None, state, plan, knobs)
+            return q
+
+        return call
 
     def run(q: Tensor, k: Tensor, v: Tensor, states: list[list[Tensor]]) -> Tensor:
         for state in states:

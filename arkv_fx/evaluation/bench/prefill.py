@@ -14,22 +14,26 @@ from arkv_fx.evaluation.bench.cases import Case, Options
 from arkv_fx.evaluation.bench.contest import Entrant, compete
 from arkv_fx.evaluation.bench.measurements import Measurement, dtype_name
 from arkv_fx.evaluation.bench.timing import compiled
+from arkv_fx.ops.kernels import usable
 from arkv_fx.state.session import LayerState
 
 
 def prefill(options: Options, progress: Callable[[str], None]) -> list[Measurement]:
-    """One layer; ours eagerly, as ``transform`` runs a prompt's attention, and compiled."""
+    """One layer: as compiled graphs run a prompt's attention, with the reference, and compiled."""
     return [row for case in options.cases for row in _case(case, options, progress)]
 
 
 def _case(case: Case, options: Options, progress: Callable[[str], None]) -> list[Measurement]:
     plan, tokens = options.plan(case), options.prompt
+    best = usable(options.device)[0]
     text, dtype = plan.to_json(), dtype_name(options.dtype)
     q = options.random(case.q_heads, tokens, case.dim)
     k, v = (options.random(case.heads, tokens, case.dim) for _ in range(2))
 
-    def attend(state: list[torch.Tensor]) -> Any:
-        return torch.ops.arkv.attend(q, k, v, None, state, text, case.scale, 0.0, None, True)
+    def attend(state: list[torch.Tensor], kernel: str = "reference") -> Any:
+        return torch.ops.arkv.attend(
+            q, k, v, None, state, text, case.scale, 0.0, None, True, kernel=kernel
+        )
 
     def ours(name: str, run: Callable[..., Any]) -> Entrant:
         def call() -> Any:  # a prompt comes with an empty cache: making it is part of it
@@ -43,6 +47,7 @@ def _case(case: Case, options: Options, progress: Callable[[str], None]) -> list
     full = plan.full_nbytes(tokens, options.batch)
     row = Measurement("prefill", case.name, "sdpa-causal", dtype, context=tokens, bytes=full)
     entrants = [
+        ours(f"arkv-{best}", partial(attend, kernel=best)),
         ours("arkv-eager", attend),
         ours("arkv-compiled", compiled(attend, options.backend, dynamic=False)),
         Entrant(row, partial(causal, q, k, v)),
