@@ -90,9 +90,11 @@ class _Pieces(Interpreter):
         out = self.outputs[key]
         attend = next((n for n in piece.graph.nodes if n.target == ATTEND), None)
         if attend is not None:
-            kernel = usable(out.device)[0]
+            arguments: Any = attend.args
+            plan = LayerPlan.parse(arguments[5])
+            kernel = usable(out.device, plan)[0]
             one = out.shape[2] == 1
-            step = _whole_step(attend, kernel) if one else None
+            step = _whole_step(attend, kernel, plan) if one else None
             if step is not None:
                 self._put(target, step)
                 return out
@@ -114,11 +116,10 @@ class _Pieces(Interpreter):
         object.__setattr__(self.split, target, function)
 
 
-def _whole_step(attend: Node, kernel: str) -> Compiled | None:
+def _whole_step(attend: Node, kernel: str, plan: LayerPlan) -> Compiled | None:
     """The decode step as one call where the kernel does all of it: there is nothing to compile."""
     arguments: Any = attend.args
-    q, k, v, mask, state, text, scale, softcap, sinks, _ = arguments
-    plan = LayerPlan.parse(text)
+    q, k, v, mask, state, _, scale, softcap, sinks, _ = arguments
     if kernel not in STEPS or not STEPS[kernel].knows(plan):
         return None
     step = STEPS[kernel].step

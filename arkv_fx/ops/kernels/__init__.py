@@ -18,8 +18,10 @@ from arkv_fx.errors import UnknownOptionError
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.formats import Codec
 from arkv_fx.ops.kernels.cpp import attend_cpp, available, encode_cpp, knows, step_cpp
+from arkv_fx.ops.kernels.cpp.arguments import codecs
 from arkv_fx.ops.kernels.inductor import attend_one
 from arkv_fx.ops.kernels.reference import attend_columns, encode_rows
+from arkv_fx.ops.kernels.triton import CODECS as TRITON_CODECS
 from arkv_fx.ops.kernels.triton import attend_triton
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.view import View
@@ -110,11 +112,16 @@ def get_kernel(name: str) -> Kernel:
     return KERNELS[name]
 
 
-def usable(device: torch.device) -> list[str]:
-    """Names of the kernels that can run on ``device``, the fastest first."""
+def usable(device: torch.device, plan: LayerPlan | None = None) -> list[str]:
+    """Names of the kernels that can run on ``device``, the fastest first.
+
+    With a ``plan``, those that know its formats: a new format is known to the plain-torch ones.
+    """
+    names = {c.name for f, _ in plan.segments() for c in (f.key, f.value)} if plan else set()
     fast = []
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    triton = importlib.util.find_spec("triton") is not None
+    if device.type == "cuda" and triton and names <= TRITON_CODECS:
         fast.append("triton")
-    if device.type == "cpu" and not available():
+    if device.type == "cpu" and not available() and (plan is None or codecs(plan) is not None):
         fast.append("cpp")
     return [*fast, "inductor", "reference"]

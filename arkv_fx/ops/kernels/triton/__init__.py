@@ -22,7 +22,10 @@ from arkv_fx.ops.kernels.columns import (
 from arkv_fx.ops.kernels.triton.launch import attend_slots
 from arkv_fx.state.view import View
 
-__all__ = ["attend_triton"]
+__all__ = ["CODECS", "attend_triton"]
+
+CODECS = frozenset({"native", "bf16", "fp8", "int8", "int4", "int3"})
+"""Names of the codecs that ``codecs.py`` reads."""
 
 
 def attend_triton(
