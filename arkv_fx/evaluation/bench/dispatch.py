@@ -14,6 +14,7 @@ from arkv_fx.evaluation.bench.cases import Case, Options, filled, new_token
 from arkv_fx.evaluation.bench.contest import Entrant, compete
 from arkv_fx.evaluation.bench.measurements import Measurement, dtype_name
 from arkv_fx.evaluation.bench.timing import compiled
+from arkv_fx.lower import SETTINGS
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.kernels import STEPS, usable
 from arkv_fx.plan import LayerPlan
@@ -42,7 +43,7 @@ def dispatch(options: Options, progress: Callable[[str], None]) -> list[Measurem
             )  # fmt: skip
             run = _steps(plan, kernel)
             if kernel not in STEPS:  # else graphs call it as it is
-                run = compiled(run, options.backend, dynamic=False)
+                run = compiled(run, options.backend, SETTINGS, dynamic=False)
             entrants.append(Entrant(row, _on(run, token, tensors[:layers])))
     rows = compete(entrants, options, progress)
     return [row if index % 2 == 0 else _per_layer(row, LAYERS) for index, row in enumerate(rows)]

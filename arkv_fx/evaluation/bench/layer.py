@@ -11,6 +11,7 @@ from torch import Tensor
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 from arkv_fx.evaluation.bench.cases import Case, Options, copy_of, filled
 from arkv_fx.evaluation.bench.timing import Call, Rotation, cold_bytes, compiled
+from arkv_fx.lower import SETTINGS
 from arkv_fx.ops.attention import Knobs, group
 from arkv_fx.ops.kernels import STEPS, get_kernel
 from arkv_fx.plan import LayerPlan
@@ -37,7 +38,7 @@ def attention_step(
         return on_view(q, k, v, view(plan, state))
 
     if kernel not in STEPS:
-        return compiled(run, options.backend, dynamic=False)
+        return compiled(run, options.backend, SETTINGS, dynamic=False)
     # One operator: compiling adds nothing. Naming a state's tensors would cost as much as it does,
     # and is done once for each.
     views = {id(copy.tensors): copy.view() for copy in states.copies}
@@ -56,7 +57,7 @@ def whole_step(case: Case, plan: LayerPlan, kernel: str, options: Options) -> St
             q, k, v, None, state, text, scale, 0.0, None, False, kernel=kernel
         )
 
-    return compiled(run, options.backend, dynamic=False)
+    return compiled(run, options.backend, SETTINGS, dynamic=False)
 
 
 def cold_states(case: Case, plan: LayerPlan, options: Options) -> Rotation[LayerState]:

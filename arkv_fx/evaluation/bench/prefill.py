@@ -14,6 +14,7 @@ from arkv_fx.evaluation.bench.cases import Case, Options
 from arkv_fx.evaluation.bench.contest import Entrant, compete
 from arkv_fx.evaluation.bench.measurements import Measurement, dtype_name
 from arkv_fx.evaluation.bench.timing import compiled
+from arkv_fx.lower import SETTINGS
 from arkv_fx.ops.kernels import usable
 from arkv_fx.state.session import LayerState
 
@@ -49,7 +50,7 @@ def _case(case: Case, options: Options, progress: Callable[[str], None]) -> list
     entrants = [
         ours(f"arkv-{best}", partial(attend, kernel=best)),
         ours("arkv-eager", attend),
-        ours("arkv-compiled", compiled(attend, options.backend, dynamic=False)),
+        ours("arkv-compiled", compiled(attend, options.backend, SETTINGS, dynamic=False)),
         Entrant(row, partial(causal, q, k, v)),
     ]
     # A prompt takes as long as hundreds of decode steps, and varies less.

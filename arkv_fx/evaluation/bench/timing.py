@@ -135,8 +135,18 @@ def cache_bytes(device: torch.device) -> int:
     return max(found, default=32 * 2**20)
 
 
-def compiled(call: Callable[..., Any], backend: str, **options: Any) -> Callable[..., Any]:
-    """``torch.compile`` for one use: it shares no recompile limit with another."""
+def compiled(
+    call: Callable[..., Any],
+    backend: str,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
+) -> Callable[..., Any]:
+    """``torch.compile`` for one use: it shares no recompile limit with another.
+
+    ``settings`` are Inductor's, for that backend alone.
+    """
+    if settings and backend == "inductor":
+        options["options"] = settings
     fresh: Callable[..., Any] = torch.compile(_own_code(call), backend=backend, **options)
     return fresh
 
