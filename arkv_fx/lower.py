@@ -23,6 +23,7 @@ from torch.fx.passes.split_module import split_module
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.kernels import STEPS, usable
+from arkv_fx.passes.nodes import example
 from arkv_fx.plan import LayerPlan
 
 Compiled = Callable[..., Any]
@@ -56,8 +57,12 @@ def compile_pieces(graph: GraphModule, inputs: list[Any], probe: Any = None) -> 
         else:
             parts[node] = part
     split = split_module(graph, graph, parts.__getitem__, keep_original_order=True)
+    # Dynamo's inputs are real tensors of this call; which of their sizes are symbols, its graph
+    # knows. Inputs that were added are fakes themselves.
+    traced = [example(node) for node in graph.graph.find_nodes(op="placeholder")]
+    known = [x if fake is None else fake for fake, x in zip(traced, inputs, strict=True)]
     mode = detect_fake_mode(inputs) or FakeTensorMode()
-    fakes = [_fake(mode, x) for x in inputs]
+    fakes = [_fake(mode, x) for x in known]
     with mode:
         _Pieces(split, probe).run(*fakes)
     forward: Compiled = split.forward
@@ -65,10 +70,16 @@ def compile_pieces(graph: GraphModule, inputs: list[Any], probe: Any = None) -> 
 
 
 def _fake(mode: FakeTensorMode, value: Any) -> Any:
-    """Weights come as they are, the other inputs as fake tensors with sizes that may be symbols."""
-    if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
-        return mode.from_tensor(value, static_shapes=True)
-    return value
+    """``value`` as a fake tensor of ``mode``; Dynamo traces in one mode and compiles in another."""
+    if not isinstance(value, Tensor):
+        return value
+    if isinstance(value, FakeTensor) and value.fake_mode is mode:
+        return value
+    with mode:
+        twin = torch.empty_strided(
+            value.shape, value.stride(), dtype=value.dtype, device=value.device
+        )
+    return twin.requires_grad_(value.requires_grad)
 
 
 class _Pieces(Interpreter):

@@ -75,6 +75,24 @@ def test_the_same_slots_need_no_compilation(compiled: list[str]) -> None:
     assert len(first) > 4
 
 
+def test_prompts_of_other_lengths_go_through_the_same_pieces(compiled: list[str]) -> None:
+    """Sizes are symbols as in Dynamo's graph, not those of the first prompt."""
+    model, full = (random_model("llama", num_hidden_layers=2) for _ in range(2))
+    arkv_fx.transform(model, CONFIG.replace(budget=80, tiers=("native",)))
+    counts = []
+    with torch.no_grad():
+        for length in (24, 40, 31):
+            ids = torch.randint(1, 128, (1, length))
+            cache = ArkvCache(model)
+            first = model(ids, past_key_values=cache).logits
+            torch.testing.assert_close(first, full(ids).logits, rtol=1e-4, atol=1e-4)
+            found = model(ids[:, :1], past_key_values=cache).logits
+            expected = full(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1:]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            counts.append(len(compiled))
+    assert counts[0] == counts[1] == counts[2]
+
+
 class Scaled(nn.Module):
     def __init__(self, factor: float) -> None:
         super().__init__()
