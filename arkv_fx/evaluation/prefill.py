@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
 
 from arkv_fx.backend import ArkvBackend
@@ -156,6 +157,7 @@ class _Switch(ArkvBackend):
     def __call__(self, graph: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
         self.graphs += 1
         compiled: dict[str, Compiled] = {}
+        context = TracingContext.try_get()  # it knows what the graph's symbols mean
 
         def run(*inputs: Any) -> Any:
             self.calls += 1
@@ -168,7 +170,8 @@ class _Switch(ArkvBackend):
                     sliding=self.contest.windows,
                     probe=self.contest.feed,
                 )
-                compiled[name] = backend(graph, example_inputs)
+                with tracing(context):
+                    compiled[name] = backend(graph, example_inputs)
                 self.sites += backend.sites
             return compiled[name](*inputs)
 
