@@ -22,7 +22,7 @@ from torch.fx.passes.split_module import split_module
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 from arkv_fx.ops.attention import Knobs
-from arkv_fx.ops.kernels import STEPS, usable
+from arkv_fx.ops.kernels import get_step, usable
 from arkv_fx.passes.nodes import example
 from arkv_fx.plan import LayerPlan
 
@@ -131,9 +131,9 @@ def _whole_step(attend: Node, kernel: str, plan: LayerPlan) -> Compiled | None:
     """The decode step as one call where the kernel does all of it: there is nothing to compile."""
     arguments: Any = attend.args
     q, k, v, mask, state, _, scale, softcap, sinks, _ = arguments
-    if kernel not in STEPS or not STEPS[kernel].knows(plan):
+    step = get_step(kernel, plan)
+    if step is None:
         return None
-    step = STEPS[kernel].step
     order = {n: i for i, n in enumerate(attend.graph.find_nodes(op="placeholder"))}
     first = [order[n] for n in (q, k, v)]
     held = [order[n] for n in state]

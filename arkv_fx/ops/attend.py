@@ -23,7 +23,7 @@ from arkv_fx.ops.attention import (
     value_sum,
 )
 from arkv_fx.ops.formats import get_format
-from arkv_fx.ops.kernels import STEPS, get_kernel
+from arkv_fx.ops.kernels import get_kernel, get_step
 from arkv_fx.ops.scores import Observation, Stats
 from arkv_fx.ops.update import Arrivals, exchange_one, merge_many
 from arkv_fx.plan import LayerPlan
@@ -55,8 +55,8 @@ def attend(
     Returns:
         [B, Hq, T, Dv] in q's dtype.
     """
-    if k.shape[2] == 1 and kernel in STEPS and STEPS[kernel].knows(plan):
-        return STEPS[kernel].step(q, k, v, mask, state, plan, knobs)
+    if k.shape[2] == 1 and (step := get_step(kernel, plan)) is not None:
+        return step(q, k, v, mask, state, plan, knobs)
     # The cache is not differentiated: a graph through it would keep every step alive.
     q, k, v = q.detach(), k.detach(), v.detach()
     held = view(plan, state)

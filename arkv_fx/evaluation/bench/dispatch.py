@@ -6,17 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 from arkv_fx.evaluation.bench.cases import Case, Options, filled, new_token
 from arkv_fx.evaluation.bench.contest import Entrant, compete
+from arkv_fx.evaluation.bench.layer import as_graphs_call_it, plain_step
 from arkv_fx.evaluation.bench.measurements import Measurement, dtype_name
-from arkv_fx.evaluation.bench.timing import compiled
-from arkv_fx.lower import SETTINGS
-from arkv_fx.ops.attention import Knobs
-from arkv_fx.ops.kernels import STEPS, usable
+from arkv_fx.ops.kernels import usable
 from arkv_fx.plan import LayerPlan
 
 LAYERS = 4
@@ -41,9 +37,7 @@ def dispatch(options: Options, progress: Callable[[str], None]) -> list[Measurem
                 "dispatch", SMALLEST.name, f"arkv-{kernel}, {how}", dtype_name(options.dtype),
                 plan.slots, bytes=plan.nbytes(options.batch),
             )  # fmt: skip
-            run = _steps(plan, kernel)
-            if kernel not in STEPS:  # else graphs call it as it is
-                run = compiled(run, options.backend, SETTINGS, dynamic=False)
+            run = as_graphs_call_it(_steps(plan, kernel), plan, kernel, options)
             entrants.append(Entrant(row, _on(run, token, tensors[:layers])))
     rows = compete(entrants, options, progress)
     return [row if index % 2 == 0 else _per_layer(row, LAYERS) for index, row in enumerate(rows)]
@@ -51,22 +45,11 @@ def dispatch(options: Options, progress: Callable[[str], None]) -> list[Measurem
 
 def _steps(plan: LayerPlan, kernel: str) -> Callable[..., Any]:
     """One decode step for each of several layers, each of which gets the output of the last."""
-    text, knobs = plan.to_json(), Knobs(1.0)
-    if kernel in STEPS and STEPS[kernel].knows(plan):
-        step = STEPS[kernel].step
-
-        def call(q: Tensor, k: Tensor, v: Tensor, states: list[list[Tensor]]) -> Tensor:
-            for state in states:
-                q = step(q, k, v, None, state, plan, knobs)
-            return q
-
-        return call
+    step = plain_step(SMALLEST, plan, kernel)
 
     def run(q: Tensor, k: Tensor, v: Tensor, states: list[list[Tensor]]) -> Tensor:
         for state in states:
-            q = torch.ops.arkv.attend(
-                q, k, v, None, state, text, 1.0, 0.0, None, False, kernel=kernel
-            )
+            q = step(q, k, v, state)
         return q
 
     return run

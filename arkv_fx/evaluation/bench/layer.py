@@ -13,7 +13,7 @@ from arkv_fx.evaluation.bench.cases import Case, Options, copy_of, filled
 from arkv_fx.evaluation.bench.timing import Call, Rotation, cold_bytes, compiled
 from arkv_fx.lower import SETTINGS
 from arkv_fx.ops.attention import Knobs, group
-from arkv_fx.ops.kernels import STEPS, get_kernel
+from arkv_fx.ops.kernels import STEPS, get_kernel, get_step
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.session import LayerState
 from arkv_fx.state.view import View, view
@@ -45,10 +45,10 @@ def attention_step(
     return lambda q, k, v, state: on_view(q, k, v, views[id(state)])
 
 
-def whole_step(case: Case, plan: LayerPlan, kernel: str, options: Options) -> Step:
-    """``arkv::attend``: the same and the update of scores, ring and tiers."""
-    if kernel in STEPS and STEPS[kernel].knows(plan):
-        step, knobs = STEPS[kernel].step, Knobs(case.scale)
+def plain_step(case: Case, plan: LayerPlan, kernel: str) -> Step:
+    """``arkv::attend``: the same and the update of scores, ring and tiers; not compiled."""
+    if (step := get_step(kernel, plan)) is not None:
+        knobs = Knobs(case.scale)
         return lambda q, k, v, state: step(q, k, v, None, state, plan, knobs)
     text, scale = plan.to_json(), case.scale
 
@@ -57,7 +57,21 @@ def whole_step(case: Case, plan: LayerPlan, kernel: str, options: Options) -> St
             q, k, v, None, state, text, scale, 0.0, None, False, kernel=kernel
         )
 
+    return run
+
+
+def as_graphs_call_it(
+    run: Callable[..., Any], plan: LayerPlan, kernel: str, options: Options
+) -> Callable[..., Any]:
+    """``run``, made of ``plain_step``, compiled unless the kernel has whole steps."""
+    if get_step(kernel, plan) is not None:
+        return run
     return compiled(run, options.backend, SETTINGS, dynamic=False)
+
+
+def whole_step(case: Case, plan: LayerPlan, kernel: str, options: Options) -> Step:
+    """``plain_step`` as graphs call it."""
+    return as_graphs_call_it(plain_step(case, plan, kernel), plan, kernel, options)
 
 
 def cold_states(case: Case, plan: LayerPlan, options: Options) -> Rotation[LayerState]:

@@ -26,7 +26,10 @@ from arkv_fx.ops.kernels.triton import attend_triton
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.view import View
 
-__all__ = ["ENCODERS", "KERNELS", "STEPS", "Encoder", "Kernel", "WholeStep", "get_kernel", "usable"]
+__all__ = [
+    "ENCODERS", "KERNELS", "STEPS", "Encoder", "Kernel", "Step", "WholeStep", "get_kernel",
+    "get_step", "usable",
+]  # fmt: skip
 
 
 class Kernel(Protocol):
@@ -81,6 +84,9 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
+Step = Callable[[Tensor, Tensor, Tensor, Tensor | None, Sequence[Tensor], LayerPlan, Knobs], Tensor]
+
+
 @dataclass(frozen=True)
 class WholeStep:
     """A decode step in one call, for the plans that it ``knows``.
@@ -90,9 +96,7 @@ class WholeStep:
     """
 
     knows: Callable[[LayerPlan], bool]
-    step: Callable[
-        [Tensor, Tensor, Tensor, Tensor | None, Sequence[Tensor], LayerPlan, Knobs], Tensor
-    ]
+    step: Step
 
 
 # Whole decode steps by the name of the kernel whose attention they hold. Optional: where there is
@@ -103,6 +107,12 @@ STEPS: dict[str, WholeStep] = {"cpp": WholeStep(knows, step_cpp)}
 # What makes the codes of a prompt, by the name of the kernel that decodes after it; for all others
 # it is the reference.
 ENCODERS: dict[str, Encoder] = {"reference": encode_rows, "cpp": encode_cpp}
+
+
+def get_step(kernel: str, plan: LayerPlan) -> Step | None:
+    """The whole decode step of a kernel, None if it has none that knows the plan."""
+    found = STEPS.get(kernel)
+    return found.step if found is not None and found.knows(plan) else None
 
 
 def get_kernel(name: str) -> Kernel:

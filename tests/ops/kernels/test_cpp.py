@@ -158,12 +158,14 @@ def test_other_devices_and_dtypes() -> None:
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "source", lambda: "no C++ at all")
     build.load.cache_clear()
+    build.available.cache_clear()
     try:
         assert "install a C++" in build.available()
         with pytest.raises(KernelError, match="choose another kernel"):
             build.load()
     finally:
         build.load.cache_clear()
+        build.available.cache_clear()
 
 
 # Negative controls: the comparison must notice each of these.

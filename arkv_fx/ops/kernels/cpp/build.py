@@ -48,8 +48,9 @@ def load() -> CDLL:
     return library
 
 
+@lru_cache(maxsize=1)
 def available() -> str:
-    """Empty if the kernel can run here, else the reason why not. Compiles it."""
+    """Empty if the kernel can run here, else the reason why not. Compiles it, or fails to, once."""
     try:
         load()
     except KernelError as error:
