@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arkv_fx import sensitivity
+from arkv_fx import plots, sensitivity
 from arkv_fx.calibration import Calibration, LayerStatistics
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import CalibrationError
@@ -127,13 +127,7 @@ def plot(calibration: Calibration, path: str | Path) -> None:
     Raises:
         CalibrationError: if matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise CalibrationError("plots need matplotlib: pip install 'arkv-fx[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plots.pyplot(CalibrationError)
     layers = [row.layer for row in calibration.layers]
     titles = {
         "entropy": "entropy", "variance": "variance", "kurtosis": "kurtosis",

@@ -17,6 +17,8 @@ from arkv_fx.plan import LayerPlan
 from arkv_fx.state.session import LayerState
 
 HIDDEN = float("-inf")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+MASKS = ("none", "bool", "additive", "lowest", "bool-heads", "additive-heads")
 
 
 @dataclass

@@ -8,7 +8,15 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import example, given, settings
-from reference_attention import Layer, Tokens, join, make_mask, reference_attention
+from reference_attention import (
+    MASKS,
+    TOLERANCE,
+    Layer,
+    Tokens,
+    join,
+    make_mask,
+    reference_attention,
+)
 from torch import Tensor
 
 import arkv_fx.ops.attend as attend_module
@@ -16,9 +24,6 @@ import arkv_fx.ops.attention as attention_module
 import arkv_fx.ops.kernels.reference as reference
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.plan import LayerPlan, Tier
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-MASKS = ("none", "bool", "additive", "lowest", "bool-heads", "additive-heads")
 
 
 @dataclass(frozen=True)

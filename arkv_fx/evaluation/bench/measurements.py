@@ -14,6 +14,7 @@ import torch
 import transformers
 from rich.table import Table
 
+from arkv_fx import plots
 from arkv_fx.errors import EvaluationError
 from arkv_fx.evaluation.bench.cases import Options
 from arkv_fx.evaluation.bench.timing import Timing, cache_bytes
@@ -159,13 +160,7 @@ def plot(rows: Sequence[Measurement], path: str | Path) -> None:
     Raises:
         EvaluationError: if matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise EvaluationError("plots need matplotlib: pip install 'arkv-fx[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plots.pyplot(EvaluationError)
     groups: dict[str, list[tuple[str, float]]] = {}
     for row in rows:
         for name, unit in (("tokens_per_s", "tokens/s"), ("cpu_s", "CPU s"), ("median_us", "µs")):

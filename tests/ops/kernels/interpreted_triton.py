@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import example, given, settings
-from reference_attention import Layer, make_mask
+from reference_attention import MASKS, TOLERANCE, Layer, make_mask
 from torch import Tensor
 
 import arkv_fx.ops.kernels.triton as kernel
@@ -25,9 +25,6 @@ from arkv_fx.ops.formats import FORMATS
 from arkv_fx.ops.kernels import KERNELS
 from arkv_fx.ops.kernels.triton import launch
 from arkv_fx.plan import LayerPlan, Tier
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-MASKS = ("none", "bool", "additive", "lowest", "bool-heads", "additive-heads")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import hypothesis.strategies as st
 import torch
-from reference_attention import Layer, make_mask
+from reference_attention import MASKS, TOLERANCE, Layer, make_mask
 from torch import Tensor
 
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.kernels import get_kernel
 from arkv_fx.plan import LayerPlan, Tier
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-MASKS = ("none", "bool", "additive", "lowest", "bool-heads", "additive-heads")
 
 
 @dataclass(frozen=True)
@@ -38,44 +36,74 @@ class Case:
     threads: int = 1
     seed: int = 0
 
+    def plan(
+        self, score: str = "combined", options: tuple[tuple[str, float], ...] = ()
+    ) -> LayerPlan:
+        return LayerPlan(
+            self.heads, self.k_dim, self.v_dim, self.dtype, 5, 0 if self.sliding else 2,
+            self.sliding, tuple(Tier(*t) for t in self.tiers), score, options, self.window_format,
+        )  # fmt: skip
+
+    def normal(self, generator: torch.Generator, heads: int, length: int, dim: int) -> Tensor:
+        x = torch.randn(len(self.pad), heads, length, dim, generator=generator)
+        return (x + torch.arange(dim) % 3).to(self.dtype)  # a common part, as keys have
+
+    def inputs(self, generator: torch.Generator, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of so many tokens."""
+        return (
+            self.normal(generator, self.heads * self.groups, length, self.k_dim),
+            self.normal(generator, self.heads, length, self.k_dim),
+            self.normal(generator, self.heads, length, self.v_dim),
+        )
+
+    def knobs(self, generator: torch.Generator) -> Knobs:
+        query_heads = self.heads * self.groups
+        sink = torch.randn(query_heads, generator=generator) if self.sink_logits else None
+        return Knobs(0.5 / self.k_dim**0.5, self.softcap, sink)
+
+    def new_mask(self, valid: Tensor, generator: torch.Generator) -> Tensor | None:
+        """The mask of the newest token; ``valid`` [B, S] of all so far."""
+        return make_mask(
+            valid, 1, kind=self.mask, heads=self.heads * self.groups, sliding=self.sliding,
+            dtype=self.dtype, generator=generator,
+        )  # fmt: skip
+
 
 def arguments(case: Case, score: str = "combined") -> tuple[Layer, dict[str, Any]]:
     """A filled layer and what a kernel takes for the token after it."""
     generator = torch.Generator().manual_seed(case.seed)
-
-    def normal(heads: int, length: int, dim: int) -> Tensor:
-        x = torch.randn(len(case.pad), heads, length, dim, generator=generator)
-        return (x + torch.arange(dim) % 3).to(case.dtype)  # a common part, as keys have
-
-    plan = LayerPlan(
-        case.heads, case.k_dim, case.v_dim, case.dtype, 5, 0 if case.sliding else 2, case.sliding,
-        tuple(Tier(*t) for t in case.tiers), score, (), case.window_format,
-    )  # fmt: skip
-    layer = Layer(plan, len(case.pad))
-    query_heads = case.heads * case.groups
-    sink = torch.randn(query_heads, generator=generator) if case.sink_logits else None
-    knobs = Knobs(0.5 / case.k_dim**0.5, case.softcap, sink)
-    total = case.length + 1
-    valid = torch.arange(total)[None] >= torch.tensor(case.pad)[:, None]
+    layer = Layer(case.plan(score), len(case.pad))
+    knobs = case.knobs(generator)
+    valid = torch.arange(case.length + 1)[None] >= torch.tensor(case.pad)[:, None]
     first = make_mask(valid[:, :-1], case.length, kind="bool")
-    layer.step(
-        normal(query_heads, case.length, case.k_dim), normal(case.heads, case.length, case.k_dim),
-        normal(case.heads, case.length, case.v_dim), first, knobs, valid[:, :-1], fresh=True,
-    )  # fmt: skip
-    mask = make_mask(
-        valid, 1, kind=case.mask, heads=query_heads, sliding=case.sliding, dtype=case.dtype,
-        generator=generator,
-    )  # fmt: skip
+    layer.step(*case.inputs(generator, case.length), first, knobs, valid[:, :-1], fresh=True)
+    mask = case.new_mask(valid, generator)
     held = layer.state.view()
+    q, k, v = case.inputs(generator, 1)
     return layer, {
-        "q": normal(query_heads, 1, case.k_dim).unflatten(1, (case.heads, case.groups)),
-        "k": normal(case.heads, 1, case.k_dim),
-        "v": normal(case.heads, 1, case.v_dim),
+        "q": q.unflatten(1, (case.heads, case.groups)),
+        "k": k,
+        "v": v,
         "mask": mask,
         "held": held,
         "knobs": knobs,
         "query_pos": held.seen[:, None],
     }
+
+
+def recorded(operator: object, call: Callable[[], object]) -> tuple[object, ...]:
+    """The arguments that ``operator`` gets in ``call``."""
+    found: list[tuple[object, ...]] = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func is operator:
+                found.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        call()
+    return found[0]
 
 
 def compare(kernel: str, args: dict[str, Any], dtype: torch.dtype, **changed: Any) -> None:

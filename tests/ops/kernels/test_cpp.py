@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import example, given, settings
-from kernel_cases import TOLERANCE, Case, arguments, cases, compare
+from kernel_cases import TOLERANCE, Case, arguments, cases, compare, recorded
 from torch import Tensor
 
 import arkv_fx.ops.kernels.cpp.build as build
@@ -21,12 +21,6 @@ from arkv_fx.state.view import View
 
 reason = available()
 pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
-
-
-@pytest.fixture(autouse=True)
-def one_thread_after() -> Iterator[None]:
-    yield
-    torch.set_num_threads(1)
 
 
 def check(case: Case) -> None:
@@ -115,25 +109,11 @@ def test_attend_takes_it() -> None:
 # Tracing
 
 
-def operator_arguments(case: Case) -> tuple[object, ...]:
-    """What ``arkv_cpu::attend`` gets for a case."""
-    found: list[tuple[object, ...]] = []
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            if func is torch.ops.arkv_cpu.attend.default:
-                found.append(args)
-            return func(*args, **(kwargs or {}))
-
-    with Record():
-        get_kernel("cpp")(**arguments(case)[1])  # type: ignore[arg-type]
-    return found[0]
-
-
 @pytest.mark.parametrize("case", [Case(), Case(mask="additive-heads", sink_logits=True)])
 def test_operator_is_well_formed(case: Case) -> None:
-    args = operator_arguments(case)
-    torch.library.opcheck(torch.ops.arkv_cpu.attend.default, args)
+    operator = torch.ops.arkv_cpu.attend.default
+    _, args = arguments(case)
+    torch.library.opcheck(operator, recorded(operator, lambda: get_kernel("cpp")(**args)))
 
 
 @pytest.mark.parametrize("case", [Case(), Case(pad=(0, 2), mask="bool", dtype=torch.bfloat16)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from reference_attention import make_mask
@@ -22,12 +20,6 @@ pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The share of codes, and of zeros, that a rotation summed in another order may round otherwise.
 RARE = 2e-3
-
-
-@pytest.fixture(autouse=True)
-def one_thread_after() -> Iterator[None]:
-    yield
-    torch.set_num_threads(1)
 
 
 def empty(codec: Codec, x: Tensor, slots: int) -> list[Tensor]:

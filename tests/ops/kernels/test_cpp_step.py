@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import hypothesis.strategies as st
+import kernel_cases
 import pytest
 import test_conservation as conservation
 import torch
 from hypothesis import example, given, settings
-from reference_attention import Layer, make_mask
+from kernel_cases import recorded
+from reference_attention import MASKS, TOLERANCE, Layer, make_mask
 from torch import Tensor
 
 import arkv_fx.ops.update as update
@@ -21,11 +23,9 @@ from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.kernels import STEPS
 from arkv_fx.ops.kernels.cpp import available, knows, step_cpp
 from arkv_fx.ops.scores import SCORES, MassScore
-from arkv_fx.plan import LayerPlan, Tier
+from arkv_fx.plan import LayerPlan
 from arkv_fx.state.view import Segment, View, view
 
-MASKS = ("none", "bool", "additive", "lowest", "bool-heads", "additive-heads")
-OUTPUT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 # How far apart ranks must be to be told apart: masses are as good as the probabilities.
 MARGIN = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 MASS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -53,43 +53,21 @@ reason = available()
 pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
 
-@pytest.fixture(autouse=True)
-def one_thread_after() -> Iterator[None]:
-    yield
-    torch.set_num_threads(1)
-
-
 @dataclass(frozen=True)
-class Case:
+class Case(kernel_cases.Case):
     """A prompt of ``length`` tokens, left-padded by ``pad`` per row, and ``steps`` after it.
 
     ``holes`` is the chance that a row's token of a step is padding.
     """
 
     length: int = 20
-    steps: int = 12
-    pad: tuple[int, ...] = (0,)
-    holes: float = 0.0
-    heads: int = 2
-    groups: int = 2
-    k_dim: int = 16
-    v_dim: int = 16
     tiers: tuple[tuple[str, int], ...] = (("k8v4", 8), ("k4v3", 9))
-    window_format: str = "native"
+    steps: int = 12
+    holes: float = 0.0
     score: tuple[str, tuple[tuple[str, float], ...]] = ("combined", ())
-    sliding: int = 0
-    dtype: torch.dtype = torch.float32
-    mask: str = "none"
-    softcap: float = 0.0
-    sink_logits: bool = False
-    threads: int = 1
-    seed: int = 0
 
-    def plan(self) -> LayerPlan:
-        return LayerPlan(
-            self.heads, self.k_dim, self.v_dim, self.dtype, 5, 0 if self.sliding else 2,
-            self.sliding, tuple(Tier(*t) for t in self.tiers), *self.score, self.window_format,
-        )  # fmt: skip
+    def plan(self) -> LayerPlan:  # type: ignore[override]
+        return super().plan(*self.score)
 
 
 Call = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -98,33 +76,16 @@ Call = tuple[Tensor, Tensor, Tensor, Tensor | None]
 def history(case: Case) -> Iterator[tuple[Layer, Call, Knobs]]:
     """The layer before each decoded token, and the token; whoever iterates takes the step."""
     generator = torch.Generator().manual_seed(case.seed)
-
-    def normal(heads: int, length: int, dim: int) -> Tensor:
-        x = torch.randn(len(case.pad), heads, length, dim, generator=generator)
-        return (x + torch.arange(dim) % 3).to(case.dtype)  # a common part, as keys have
-
-    def inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            normal(query_heads, length, case.k_dim),
-            normal(case.heads, length, case.k_dim),
-            normal(case.heads, length, case.v_dim),
-        )
-
     layer = Layer(case.plan(), len(case.pad))
-    query_heads = case.heads * case.groups
-    sink = torch.randn(query_heads, generator=generator) if case.sink_logits else None
-    knobs = Knobs(0.5 / case.k_dim**0.5, case.softcap, sink)
+    knobs = case.knobs(generator)
     valid = torch.arange(case.length)[None] >= torch.tensor(case.pad)[:, None]
     first = make_mask(valid, case.length, kind="bool")
-    layer.step(*inputs(case.length), first, knobs, valid, fresh=True)
+    layer.step(*case.inputs(generator, case.length), first, knobs, valid, fresh=True)
     for _ in range(case.steps):
         real = torch.rand(len(case.pad), 1, generator=generator) >= case.holes
         valid = torch.cat([valid, real], 1)
-        mask = make_mask(
-            valid, 1, kind=case.mask, heads=query_heads, sliding=case.sliding, dtype=case.dtype,
-            generator=generator,
-        )  # fmt: skip
-        yield layer, (*inputs(1), mask), knobs
+        mask = case.new_mask(valid, generator)
+        yield layer, (*case.inputs(generator, 1), mask), knobs
 
 
 class Ranks:
@@ -228,7 +189,7 @@ def check(
         )
         assert not torch.isnan(out).any() and out.is_contiguous()
         # Values are of order one, and a sum of few columns may cancel.
-        close("output", expected, out, OUTPUT[case.dtype], size=0.3)
+        close("output", expected, out, TOLERANCE[case.dtype], size=0.3)
         if broken:
             broken(view(plan, state), before)
         sure = torch.ones(len(case.pad), case.heads, dtype=torch.bool)
@@ -273,7 +234,18 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 # Enough work for two threads, which small shapes are not given.
-LARGE = Case(300, 4, (0, 7), 0.3, 3, 8, 128, 128, (("k8v4", 100), ("k4v3", 150)), mask="bool")
+LARGE = Case(
+    300,
+    (0, 7),
+    3,
+    8,
+    128,
+    128,
+    steps=4,
+    holes=0.3,
+    tiers=(("k8v4", 100), ("k4v3", 150)),
+    mask="bool",
+)
 
 
 @settings(max_examples=30)
@@ -287,20 +259,22 @@ def test_it_equals_the_reference(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.parametrize("dtype", OUTPUT)
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("score", ALL_SCORES)
 def test_every_score_with_every_dtype(
     score: tuple[str, tuple[tuple[str, float], ...]], dtype: torch.dtype
 ) -> None:
-    case = Case(40, 25, (0, 3), 0.1, k_dim=32, v_dim=24, score=score, dtype=dtype, mask="bool")
+    case = Case(
+        40, (0, 3), steps=25, holes=0.1, k_dim=32, v_dim=24, score=score, dtype=dtype, mask="bool"
+    )
     assert check(case) > 25, "hardly any decision is clear"
 
 
-@pytest.mark.parametrize("dtype", OUTPUT)
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tiers", ["native", "bf16", "fp8", "int8", "int4", "k8v4", "k4v3"])
 def test_every_format_with_every_dtype(tiers: str, dtype: torch.dtype) -> None:
     for dims in ((128, 128), (64, 64), (24, 40)):
-        check(Case(30, 12, (0, 9), 0.0, 2, 3, *dims, ((tiers, 5), (tiers, 20)), dtype=dtype,
+        check(Case(30, (0, 9), 2, 3, *dims, ((tiers, 5), (tiers, 20)), dtype=dtype,
                    mask="bool"))  # fmt: skip
 
 
@@ -344,7 +318,7 @@ def test_other_devices_and_dtypes() -> None:
             step_cpp(wrong, k, v, mask, layer.state.tensors, layer.plan, knobs)
 
 
-@pytest.mark.parametrize("dtype", OUTPUT)
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["k", "v"])
 def test_what_is_not_finite_is_flagged(number: float, where: str, dtype: torch.dtype) -> None:
@@ -418,17 +392,9 @@ def test_a_long_run_conserves_tokens(case: Case) -> None:
 @pytest.mark.parametrize("case", [Case(), Case(mask="additive-heads", sink_logits=True)])
 def test_operator_is_well_formed(case: Case) -> None:
     layer, call, knobs = next(history(case))
-    found: list[tuple[object, ...]] = []
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            if func is torch.ops.arkv_cpu.step.default:
-                found.append(args)
-            return func(*args, **(kwargs or {}))
-
-    with Record():
-        step_cpp(*call, layer.state.tensors, layer.plan, knobs)
-    torch.library.opcheck(torch.ops.arkv_cpu.step.default, found[0])
+    operator = torch.ops.arkv_cpu.step.default
+    args = recorded(operator, lambda: step_cpp(*call, layer.state.tensors, layer.plan, knobs))
+    torch.library.opcheck(operator, args)
 
 
 @pytest.mark.parametrize("case", [Case(), Case(pad=(0, 2), mask="bool", dtype=torch.bfloat16)])
