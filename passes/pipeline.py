@@ -9,8 +9,8 @@ from arkv_fx.passes import (
     absorb_cat,
     classify,
     find_sdpa,
+    find_softmax,
     fuse_marker,
-    peel_gqa,
     rewrite,
     verify,
 )
@@ -21,7 +21,7 @@ Pass = Callable[[GraphModule, Context], None]
 
 PASSES: tuple[Pass, ...] = (
     find_sdpa.run,
-    peel_gqa.run,
+    find_softmax.run,
     fuse_marker.run,
     absorb_cat.run,
     classify.run,
