@@ -66,7 +66,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "cpmant": {"dim_head": 16, "dim_ff": 128},
     "ctrl": {"dff": 128},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v4": {
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}
     },
@@ -78,10 +78,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": _GEMMA4,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hrm_text": {"L_cycles": 1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "laguna": _SLIDING,
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"head_dim": 8},
+    "moshi": {"sliding_window": 512},  # its own cache has the window, its mask has not
+    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_melody_decoder": {"num_codebooks": 1},
+    "nemotron_h": {"n_groups": 1},
     "qwen4_exp_text": _QWEN4,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "roc_bert": {
@@ -90,6 +96,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "shape_vocab_size": 128,
         "pronunciation_vocab_size": 128,
     },
+    "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What the names of the attributes do not tell: config values by architecture."""

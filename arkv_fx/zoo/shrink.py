@@ -13,7 +13,7 @@ SIZES: dict[int, str] = {
     1: "n_group topk_group n_shared_experts num_shared_experts moe_num_shared_experts",
     2: (
         "num_key_value_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok moe_topk "
-        "moe_k top_k_experts zero_expert_num index_n_heads linear_num_key_heads "
+        "moe_k top_k_experts zero_expert_num linear_num_key_heads "
         "first_k_dense_replace"
     ),
     4: (
@@ -27,7 +27,7 @@ SIZES: dict[int, str] = {
         "head_dim kv_channels swa_head_dim v_head_dim qk_nope_head_dim d_kv index_head_dim "
         "index_topk linear_key_head_dim linear_value_head_dim linear_head_dim mamba_head_dim "
         "hidden_size_per_layer_input laurel_rank sliding_window_size window_size local_attention "
-        "attention_window_size attention_chunk_size rotary_dim"
+        "attention_window_size attention_chunk_size rotary_dim index_n_heads"
     ),
     32: (
         "kv_lora_rank q_lora_rank moe_intermediate_size shared_expert_intermediate_size "
@@ -74,7 +74,7 @@ def shrink(config: PreTrainedConfig, changes: Mapping[str, Any] | None = None) -
     kept = _one_of_each_kind(config)
     small: dict[str, Any] = {"model_type": config.model_type}
     for name in inspect.signature(type(config).__init__).parameters:
-        value = vars(config).get(name)
+        value: Any = vars(config).get(name)
         if isinstance(value, PreTrainedConfig):
             small[name] = shrink(value, changes.pop(name, None))
         elif name in LAYERS:
@@ -87,6 +87,8 @@ def shrink(config: PreTrainedConfig, changes: Mapping[str, Any] | None = None) -
             small[name] = value if value in (0, 1) else _SIZE[name]
         elif _per_layer(config, value):
             small[name] = [value[i] for i in kept]
+    if "kv_lora_rank" in small:  # latent keys are expanded to all heads
+        small["num_key_value_heads"] = small["num_attention_heads"]
     return {**small, **changes}
 
 
