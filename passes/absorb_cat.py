@@ -36,7 +36,7 @@ def _match(site: Site) -> None:
     if fresh != fresh_v:
         site.refuse("keys have a past and values have none, or the reverse")
         return
-    readers = [foreign_reader(x, [site.node], output=True) for x in (site.k, site.v)]
+    readers = [foreign_reader(x, site.products, output=True) for x in (site.k, site.v)]
     readers += [
         # One empty tensor may be the past of both.
         foreign_reader(past, [site.k, site.v] if past_k is past_v else [joined])
