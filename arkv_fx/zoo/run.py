@@ -12,7 +12,7 @@ from typing import Any
 
 from arkv_fx.errors import ModelNotFoundError
 from arkv_fx.evaluation.rows import Row
-from arkv_fx.zoo.checks import COLUMNS, CORRECT, examine
+from arkv_fx.zoo.checks import CORRECT, blank, examine
 from arkv_fx.zoo.configs import architectures
 
 LIMIT_S = 600.0
@@ -94,10 +94,7 @@ class _Worker:
         if not self.process.is_alive():
             what = f"the process ended with exit code {self.process.exitcode}"
         self._stop()
-        return dict.fromkeys(COLUMNS) | {
-            "architecture": name, "status": "crashed", "error": what,
-            "reasons": "", "failed": "", "refused": "",
-        }  # fmt: skip
+        return blank(name) | {"status": "crashed", "error": what}
 
     def _stop(self) -> None:
         if self.process is not None:
