@@ -45,6 +45,9 @@ that ended in an error of ours, which says what to do; error: the first of these
 TEXTS = ("reasons", "wrong", "raised", "refused", "error")
 """The columns that are texts: "" where there is nothing to say, lists as in "padded, generate"."""
 
+NOT_RUN = ("no cache", "not built", "no reference")
+"""The statuses of what has no cache, or that transformers itself cannot run with one here."""
+
 CORRECT = ("fused", "partly", "unfused", "refused")
 """The statuses in which nothing wrong was computed; "refused" if any check was."""
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from arkv_fx.evaluation.rows import Row
-from arkv_fx.zoo.checks import COLUMNS, CORRECT, SMALL, TOLERANCE
+from arkv_fx.zoo.checks import COLUMNS, CORRECT, NOT_RUN, SMALL, TOLERANCE
 from arkv_fx.zoo.drive import NEW_TOKENS, PROMPT, STEPS
 from arkv_fx.zoo.run import summary
 
@@ -38,7 +38,7 @@ def write_page(path: Path, rows: Sequence[Row]) -> None:
 def page(rows: Sequence[Row]) -> str:
     """The page as Markdown."""
     total = summary(rows)
-    cached = [row for row in rows if row["sites"] is not None]
+    cached = [row for row in rows if row["status"] not in NOT_RUN]
     return "\n".join(
         [
             "# The zoo",
@@ -63,7 +63,7 @@ def page(rows: Sequence[Row]) -> str:
             *(
                 f"- {row['architecture']}: {row['status']}: {row['reasons'] or row['error']}"
                 for row in rows
-                if row["sites"] is None
+                if row["status"] in NOT_RUN
             ),
             "",
         ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from arkv_fx.errors import ModelNotFoundError
 from arkv_fx.evaluation.rows import Row
-from arkv_fx.zoo.checks import CORRECT, blank, examine
+from arkv_fx.zoo.checks import CORRECT, NOT_RUN, blank, examine
 from arkv_fx.zoo.configs import architectures
 
 LIMIT_S = 600.0
@@ -51,7 +51,7 @@ def run(
 
 def summary(rows: Sequence[Row]) -> dict[str, int]:
     """How many architectures there are, have a cache that could be run, are fused, are correct."""
-    cacheable = [row for row in rows if row["status"] not in ("no cache", "not built")]
+    cacheable = [row for row in rows if row["status"] not in NOT_RUN]
     return {
         "architectures": len(rows),
         "cacheable": len(cacheable),
