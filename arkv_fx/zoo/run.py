@@ -86,12 +86,13 @@ class _Worker:
             self.process.start()
             theirs.close()
         self.pipe.send(name)
-        what = f"more than {limit_s:.0f} seconds"
-        with suppress(EOFError, ConnectionResetError):
+        try:
             if self.pipe.poll(limit_s):
                 row: Row = self.pipe.recv()
                 return row
-        if not self.process.is_alive():
+            what = f"more than {limit_s:g} seconds"
+        except (EOFError, ConnectionError):
+            self.process.join(10)
             what = f"the process ended with exit code {self.process.exitcode}"
         self._stop()
         return blank(name) | {"status": "crashed", "error": what}

@@ -1,4 +1,4 @@
-"""The tiny models: what they hold, that they are repeatable, that nothing is left out in silence."""
+"""The tiny models: what they hold, that they repeat, that nothing is left out in silence."""
 
 from __future__ import annotations
 
