@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from arkv_fx.passes import classify
 
 from arkv_fx.errors import CacheError, ModelNotFoundError
-from arkv_fx.passes import classify
 from arkv_fx.state.session import PlainLayer, Session
 from arkv_fx.zoo import checks, expect
 from arkv_fx.zoo.checks import COLUMNS, examine
