@@ -41,11 +41,13 @@ class ArkvBackend:
         sliding: Sequence[int] = (),
         probe: Probe | None = None,
         stand_in: StandIn | None = None,
+        whole: Mapping[int, str] | None = None,
     ) -> None:
         if compile not in LOWERINGS:
             raise UnknownOptionError(f"compile={compile!r}: choose one of {list(LOWERINGS)}")
         self.config, self.calibration, self.lowering = config, calibration, compile
         self.sliding, self.probe, self.stand_in = tuple(sliding), probe, stand_in
+        self.whole = dict(whole or {})
         self.graphs = 0
         self.calls = 0
         self.sites: list[list[Site]] = []
@@ -60,7 +62,7 @@ class ArkvBackend:
         }
         context = Context(
             self.config, self.calibration, self.sliding, self.probe, self.stand_in,
-            frozenset(alone),
+            frozenset(alone), self.whole,
         )  # fmt: skip
         work = pipeline.apply(graph, context)
         self.sites.append(context.sites)

@@ -101,6 +101,15 @@ def own_state(layers: list[Any]) -> list[Any]:
     return out if any(not isinstance(layer, CompressedLayer) for layer in out) else []
 
 
+def kept_whole(layers: list[Any]) -> dict[int, str]:
+    """Layers whose tokens stay in full precision, and why."""
+    reason = (
+        "its layer chooses tokens with an indexer: a token that it does not choose looks like "
+        "padding, and its own keys grow with the text"
+    )
+    return {index: reason for index, layer in enumerate(layers) if _is_indexed(layer)}
+
+
 def only_linear(layers: list[Any]) -> list[bool]:
     """Which layers have no attention beside their recurrent state."""
     return [

@@ -19,7 +19,7 @@ from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ArkvError, CacheError, TransformError
 from arkv_fx.interface import closed_replaced
-from arkv_fx.layers import cached_layers, text_config, windows
+from arkv_fx.layers import cached_layers, kept_whole, text_config, windows
 from arkv_fx.passes.context import Probe, StandIn
 from arkv_fx.report import Report
 from arkv_fx.state.session import check_finite
@@ -43,10 +43,11 @@ class Transformed:
     ) -> None:
         self.name = f"{type(model).__name__}#{id(model):x}"
         self.config, self.calibration = config, calibration
-        self.windows = windows(cached_layers(model))
+        layers = cached_layers(model)
+        self.windows = windows(layers)
         self.backend = ArkvBackend(
             config, calibration, compile=compile, sliding=self.windows, probe=probe,
-            stand_in=stand_in,
+            stand_in=stand_in, whole=kept_whole(layers),
         )  # fmt: skip
         self.original: Callable[..., Any] = model.forward
         # Attributes of the instance that restore puts back (hooks set forward there).

@@ -21,6 +21,8 @@ def run(graph: GraphModule, context: Context) -> None:
     for site in context.sites:
         if site.source and (site.source, site.layer) in context.left_alone:
             site.refuse("it was left alone in an earlier graph, so its tokens are not in our state")
+        if site.source and site.layer is not None and site.layer in context.whole:
+            site.refuse(context.whole[site.layer])
         if not site.reason:
             _decide(site, context)
     alone = {s.cache_key: s for s in context.sites if s.source and s.reason}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,8 @@ class Context:
     ``sliding`` is the attention window of each layer in tokens, 0 for full attention; ``probe``,
     if given, is called at run time with (layer, q, k, v, mask, scale) of every fused site, and
     ``stand_in`` in place of ``arkv::attend``, with the layer before the operator's arguments;
-    ``left_alone`` names the caches (source, layer) that an earlier graph kept out of our state.
+    ``left_alone`` names the caches (source, layer) that an earlier graph kept out of our state,
+    ``whole`` the layers that must stay in full precision, with the reason.
     """
 
     config: ArkvConfig
@@ -33,6 +34,7 @@ class Context:
     probe: Probe | None = None
     stand_in: StandIn | None = None
     left_alone: frozenset[tuple[str, int | None]] = frozenset()
+    whole: Mapping[int, str] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     state_inputs: list[list[Node]] = field(default_factory=list)
 
