@@ -17,6 +17,7 @@ from arkv_fx.cache import ArkvCache
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ArkvError, CacheError, TransformError
+from arkv_fx.insert import Inserted, insert
 from arkv_fx.passes.context import Probe, StandIn
 from arkv_fx.report import Report
 from arkv_fx.state.session import check_finite
@@ -203,6 +204,8 @@ def transform(
     calibration: Calibration | None = None,
     *,
     compile: str = "inductor",
+    insert_cache: bool = False,
+    sample: Any = None,
 ) -> nn.Module:
     """Give a model a small KV cache, in place; ``restore`` undoes it.
 
@@ -217,16 +220,37 @@ def transform(
             ``config.oq_ratio``.
         compile: "inductor" to compile the rewritten graph, once for all layers of one shape;
             "eager" to run it as it is, with the reference operators.
+        insert_cache: for a model that knows no cache: its forward takes token ids [B, T] (or
+            embeddings [B, T, C]) and answers for all of them. ``model(ids, cache=cache)`` with an
+            ``ArkvCache(model)`` then answers for the new tokens, which follow those before; without
+            ``cache`` the model is what it was. Tokens may come one by one or many at once, without
+            padding.
+        sample: with ``insert_cache``, arguments of the forward (one, or a tuple) on which the
+            cached forward is checked against the full one; random ids if the forward needs only
+            one argument, else the arguments of the first call with a cache.
 
     Returns:
         The same model object.
 
     Raises:
-        TransformError: if it is transformed already.
+        TransformError: if it is transformed already; with ``insert_cache``, if it has no causal
+            self-attention or answers otherwise with a cache.
         CalibrationError: if the calibration is of another model.
         ConfigError: if the budget does not hold the window and the sinks.
     """
-    return _transform(model, config, calibration, compile=compile)
+    if not insert_cache:
+        return _transform(model, config, calibration, compile=compile)
+    _require_plain(model)
+    if calibration is not None:
+        calibration.check(fingerprint(model))
+    return insert(model, config or ArkvConfig(), calibration, compile, sample)
+
+
+def _require_plain(model: nn.Module) -> None:
+    if hasattr(model, "arkv"):
+        raise TransformError("the model is transformed already: call arkv_fx.restore(model) first")
+    if not isinstance(model, nn.Module):
+        raise TransformError(f"transform takes an nn.Module, not a {type(model).__name__}")
 
 
 def _transform(
@@ -238,10 +262,7 @@ def _transform(
     probe: Probe | None = None,
     stand_in: StandIn | None = None,
 ) -> nn.Module:
-    if hasattr(model, "arkv"):
-        raise TransformError("the model is transformed already: call arkv_fx.restore(model) first")
-    if not isinstance(model, nn.Module):
-        raise TransformError(f"transform takes an nn.Module, not a {type(model).__name__}")
+    _require_plain(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise TransformError(
             f"{type(model).__name__} is an encoder-decoder: its cross-attention shares the cache "
@@ -273,7 +294,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     if not hasattr(model, "arkv"):
         raise TransformError(f"{type(model).__name__} is not transformed: nothing to restore")
-    state: Transformed = model.arkv  # type: ignore[assignment]
+    state: Transformed | Inserted = model.arkv  # type: ignore[assignment]
     for name in ("arkv", "forward", "_prepare_cache_for_generation"):
         model.__dict__.pop(name, None)
     model.__dict__.update(state.replaced)

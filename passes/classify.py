@@ -20,6 +20,11 @@ def run(graph: GraphModule, context: Context) -> None:
     for site in context.sites:
         if site.source and (site.source, site.layer) in context.left_alone:
             site.refuse("it was left alone in an earlier graph, so its tokens are not in our state")
+        if site.mask is not None and not _mask_fits(site):
+            site.refuse(
+                f"mask has shape {shape(site.mask)}, not [batch, heads, queries, keys] without "
+                "broadcasting over queries or keys"
+            )
         if not site.reason:
             _decide(site, context)
 
@@ -45,7 +50,9 @@ def _decide(site: Site, context: Context) -> None:
     if site.source == "marker":
         site.fresh = _is_first_call(site)
     many = not (isinstance(q[2], int) and q[2] == 1)
-    if many and site.mask is None and not (site.is_causal and site.fresh):
+    # Where we insert the state, new tokens are causal among themselves whatever came before.
+    causal = site.is_causal and (site.fresh or site.source == "insert")
+    if many and site.mask is None and not causal:
         site.refuse(
             "many new tokens without a mask and not causal from an empty cache: bidirectional "
             "attention, or causal attention aligned to the first key"
@@ -73,6 +80,13 @@ def _decide(site: Site, context: Context) -> None:
         share=found.share if found else 1.0,
         where=f"layer {site.layer} ({site.path})",
     )
+
+
+def _mask_fits(site: Site) -> bool:
+    mask, queries, keys = shape(site.mask), shape(site.q), shape(site.k)
+    if mask is None or queries is None or keys is None or len(mask) != 4:
+        return False
+    return same_size(mask[2], queries[2]) and same_size(mask[3], keys[2])
 
 
 def _wants_grad(site: Site) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +18,29 @@ StandIn = Callable[..., Tensor]
 
 
 @dataclass
+class Insertion:
+    """A state is to be inserted where the model knows none.
+
+    ``constants`` are the values of parameters and buffers by placeholder, ``bounds`` the largest
+    value of each size's symbol, ``fresh`` whether the graph is for the first call of a sequence;
+    ``tokens``, found by the passes, is the symbol of the number of new tokens.
+    """
+
+    constants: Mapping[str, Tensor]
+    bounds: Mapping[Any, int]
+    fresh: bool
+    tokens: Any = None
+
+
+@dataclass
 class Context:
     """Input of the passes (config, calibration, sliding windows) and what they find (sites).
 
     ``sliding`` is the attention window of each layer in tokens, 0 for full attention; ``probe``,
     if given, is called at run time with (layer, q, k, v, mask, scale) of every fused site, and
     ``stand_in`` in place of ``arkv::attend``, with the layer before the operator's arguments;
-    ``left_alone`` names the caches (source, layer) that an earlier graph kept out of our state.
+    ``left_alone`` names the caches (source, layer) that an earlier graph kept out of our state;
+    ``insertion``, if given, asks for a state where the model has no cache of its own.
     """
 
     config: ArkvConfig
@@ -33,6 +49,7 @@ class Context:
     probe: Probe | None = None
     stand_in: StandIn | None = None
     left_alone: frozenset[tuple[str, int | None]] = frozenset()
+    insertion: Insertion | None = None
     sites: list[Site] = field(default_factory=list)
     state_inputs: list[list[Node]] = field(default_factory=list)
 

@@ -7,7 +7,7 @@ aten overload. Does NOT fire on hand-written softmax attention, nor on attention
 from __future__ import annotations
 
 from arkv_fx.passes.context import Context
-from arkv_fx.passes.nodes import arguments, module_path, op_name, same_size, shape
+from arkv_fx.passes.nodes import arguments, module_path, op_name, shape
 from arkv_fx.passes.site import Site
 from torch.fx import GraphModule, Node
 
@@ -44,16 +44,4 @@ def _site(node: Node, ordinal: int) -> Site:
         site.refuse("the scale is computed in the graph, not a constant")
     if len(shape(site.q) or ()) != 4:
         site.refuse(f"query has shape {shape(site.q)}, not [batch, heads, tokens, head dim]")
-    if site.mask is not None and not _mask_fits(site):
-        site.refuse(
-            f"mask has shape {shape(site.mask)}, not [batch, heads, queries, keys] without "
-            "broadcasting over queries or keys"
-        )
     return site
-
-
-def _mask_fits(site: Site) -> bool:
-    mask, queries, keys = shape(site.mask), shape(site.q), shape(site.k)
-    if mask is None or queries is None or keys is None or len(mask) != 4:
-        return False
-    return same_size(mask[2], queries[2]) and same_size(mask[3], keys[2])

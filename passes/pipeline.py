@@ -10,8 +10,10 @@ from arkv_fx.passes import (
     classify,
     find_sdpa,
     fuse_marker,
+    insert_state,
     peel_gqa,
     rewrite,
+    shift_positions,
     verify,
 )
 from arkv_fx.passes.context import Context
@@ -24,8 +26,10 @@ PASSES: tuple[Pass, ...] = (
     peel_gqa.run,
     fuse_marker.run,
     absorb_cat.run,
+    insert_state.run,
     classify.run,
     rewrite.run,
+    shift_positions.run,
     verify.run,
 )
 

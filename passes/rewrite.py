@@ -20,11 +20,11 @@ import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 def run(graph: GraphModule, context: Context) -> None:
     """Insert placeholders and operators, replace the uses of the old attention."""
     for site in context.fused:
-        state = [_placeholder(graph, f"arkv_state_{site.ordinal}_{i}")
+        state = [placeholder(graph, f"arkv_state_{site.ordinal}_{i}")
                  for i in range(len(site.plan.specs()))]  # type: ignore[union-attr]  # fmt: skip
         context.state_inputs.append(state)
         if site.source == "cat":
-            anchor = _placeholder(graph, f"arkv_anchor_{site.ordinal}")
+            anchor = placeholder(graph, f"arkv_anchor_{site.ordinal}")
             _proxy_cache(graph, site, anchor)
         _replace(graph, site, state, context)
     # Not eliminate_dead_code: a user's graph may hold impure nodes that FX does not know of.
@@ -33,7 +33,8 @@ def run(graph: GraphModule, context: Context) -> None:
         _erase_dead(graph, [n for n in site.cache_nodes if not n._erased])
 
 
-def _placeholder(graph: GraphModule, name: str) -> Node:
+def placeholder(graph: GraphModule, name: str) -> Node:
+    """A new input behind all others."""
     last = [n for n in graph.graph.nodes if n.op == "placeholder"]
     if last:
         with graph.graph.inserting_after(last[-1]):

@@ -15,7 +15,8 @@ class Site:
     """One attention call in a graph, filled in by pass after pass.
 
     ``k`` and ``v`` are what the attention reads (all tokens), ``new_k`` and ``new_v`` the tokens
-    of this call [B, Hkv, T, D]; ``source`` is how its cache is kept: "marker", "cat" or "".
+    of this call [B, Hkv, T, D]; ``source`` is how its cache is kept: "marker", "cat", "insert" or
+    "".
     ``reason`` says why it was left alone, "" while it is a candidate or fused.
     """
 

@@ -1,0 +1,149 @@
+"""One graph with inserted states, rewritten and lowered: for a prompt, a chunk or one token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from arkv_fx.calibration import Calibration
+from arkv_fx.capture import Captured
+from arkv_fx.config import ArkvConfig
+from arkv_fx.errors import TransformError
+from arkv_fx.lower import Compiled, compile_pieces
+from arkv_fx.passes import pipeline
+from arkv_fx.passes.context import Context, Insertion
+from arkv_fx.passes.fold import size_at
+from arkv_fx.passes.nodes import example
+from arkv_fx.passes.site import Site
+from arkv_fx.state.session import Session, check_finite
+
+
+@dataclass
+class Program:
+    """A rewritten graph; ``tokens`` is the symbol of its number of new tokens."""
+
+    compiled: Compiled
+    sites: list[Site]
+    tokens: Any
+
+    def __call__(self, inputs: Sequence[Any], session: Session, seen: int) -> Any:
+        """The flat outputs for new tokens behind the ``seen`` ones of the session."""
+        extra: list[Tensor] = []
+        states = []
+        for site in self.sites:
+            if site.fused:
+                assert site.plan is not None and site.layer is not None
+                device = example(site.new_k).device
+                state = session.layer(site.layer, site.plan, site.batch, device)
+                states.append((site.layer, state))
+                extra += state.tensors
+        with torch.no_grad():
+            out = self.compiled(*inputs, *extra, torch.tensor(seen))
+        check_finite(states)
+        return out
+
+
+def build(
+    captured: Captured,
+    config: ArkvConfig,
+    calibration: Calibration | None,
+    lowering: str,
+    *,
+    fresh: bool,
+    one: bool = False,
+) -> Program:
+    """Run the passes on a copy of the captured graph and lower what they made.
+
+    Args:
+        lowering: "eager" or "inductor".
+        fresh: for the first call of a sequence.
+        one: for one new token: all extents are then numbers.
+
+    Raises:
+        TransformError: if no causal self-attention is found, or one cannot be rewritten.
+    """
+    insertion = Insertion(captured.constants(), captured.bounds, fresh)
+    context = Context(config, calibration, insertion=insertion)
+    work = pipeline.apply(captured.graph, context)
+    refused = [s for s in context.sites if s.source and not s.fused]
+    if refused or not context.fused:
+        what = "causal self-attention cannot be given a cache" if refused else (
+            "there is no causal self-attention to give a cache to"
+        )  # fmt: skip
+        lines = [f"  {s.row()['path']}: {s.reason}" for s in refused or context.sites]
+        lines = lines or ["  it has no attention that the passes know"]
+        raise TransformError(f"{what}; the model is left as it was\n" + "\n".join(lines))
+    if lowering == "eager":
+        return Program(work.forward, context.sites, insertion.tokens)
+    inputs = _fakes(work, context, one)
+    if one:
+        _fix_extents(work, insertion.tokens)
+    with torch.no_grad():
+        compiled = compile_pieces(work, inputs)
+    shapes = next(x.fake_mode.shape_env for x in inputs if isinstance(x, FakeTensor))
+    if shapes is not None and insertion.tokens in shapes.replacements:
+        raise TransformError(
+            "compiling took the number of tokens for a constant: it equals another extent of the "
+            "model; pass a sample with another number of tokens, or compile='eager'"
+        )
+    return Program(compiled, context.sites, insertion.tokens)
+
+
+def _fakes(graph: GraphModule, context: Context, one: bool) -> list[Any]:
+    """Fake inputs of a rewritten graph: those it was traced with, the states, the offset."""
+    assert context.insertion is not None
+    nodes = graph.graph.find_nodes(op="placeholder")
+    traced = [example(node) for node in nodes]
+    mode = next(x.fake_mode for x in traced if isinstance(x, FakeTensor))
+    specs = [
+        (site.batch, spec, example(site.new_k).device)
+        for site in context.fused
+        if site.plan is not None
+        for spec in site.plan.specs()
+    ]
+    with mode:
+        states = [
+            torch.zeros((batch, *spec.shape), dtype=spec.dtype, device=device)
+            for batch, spec, device in specs
+        ]
+        added = iter([*states, torch.tensor(0)])
+        out = [x if x is not None else next(added) for x in traced]
+        if one:
+            out = [_with_one_token(x, context.insertion.tokens) for x in out]
+    for node, fake in zip(nodes, out, strict=True):
+        node.meta["val"] = fake
+    return out
+
+
+def _with_one_token(value: Any, tokens: Any) -> Any:
+    if not isinstance(value, Tensor) or all(isinstance(size, int) for size in value.shape):
+        return value
+    known = [(size, size_at(size, tokens, 1)) for size in value.shape]
+    sizes = [size if number is None else number for size, number in known]
+    return torch.empty(sizes, dtype=value.dtype, device=value.device)
+
+
+def _fix_extents(graph: GraphModule, tokens: Any) -> None:
+    """Replace every computed size that is a number for one token by that number."""
+    sizes: dict[Node, int] = {}
+
+    def fixed(node: Node) -> Any:
+        return sizes.get(node, node)
+
+    for node in list(graph.graph.nodes):
+        node.args, node.kwargs = map_arg(node.args, fixed), map_arg(node.kwargs, fixed)
+        value = example(node)
+        if isinstance(value, torch.SymInt) and node.op != "placeholder":
+            number = size_at(value, tokens, 1)
+            if number is not None:
+                sizes[node] = number
+    for node in reversed(sizes):
+        graph.graph.erase_node(node)
+    graph.recompile()
