@@ -98,8 +98,8 @@ def _example_state(context: Context, example_inputs: Sequence[Any]) -> list[Tens
         with mode or nullcontext():
             tensors.append(torch.zeros(shape, dtype=dtype, device=device))
 
-    # Placeholders stand in the order in which `rewrite` made them: a site's state, its anchor.
-    for site in context.fused:
+    # Placeholders stand in the order in which `rewrite` made them: a cache's state, its anchor.
+    for site in context.caches:
         assert site.plan is not None
         device = _device(site)
         for spec in site.plan.specs():
@@ -119,7 +119,7 @@ class _Runner:
 
     def __init__(self, graph: GraphModule, context: Context, compiled: Compiled) -> None:
         names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
-        self.compiled, self.sites = compiled, context.fused
+        self.compiled, self.sites = compiled, context.caches
         self.device = [_device(s) for s in self.sites]
         self.index = {name: i for i, name in enumerate(names)}
         self.layers = [s.layer if s.layer is not None else s.ordinal for s in self.sites]

@@ -27,25 +27,37 @@ from arkv_fx.state.session import Session, check_finite
 
 @dataclass
 class Program:
-    """A rewritten graph; ``tokens`` is the symbol of its number of new tokens."""
+    """A rewritten graph for the first tokens of a sequence (``fresh``) or for later ones."""
 
     compiled: Compiled
-    sites: list[Site]
-    tokens: Any
+    context: Context
+    fresh: bool
+
+    @property
+    def sites(self) -> list[Site]:
+        """All attention sites of the graph."""
+        return self.context.sites
+
+    @property
+    def tokens(self) -> Any:
+        """The symbol of the number of new tokens."""
+        assert self.context.insertion is not None
+        return self.context.insertion.tokens
 
     def __call__(self, inputs: Sequence[Any], session: Session, seen: int) -> Any:
         """The flat outputs for new tokens behind the ``seen`` ones of the session."""
         extra: list[Tensor] = []
         states = []
-        for site in self.sites:
-            if site.fused:
-                assert site.plan is not None and site.layer is not None
-                device = example(site.new_k).device
-                state = session.layer(site.layer, site.plan, site.batch, device)
-                states.append((site.layer, state))
-                extra += state.tensors
+        for site in self.context.caches:
+            assert site.plan is not None and site.layer is not None
+            device = example(site.new_k).device
+            state = session.layer(site.layer, site.plan, site.batch, device)
+            states.append((site.layer, state))
+            extra += state.tensors
+        if not self.fresh:
+            extra.append(torch.tensor(seen))
         with torch.no_grad():
-            out = self.compiled(*inputs, *extra, torch.tensor(seen))
+            out = self.compiled(*inputs, *extra)
         check_finite(states)
         return out
 
@@ -81,7 +93,7 @@ def build(
         lines = lines or ["  it has no attention that the passes know"]
         raise TransformError(f"{what}; the model is left as it was\n" + "\n".join(lines))
     if lowering == "eager":
-        return Program(work.forward, context.sites, insertion.tokens)
+        return Program(work.forward, context, fresh)
     inputs = _fakes(work, context, one)
     if one:
         _fix_extents(work, insertion.tokens)
@@ -93,33 +105,22 @@ def build(
             "compiling took the number of tokens for a constant: it equals another extent of the "
             "model; pass a sample with another number of tokens, or compile='eager'"
         )
-    return Program(compiled, context.sites, insertion.tokens)
+    return Program(compiled, context, fresh)
 
 
 def _fakes(graph: GraphModule, context: Context, one: bool) -> list[Any]:
-    """Fake inputs of a rewritten graph: those it was traced with, the states, the offset."""
+    """Fake inputs of a rewritten graph, for one token or for any number."""
     assert context.insertion is not None
     nodes = graph.graph.find_nodes(op="placeholder")
     traced = [example(node) for node in nodes]
+    if not one:
+        return traced
     mode = next(x.fake_mode for x in traced if isinstance(x, FakeTensor))
-    specs = [
-        (site.batch, spec, example(site.new_k).device)
-        for site in context.fused
-        if site.plan is not None
-        for spec in site.plan.specs()
-    ]
     with mode:
-        states = [
-            torch.zeros((batch, *spec.shape), dtype=spec.dtype, device=device)
-            for batch, spec, device in specs
-        ]
-        added = iter([*states, torch.tensor(0)])
-        out = [x if x is not None else next(added) for x in traced]
-        if one:
-            out = [_with_one_token(x, context.insertion.tokens) for x in out]
-    for node, fake in zip(nodes, out, strict=True):
-        node.meta["val"] = fake
-    return out
+        fixed = [_with_one_token(x, context.insertion.tokens) for x in traced]
+    for node, fake in zip(nodes, fixed, strict=True):
+        node.meta = {"val": fake}
+    return fixed
 
 
 def _with_one_token(value: Any, tokens: Any) -> Any:

@@ -28,6 +28,7 @@ from arkv_fx.plan import LayerPlan
 
 Compiled = Callable[..., Any]
 ATTEND = torch.ops.arkv.attend.default
+ATTENTIONS = (ATTEND, torch.ops.arkv.peek.default)
 
 # Moving a tensor's reads behind its update makes Inductor copy the tensor: all of a tier's codes.
 SETTINGS = {"reorder_for_locality": False}
@@ -51,7 +52,7 @@ def compile_pieces(graph: GraphModule, inputs: list[Any], probe: Any = None) -> 
     part = 0
     parts: dict[Node, int] = {}
     for node in graph.graph.nodes:
-        if node.target == ATTEND or (probe is not None and node.target == probe):
+        if node.target in ATTENTIONS or (probe is not None and node.target == probe):
             parts[node] = part + 1
             part += 2
         else:
@@ -99,7 +100,7 @@ class _Pieces(Interpreter):
         if key not in self.outputs:
             self.outputs[key] = super().call_module(target, args, kwargs)
         out = self.outputs[key]
-        attend = next((n for n in piece.graph.nodes if n.target == ATTEND), None)
+        attend = next((n for n in piece.graph.nodes if n.target in ATTENTIONS), None)
         if attend is not None:
             arguments: Any = attend.args
             plan = LayerPlan.parse(arguments[5])
@@ -132,7 +133,7 @@ def _whole_step(attend: Node, kernel: str, plan: LayerPlan) -> Compiled | None:
     arguments: Any = attend.args
     q, k, v, mask, state, _, scale, softcap, sinks, _ = arguments
     step = get_step(kernel, plan)
-    if step is None:
+    if step is None or attend.target != ATTEND or attend.kwargs.get("rows"):
         return None
     order = {n: i for i, n in enumerate(attend.graph.find_nodes(op="placeholder"))}
     first = [order[n] for n in (q, k, v)]

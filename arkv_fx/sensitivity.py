@@ -19,7 +19,7 @@ from arkv_fx.cache import ArkvCache
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import CalibrationError, ConfigError
 from arkv_fx.ops.attend import attend, peek
-from arkv_fx.ops.attention import Knobs
+from arkv_fx.ops.attention import Knobs, full_attention
 from arkv_fx.ops.no_output import NoOutput
 from arkv_fx.plan import LayerPlan, plan_layer
 from arkv_fx.state.session import LayerState
@@ -73,10 +73,13 @@ class Trials:
         if self.now is not None and self.now[0] == layer:
             tried = self.states[layer][self.now[1]]
             return peek(q, k, v, mask, tried.tensors, tried.plan, knobs, False)
-        before = self.prefix[layer]
+        keys, values = (
+            torch.cat([a, b], 2) for a, b in zip(self.prefix[layer], (k, v), strict=True)
+        )
+        if softcap or sink_logits is not None:
+            return full_attention(q, keys, values, mask, mask is None, scale, softcap, sink_logits)
         return scaled_dot_product_attention(
-            q, torch.cat([before[0], k], 2), torch.cat([before[1], v], 2), attn_mask=mask,
-            scale=scale, enable_gqa=q.shape[1] != k.shape[1],
+            q, keys, values, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
 
     def _fill(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from arkv_fx.passes.context import Context
+from arkv_fx.passes.heads import mask_reason
 from arkv_fx.passes.nodes import example, same_size, shape
 from arkv_fx.passes.site import Site
 from torch.fx import GraphModule
@@ -20,13 +21,12 @@ def run(graph: GraphModule, context: Context) -> None:
     for site in context.sites:
         if site.source and (site.source, site.layer) in context.left_alone:
             site.refuse("it was left alone in an earlier graph, so its tokens are not in our state")
-        if site.mask is not None and not _mask_fits(site):
-            site.refuse(
-                f"mask has shape {shape(site.mask)}, not [batch, heads, queries, keys] without "
-                "broadcasting over queries or keys"
-            )
         if not site.reason:
             _decide(site, context)
+    alone = {s.cache_key: s for s in context.sites if s.source and s.reason}
+    for site in context.fused:
+        if other := alone.get(site.cache_key):
+            site.refuse(f"another attention over its cache was left alone: {other.reason}")
 
 
 def _decide(site: Site, context: Context) -> None:
@@ -49,23 +49,24 @@ def _decide(site: Site, context: Context) -> None:
         return
     if site.source == "marker":
         site.fresh = _is_first_call(site)
-    many = not (isinstance(q[2], int) and q[2] == 1)
+    if reason := mask_reason(site):
+        site.refuse(reason)
+        return
+    tokens = q[-2]
+    many = not (isinstance(tokens, int) and tokens == 1)
     # Where we insert the state, new tokens are causal among themselves whatever came before.
     causal = site.is_causal and (site.fresh or site.source == "insert")
-    if many and site.mask is None and not causal:
+    if many and not site.biases and not causal:
         site.refuse(
             "many new tokens without a mask and not causal from an empty cache: bidirectional "
             "attention, or causal attention aligned to the first key"
         )
         return
-    if not same_size(q[2], k[2]):
-        site.refuse(f"{q[2]} queries for {k[2]} new keys: not self-attention over new tokens")
+    if not same_size(tokens, k[2]):
+        site.refuse(f"{tokens} queries for {k[2]} new keys: not self-attention over new tokens")
         return
     # Extents of the state are numbers: a symbolic batch is specialised here, one graph each.
     site.batch, site.heads = int(k[0]), int(k[1])
-    if int(q[1]) % site.heads:
-        site.refuse(f"{q[1]} query heads are not a multiple of {k[1]} kv heads")
-        return
     if site.layer is not None and site.layer < len(context.sliding):
         site.sliding = context.sliding[site.layer]
     found = context.calibration.row(site.layer) if context.calibration is not None else None
@@ -80,13 +81,6 @@ def _decide(site: Site, context: Context) -> None:
         share=found.share if found else 1.0,
         where=f"layer {site.layer} ({site.path})",
     )
-
-
-def _mask_fits(site: Site) -> bool:
-    mask, queries, keys = shape(site.mask), shape(site.q), shape(site.k)
-    if mask is None or queries is None or keys is None or len(mask) != 4:
-        return False
-    return same_size(mask[2], queries[2]) and same_size(mask[3], keys[2])
 
 
 def _wants_grad(site: Site) -> bool:

@@ -54,6 +54,14 @@ class Context:
     state_inputs: list[list[Node]] = field(default_factory=list)
 
     @property
+    def caches(self) -> list[Site]:
+        """The first site of every cache that is rewritten."""
+        found: dict[tuple[str, int | None], Site] = {}
+        for site in self.fused:
+            found.setdefault(site.cache_key, site)
+        return list(found.values())
+
+    @property
     def fused(self) -> list[Site]:
         """The sites that are rewritten."""
         return [s for s in self.sites if s.fused]

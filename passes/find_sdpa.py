@@ -1,30 +1,38 @@
-"""Find every scaled-dot-product attention.
+"""Find every call of an attention function.
 
-Matches ``F.scaled_dot_product_attention``, ``torch._C._nn.scaled_dot_product_attention`` and the
-aten overload. Does NOT fire on hand-written softmax attention, nor on attention with dropout.
+Matches ``F.scaled_dot_product_attention``, ``torch._C._nn.scaled_dot_product_attention``, the aten
+overload, and ``arkv::attention``, to which transformers' attention interface leads what SDPA cannot
+express (``arkv_fx.interface``). Does NOT fire on hand-written softmax attention (``find_softmax``),
+nor on attention with dropout.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import arguments, module_path, op_name, shape
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.site import Bias, Site
 from torch.fx import GraphModule, Node
 
-ARGUMENTS = [
+SDPA = [
     "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
 ]  # fmt: skip
+INTERFACE = ["query", "key", "value", "attn_mask", "is_causal", "scale", "softcap", "sinks"]
 
 
 def run(graph: GraphModule, context: Context) -> None:
     """Append a ``Site`` to ``context.sites`` for each attention."""
     for node in graph.graph.nodes:
-        if op_name(node) == "scaled_dot_product_attention":
-            context.sites.append(_site(node, len(context.sites)))
+        name = op_name(node)
+        if name == "scaled_dot_product_attention":
+            context.sites.append(_site(node, len(context.sites), arguments(node, SDPA)))
+        elif name == "attention" and "arkv" in str(node.target):
+            call = {**arguments(node, INTERFACE), "enable_gqa": True}
+            context.sites.append(_site(node, len(context.sites), call))
 
 
-def _site(node: Node, ordinal: int) -> Site:
-    call = arguments(node, ARGUMENTS)
+def _site(node: Node, ordinal: int, call: dict[str, Any]) -> Site:
     mask, scale = call.get("attn_mask"), call.get("scale")
     site = Site(
         node=node,
@@ -33,15 +41,19 @@ def _site(node: Node, ordinal: int) -> Site:
         q=call["query"],
         k=call["key"],
         v=call["value"],
-        mask=mask if isinstance(mask, Node) else None,
         is_causal=bool(call.get("is_causal", False)),
         scale=scale if isinstance(scale, float | int) else None,
-        grouped=bool(call.get("enable_gqa", False)),
+        softcap=float(call.get("softcap") or 0.0),
+        sinks=call.get("sinks"),
     )
     if isinstance(call.get("dropout_p", 0.0), Node) or call.get("dropout_p", 0.0):
         site.refuse("attention dropout is on: call model.eval()", lasting=False)
     if isinstance(scale, Node):
         site.refuse("the scale is computed in the graph, not a constant")
-    if len(shape(site.q) or ()) != 4:
-        site.refuse(f"query has shape {shape(site.q)}, not [batch, heads, tokens, head dim]")
+    if len(shape(site.q) or ()) < 3:
+        site.refuse(f"query has shape {shape(site.q)}, not [..., heads, tokens, head dim]")
+        return site
+    site.look_through(grouped=bool(call.get("enable_gqa", False)))
+    if isinstance(mask, Node):
+        site.biases.append(Bias(mask, site.layout))
     return site

@@ -47,25 +47,36 @@ def look_at(
     return _evaluate(node, constants, tokens, extent) if extent <= LARGEST else None
 
 
-def causal_window(mask: Tensor) -> int | None:
+def what_is_shown(mask: Tensor, factor: float, drop: bool) -> Tensor | None:
+    """A mask as bool, True where it shows; None if it changes logits that it shows.
+
+    Args:
+        factor: what an additive mask is multiplied by.
+        drop: a bool mask hides where it is True.
+    """
+    if mask.dtype == torch.bool:
+        return ~mask if drop else mask
+    added = mask * factor
+    shown = added > HIDDEN
+    return None if bool(added[shown].any()) else shown
+
+
+def causal_window(shown: Tensor) -> int | None:
     """How far back [.., T, T] looks: 0 for plain causal, w for the last w tokens, None if neither.
 
-    The same for all leading dimensions; an additive mask may hide and do nothing else.
+    The same for all leading dimensions.
     """
-    if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
+    if shown.dim() < 2 or shown.shape[-1] != shown.shape[-2]:
         return None
-    flat = mask.flatten(0, -3) if mask.dim() > 2 else mask[None]
+    flat = shown.reshape(-1, *shown.shape[-2:])
     one = flat[0]
     if not bool((flat == one).all()):
         return None
-    shown = one if one.dtype == torch.bool else one > HIDDEN
-    if one.dtype != torch.bool and bool(one[shown].any()):
-        return None
-    causal = torch.ones_like(shown).tril()
-    if torch.equal(shown, causal):
+    causal = torch.ones_like(one).tril()
+    if torch.equal(one, causal):
         return 0
-    window = int(shown[-1].sum())
-    return window if window and torch.equal(shown, causal.triu(1 - window)) else None
+    window = int(one[-1].sum())
+    return window if window and torch.equal(one, causal.triu(1 - window)) else None
 
 
 def size_at(size: Any, tokens: Any, extent: int) -> int | None:

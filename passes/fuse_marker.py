@@ -1,12 +1,13 @@
-"""Recognise attention over an ``ArkvCache``: its keys and values are a marker's two outputs.
+"""Recognise attention over an ``ArkvCache``: its keys and values come from a marker's two outputs.
 
-Does NOT fire when keys and values come from different markers, in the wrong order, or through an
-operation that ``peel_gqa`` does not know, or when something else reads them too: the marker then
-runs as it stands, in full precision.
+They are these outputs themselves, or made of them token by token (``carry``): latents expanded to
+heads, values split for two attentions. Several attentions may read one cache. Does NOT fire when
+something else reads it too: the marker then runs as it stands, in full precision.
 """
 
 from __future__ import annotations
 
+from arkv_fx.passes import carry
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import module_path, op_name
 from arkv_fx.passes.readers import behind, foreign_reader
@@ -17,47 +18,66 @@ from torch.fx import GraphModule, Node
 def run(graph: GraphModule, context: Context) -> None:
     """Set ``source="marker"`` and the new tokens of every site that reads a marker."""
     for site in context.sites:
-        _match(site)
-    claimed = {site.layer for site in context.sites if site.source == "marker"}
+        marker = _marker_behind(site)
+        if marker is not None:
+            _match(site, marker, context)
+    groups: dict[Node, list[Site]] = {}
+    for site in context.sites:
+        if site.source == "marker":
+            groups.setdefault(site.cache_nodes[0], []).append(site)
+    for marker, sites in groups.items():
+        _check_readers(marker, sites, context)
     for node in graph.graph.nodes:
-        if op_name(node) == "kv_update" and node.args[3] not in claimed:
+        if op_name(node) == "kv_update" and node not in groups:
             context.sites.append(_unclaimed(node, len(context.sites)))
 
 
-def _match(site: Site) -> None:
-    k_marker, v_marker = _marker(site.k, 0), _marker(site.v, 1)
-    marker = k_marker or v_marker or behind(site.k, "kv_update") or behind(site.v, "kv_update")
-    if marker is None:
-        return
-    site.source, site.layer = "marker", marker.args[3]  # type: ignore[assignment]
-    if k_marker is None or k_marker is not v_marker:
-        site.refuse(
-            "keys and values are not the two outputs of one cache update; something between the "
-            "cache and the attention changes them"
-        )
-        return
-    reader = foreign_reader(k_marker, [site.node])
-    if reader is not None:
-        site.refuse(
-            f"what the cache returns is also read by {reader.format_node()}; only one attention "
-            "can read a compressed cache"
-        )
-        return
-    site.new_k, site.new_v, site.handle = k_marker.args[:3]  # type: ignore[assignment]
-    site.cache_nodes = [k_marker]
+def _marker_behind(site: Site) -> Node | None:
+    direct = _marker(site.k, 0) or _marker(site.v, 1)
+    return direct or behind(site.k, "kv_update") or behind(site.v, "kv_update")
+
+
+def _match(site: Site, marker: Node, context: Context) -> None:
+    site.source, site.cache_nodes = "marker", [marker]
+    site.new_k, site.new_v, site.handle, site.layer = marker.args[:4]  # type: ignore[assignment]
     if not isinstance(site.layer, int):
         site.refuse("the layer index is not a constant")
+    if _marker(site.k, 0) is marker and _marker(site.v, 1) is marker:
+        return
+    site.rows = (site.k, site.v)
+    if context.stand_in is not None:
+        site.refuse("layers whose keys are computed from what is cached are not measured alone")
+        return
+    if reason := carry.obstacle(marker, site):
+        site.refuse(reason)
+
+
+def _check_readers(marker: Node, sites: list[Site], context: Context) -> None:
+    """Only the last of the attentions updates the state; nothing else may read the cache."""
+    allowed = [site.node for site in sites]
+    if any(site.rows for site in sites):
+        allowed += carry.made_of(marker, allowed)
+    reader = foreign_reader(marker, allowed)
+    for site in sites:
+        if reader is not None:
+            site.refuse(
+                f"what the cache returns is also read by {reader.format_node()}; only attention "
+                "can read a compressed cache"
+            )
+        if context.stand_in is not None and len(sites) > 1:
+            site.refuse("layers that share a cache are not measured alone")
+        site.last = site is sites[-1]
 
 
 def _unclaimed(marker: Node, ordinal: int) -> Site:
-    """A site for a cache that no scaled-dot-product attention reads, for the report."""
+    """A site for a cache that no attention reads, for the report."""
     site = Site(
-        marker, ordinal, module_path(marker), marker, marker, marker, None, False, None,
-        source="marker", layer=marker.args[3],  # type: ignore[arg-type]
+        marker, ordinal, module_path(marker), marker, marker, marker, source="marker",
+        layer=marker.args[3], cache_nodes=[marker],  # type: ignore[arg-type]
     )  # fmt: skip
     site.refuse(
-        "its cache is not read by scaled_dot_product_attention: load the model with "
-        "attn_implementation='sdpa'"
+        "no attention was recognised behind its cache: neither scaled_dot_product_attention nor "
+        "softmax(q @ k) @ v"
     )
     return site
 

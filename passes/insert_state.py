@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 from arkv_fx.passes.context import Context, Insertion
-from arkv_fx.passes.fold import LARGEST, causal_window, is_constant, look_at
+from arkv_fx.passes.fold import LARGEST, causal_window, is_constant, look_at, what_is_shown
 from arkv_fx.passes.nodes import op_name, shape
 from arkv_fx.passes.readers import MIXES
 from arkv_fx.passes.site import Site
-from torch import SymInt
+from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
 
 LEVELS = 2
@@ -40,7 +40,7 @@ def _match(site: Site, insertion: Insertion) -> None:
     if not set.intersection(*(_streams(x, LEVELS) for x in (site.q, site.k, site.v))):
         site.refuse("queries, keys and values are not projections of the same tokens")
         return
-    if not site.is_causal and not _mask_is_causal(site, insertion, tokens):
+    if not _hides_later_tokens(site, insertion, tokens):
         return
     if insertion.tokens not in (None, tokens):
         site.source = "insert"
@@ -51,24 +51,33 @@ def _match(site: Site, insertion: Insertion) -> None:
     site.is_causal, site.new_k, site.new_v = True, site.k, site.v
 
 
-def _mask_is_causal(site: Site, insertion: Insertion, tokens: Any) -> bool:
-    """Whether the mask only hides later tokens; it is dropped then."""
-    mask = site.mask
-    if mask is None:
+def _hides_later_tokens(site: Site, insertion: Insertion, tokens: Any) -> bool:
+    """Whether the masks, or ``is_causal``, hide later tokens; such masks are dropped then."""
+    if site.is_causal and not site.biases:
+        return True
+    if not site.biases:
         site.refuse("bidirectional: neither is_causal nor a mask hides later tokens")
         return False
-    if not is_constant(mask, insertion.constants):
-        site.refuse("its mask depends on what the model is given, not on positions alone")
-        return False
-    value = look_at(mask, insertion.constants, tokens, insertion.bounds.get(tokens))
-    if value is None:
-        site.refuse(f"its mask cannot be looked at as a whole (more than {LARGEST} tokens)")
-        return False
-    window = causal_window(value)
+    shown: Tensor | None = None
+    for bias in site.biases:
+        if not is_constant(bias.node, insertion.constants):
+            site.refuse("its mask depends on what the model is given, not on positions alone")
+            return False
+        value = look_at(bias.node, insertion.constants, tokens, insertion.bounds.get(tokens))
+        if value is None:
+            site.refuse(f"its mask cannot be looked at as a whole (more than {LARGEST} tokens)")
+            return False
+        part = what_is_shown(value, bias.factor, bias.drop)
+        if part is None:
+            site.refuse("a bias that changes with the position is added to its logits")
+            return False
+        shown = part if shown is None else shown & part
+    assert shown is not None
+    window = causal_window(shown)
     if window is None:
         site.refuse("its mask does not hide later tokens and nothing else")
         return False
-    site.mask, site.sliding = None, window
+    site.biases, site.sliding = [], window
     return True
 
 

@@ -59,3 +59,19 @@ def same_size(a: Any, b: Any) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return str(a) == str(b)
+
+
+def constant(value: Any) -> float | None:
+    """A number, also where it was put into a tensor; None if ``value`` is computed."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return float(value)
+    name = op_name(value)
+    if name in ("to", "cuda", "type_as", "lift_fresh_copy", "float"):
+        return constant(value.args[0])
+    if name in ("tensor", "scalar_tensor", "as_tensor"):
+        return constant(value.args[0])
+    if name in ("full", "full_like", "new_full"):
+        return constant(arguments(value, ["size", "fill_value"]).get("fill_value"))
+    return None

@@ -9,9 +9,9 @@ from arkv_fx.passes import (
     absorb_cat,
     classify,
     find_sdpa,
+    find_softmax,
     fuse_marker,
     insert_state,
-    peel_gqa,
     rewrite,
     shift_positions,
     verify,
@@ -23,7 +23,7 @@ Pass = Callable[[GraphModule, Context], None]
 
 PASSES: tuple[Pass, ...] = (
     find_sdpa.run,
-    peel_gqa.run,
+    find_softmax.run,
     fuse_marker.run,
     absorb_cat.run,
     insert_state.run,

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from arkv_fx.passes.layout import VIEWS
 from arkv_fx.passes.nodes import op_name
 from torch.fx import Node
 
-VIEWS = {
-    "getitem", "unsqueeze", "expand", "reshape", "view", "contiguous", "repeat_interleave",
-    "flatten", "slice", "clone", "to", "_to_copy", "type_as", "detach",
-}  # fmt: skip
 MIXES = {
     "matmul", "linear", "bmm", "mm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "embedding",
     "scaled_dot_product_attention", "",
@@ -29,7 +26,7 @@ def foreign_reader(tensor: Node, allowed: Iterable[Node], *, output: bool = Fals
         user = todo.pop()
         if user in fine or op_name(user) in SIZES or (output and user.op == "output"):
             continue
-        if op_name(user) in VIEWS and user is not tensor:
+        if op_name(user) in VIEWS | {"slice"} and user is not tensor:
             todo += list(user.users)
             continue
         return user

@@ -1,8 +1,9 @@
 """Let positions go on where the last call stopped, in a model that always counts from zero.
 
 ``arange(T)`` becomes ``arange(T) + offset``, and the first T rows of a table (``wpe.weight[:T]``,
-``cos[:T]``) become the T rows from ``offset`` on. Fires only where a state was inserted. Does NOT
-touch a slice of anything that depends on the model's input, nor counts in another order.
+``cos[:T]``) become the T rows from ``offset`` on. Fires only where a state was inserted, and not in
+a graph for the first tokens. Does NOT touch a slice of anything that depends on the model's input,
+nor counts in another order.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.fold import is_constant
-from arkv_fx.passes.nodes import arguments, op_name, shape
+from arkv_fx.passes.nodes import arguments, example, op_name, shape
 from arkv_fx.passes.rewrite import placeholder
 from torch.fx import GraphModule, Node
 
@@ -22,9 +23,11 @@ SLICE = ["x", "dim", "start", "end", "step"]
 def run(graph: GraphModule, context: Context) -> None:
     """Add the input ``arkv_offset`` (int64 scalar), tokens before this call, and use it."""
     insertion = context.insertion
-    if insertion is None or not context.fused:
+    if insertion is None or insertion.fresh or not context.fused:
         return
     offset = placeholder(graph, "arkv_offset")
+    like = example(context.fused[0].new_k)
+    offset.meta["val"] = like.new_empty((), dtype=torch.int64, device="cpu")
     for node in list(graph.graph.nodes):
         if not node.users:
             continue
@@ -64,7 +67,7 @@ def _first_rows(node: Node, tokens: Any) -> int | None:
 def _take_rows(graph: GraphModule, node: Node, dim: int, offset: Node) -> None:
     given = arguments(node, SLICE)
     with graph.graph.inserting_before(node):
-        options = {"device": node.meta["val"].device}
+        options = {"device": example(node).device}
         rows = graph.graph.call_function(torch.ops.aten.arange.default, (given["end"],), options)
         at = graph.graph.call_function(torch.ops.aten.add.Tensor, (rows, offset))
         taken = graph.graph.call_function(

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from arkv_fx.passes.layout import Axis, Dims, follow, names, size_of
+from arkv_fx.passes.nodes import same_size, shape
 from torch.fx import Node
 
 from arkv_fx.plan import LayerPlan
+
+
+@dataclass(frozen=True)
+class Bias:
+    """What masks the logits or is added to them before the softmax.
+
+    ``node`` broadcasts to logits whose leading dimensions are ``layout`` and whose last two are
+    queries and keys. A bool keeps a logit where it is True (where it is False, if ``drop``), a
+    number is multiplied by ``factor`` and added.
+    """
+
+    node: Node
+    layout: Dims
+    factor: float = 1.0
+    drop: bool = False
 
 
 @dataclass
 class Site:
     """One attention call in a graph, filled in by pass after pass.
 
-    ``k`` and ``v`` are what the attention reads (all tokens), ``new_k`` and ``new_v`` the tokens
-    of this call [B, Hkv, T, D]; ``source`` is how its cache is kept: "marker", "cat", "insert" or
-    "".
+    ``k`` and ``v`` are what the attention reads (all tokens), [B, Hkv, S, D], looked up through
+    views and expansions; ``new_k`` and ``new_v`` the tokens of this call [B, Hkv, T, D]; ``source``
+    is how its cache is kept: "marker", "cat", "insert" or "". ``layout`` says what the leading
+    dimensions of queries and output are made of: axes "0" (batch), "1" (kv heads) and "copies".
+    ``rows`` are keys and values as the attention reads them where they are more than an expansion
+    of what is cached; ``last`` is False where another attention over the same cache follows.
     ``reason`` says why it was left alone, "" while it is a candidate or fused.
     """
 
@@ -26,10 +47,12 @@ class Site:
     q: Node
     k: Node
     v: Node
-    mask: Node | None
-    is_causal: bool
-    scale: float | None
-    grouped: bool = False
+    is_causal: bool = False
+    scale: float | None = None
+    softcap: float = 0.0
+    sinks: Node | None = None
+    biases: list[Bias] = field(default_factory=list)
+    layout: Dims = ()
     source: str = ""
     reason: str = ""
     lasting: bool = True
@@ -44,11 +67,23 @@ class Site:
     heads: int = 0
     plan: LayerPlan | None = None
     cache_nodes: list[Node] = field(default_factory=list)
+    rows: tuple[Node, Node] | None = None
+    last: bool = True
 
     @property
     def fused(self) -> bool:
         """Whether the site is rewritten."""
         return self.plan is not None and not self.reason
+
+    @property
+    def mask(self) -> Node | None:
+        """The first of what masks or biases the logits, None if nothing does."""
+        return self.biases[0].node if self.biases else None
+
+    @property
+    def cache_key(self) -> tuple[str, int | None]:
+        """What tells its cache from others: several sites may read the cache of one layer."""
+        return (self.source, self.layer if self.source == "marker" else self.ordinal)
 
     def refuse(self, reason: str, *, lasting: bool = True) -> None:
         """Leave the site alone, for the first reason found.
@@ -57,6 +92,35 @@ class Site:
         """
         if not self.reason:
             self.reason, self.lasting = reason, lasting
+
+    def look_through(self, *, k_token: int = -2, grouped: bool = False) -> None:
+        """Find the keys and values behind views and expansions, and what pairs them with queries.
+
+        Args:
+            k_token: the dimension of ``k`` that counts tokens, -2 or -1; ``v``'s is -2.
+            grouped: ``enable_gqa``: query heads share kv heads without an expansion.
+        """
+        keys = follow(self.k, lambda origin, dims: _is_cacheable(origin, dims, k_token))
+        values = follow(self.v, lambda origin, dims: _is_cacheable(origin, dims, -2))
+        if keys is None or values is None:
+            found = shape(self.k if keys is None else self.v)
+            self.refuse(
+                f"keys or values of shape {_text(found)} are not [batch, kv heads, tokens, head "
+                "dim], nor views of it"
+            )
+            return
+        self.k, k_dims = keys
+        self.v, v_dims = values
+        layout = _pair(shape(self.q) or (), k_dims[:-2], grouped)
+        if layout is None or names(layout) != names(
+            _pair(shape(self.q) or (), v_dims[:-2], grouped) or ()
+        ):
+            self.refuse(
+                "keys and values, or queries and keys, differ in how batch and heads are laid out: "
+                f"queries {_text(shape(self.q))}, keys {names(k_dims)}, values {names(v_dims)}"
+            )
+            return
+        self.layout = layout
 
     def row(self) -> dict[str, Any]:
         """The site as a report row."""
@@ -67,3 +131,46 @@ class Site:
             "reason": self.reason,
             "source": self.source,
         }
+
+
+def _text(sizes: Sequence[Any] | None) -> str:
+    return "?" if sizes is None else str([*sizes])
+
+
+def _is_cacheable(origin: Node, dims: Dims, token: int) -> bool:
+    """Whether an origin is [batch, kv heads, tokens, head dim] and its axes are where they belong.
+
+    Sizes of 1 tell nothing of their axis, so they will do anywhere.
+    """
+    if len(shape(origin) or ()) != 4 or len(dims) < 2:
+        return False
+    found = names(dims)
+    if found[token] not in ((), ("2",)) or found[-3 - token] not in ((), ("3",)):
+        return False
+    outer = [name for dim in found[:-2] for name in dim]
+    return set(outer) <= {"0", "1", "copies"} and len({*outer} - {"copies"}) == len(
+        [name for name in outer if name != "copies"]
+    )
+
+
+def _pair(queries: Sequence[Any], dims: Dims, grouped: bool) -> Dims | None:
+    """The axes of the queries' leading dimensions, from those of keys or values."""
+    sizes = queries[:-2]
+    dims = ((),) * (len(sizes) - len(dims)) + dims
+    if len(dims) != len(sizes):
+        return None
+    out: list[tuple[Axis, ...]] = []
+    for index, (size, dim) in enumerate(zip(sizes, dims, strict=True)):
+        held = size_of(dim)
+        heads = index == len(sizes) - 1
+        if same_size(held, size):
+            out.append(dim)
+        elif same_size(held, 1) or (grouped and heads and _divides(held, size)):
+            out.append((*dim, Axis("copies", size // held)))
+        else:
+            return None
+    return tuple(out)
+
+
+def _divides(part: Any, whole: Any) -> bool:
+    return isinstance(part, int) and isinstance(whole, int) and whole % part == 0

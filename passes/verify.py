@@ -15,16 +15,22 @@ from arkv_fx.errors import PassError
 def run(graph: GraphModule, context: Context) -> None:
     """Raise if a fused site is not exactly one ``attend`` over its own state."""
     graph.graph.lint()
-    attends = [n for n in graph.graph.nodes if op_name(n) == "attend"]
+    attends = [n for n in graph.graph.nodes if op_name(n) in ("attend", "peek")]
     if len(attends) != len(context.fused):
         raise PassError(
             f"{len(context.fused)} sites were planned but {len(attends)} attend operators are in "
             "the graph; this is a bug in arkv_fx: please report the model"
         )
     for states in context.state_inputs:
-        users = {user for state in states for user in state.users}
-        if len(users) != 1:
-            raise PassError(f"state {states[0].name}.. has {len(users)} users instead of one")
+        users = [n for n in attends if states[0] in n.all_input_nodes]
+        readers = {n for s in states for n in s.users}
+        if strange := [n for n in readers if op_name(n) not in ("attend", "peek", "columns")]:
+            raise PassError(f"state {states[0].name}.. has another reader: {strange[0]}")
+        writers = [n for n in users if op_name(n) == "attend"]
+        if writers != users[-1:]:
+            raise PassError(
+                f"state {states[0].name}.. is updated {len(writers)} times instead of once, at last"
+            )
     fused_layers = {s.layer for s in context.fused if s.source == "marker"}
     for node in graph.graph.nodes:
         if op_name(node) == "kv_update" and node.args[3] in fused_layers:

@@ -44,6 +44,10 @@ def nano_gpt() -> tuple[nn.Module, Callable[[nn.Module, Tensor, dict[str, Any]],
     return GPT(GPTConfig()), call
 
 
+def manual_nano_gpt() -> tuple[nn.Module, Callable[[nn.Module, Tensor, dict[str, Any]], Tensor]]:
+    return GPT(GPTConfig(flash=False)), nano_gpt()[1]
+
+
 def translator() -> tuple[nn.Module, Callable[[nn.Module, Tensor, dict[str, Any]], Tensor]]:
     def call(model: nn.Module, tokens: Tensor, options: dict[str, Any]) -> Tensor:
         source = ids(len(tokens), 11, seed=7)
@@ -53,8 +57,8 @@ def translator() -> tuple[nn.Module, Callable[[nn.Module, Tensor, dict[str, Any]
     return Transformer(), call
 
 
-CACHELESS = {"nano_gpt": nano_gpt, "translator": translator}
-FUSED = {"nano_gpt": 2, "translator": 2}
+CACHELESS = {"nano_gpt": nano_gpt, "manual": manual_nano_gpt, "translator": translator}
+FUSED = {"nano_gpt": 2, "manual": 2, "translator": 2}
 
 
 def lengths() -> list[int]:

@@ -18,6 +18,7 @@ from arkv_fx.ops.attention import (
     cap,
     group,
     hide_new,
+    hide_slots,
     key_logits,
     softmax,
     value_sum,
@@ -40,6 +41,7 @@ def attend(
     knobs: Knobs,
     fresh: bool,
     kernel: str = "reference",
+    rows: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Attention of T new tokens over the cache and themselves; updates ``state`` in place.
 
@@ -51,11 +53,14 @@ def attend(
         fresh: the state is known to be empty, so this is a whole prefill.
         kernel: name in ``arkv_fx.ops.kernels.KERNELS`` of what attends for a single new token, and
             in ``ENCODERS`` of what makes the codes of many.
+        rows: keys [B, Hx, N, Dx] and values [B, Hx, N, Dvx] that the model computes from what is
+            cached (multi-head latent attention), for every column that ``columns`` gives and in
+            its order; then q is [B, Hq, T, Dx].
 
     Returns:
         [B, Hq, T, Dv] in q's dtype.
     """
-    if k.shape[2] == 1 and (step := get_step(kernel, plan)) is not None:
+    if not rows and k.shape[2] == 1 and (step := get_step(kernel, plan)) is not None:
         return step(q, k, v, mask, state, plan, knobs)
     # The cache is not differentiated: a graph through it would keep every step alive.
     q, k, v = q.detach(), k.detach(), v.detach()
@@ -68,7 +73,7 @@ def attend(
     layer = dict(held.layer)
     new.stats = plan.policy().arrive(k, v, valid, layer)
     alone = fresh and length != 1
-    out, seen = _run(q, new, mask, held, knobs, query_pos, alone, kernel)
+    out, seen = _run(q, new, mask, held, knobs, query_pos, alone, kernel, rows)
     columns = _gather_stats(held, new, alone)
     updated = plan.policy().observe(columns, seen)
     if held.centre is not None:
@@ -88,13 +93,32 @@ def attend(
 def peek(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: Sequence[Tensor],
     plan: LayerPlan, knobs: Knobs, fresh: bool, kernel: str = "reference",
+    rows: Sequence[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """What ``attend`` would answer, with the state left as it is; same arguments and result."""
     held = view(plan, state)
     new, query_pos = _arrivals(k, v, mask, held)
     alone = fresh and k.shape[2] != 1
-    out, _ = _run(q, new, mask, held, knobs, query_pos, alone, kernel)
+    out, _ = _run(q, new, mask, held, knobs, query_pos, alone, kernel, rows)
     return out.flatten(1, 2).to(q.dtype)
+
+
+def columns(
+    k: Tensor, v: Tensor, state: Sequence[Tensor], plan: LayerPlan, fresh: bool
+) -> tuple[Tensor, Tensor]:
+    """Every column's key and value [B, Hkv, N, D], in k's dtype: slots, then the new tokens.
+
+    The new tokens alone where they are a whole prompt. A slot's position is not its place.
+    """
+    if fresh and k.shape[2] != 1:
+        return k, v
+    held = view(plan, state)
+    found = [s.keys_and_values(..., (plan.k_dim, plan.v_dim)) for s in held.segments]
+    keys, values = (
+        torch.cat([*(x.to(new.dtype) for x in side), new], 2)
+        for side, new in zip(zip(*found, strict=True), (k, v), strict=True)
+    )
+    return keys, values
 
 
 def _arrivals(k: Tensor, v: Tensor, mask: Tensor | None, held: View) -> tuple[Arrivals, Tensor]:
@@ -137,32 +161,61 @@ def _gather_stats(held: View, new: Arrivals, alone: bool) -> Stats:
 
 def _run(
     q: Tensor, new: Arrivals, mask: Tensor | None, held: View, knobs: Knobs, query_pos: Tensor,
-    alone: bool, kernel: str,
+    alone: bool, kernel: str, rows: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Observation]:  # fmt: skip
     """Output [B, Hkv, G, T, Dv] and what was observed; ``alone``: there is nothing held."""
     if alone:
-        return _prefill(q, new, mask, held, knobs, query_pos)
+        return _prefill(q, new, mask, held, knobs, query_pos, rows or (new.k, new.v))
     length = query_pos.shape[1]
-    run = get_kernel(kernel if length == 1 else "reference")
-    out, probs = run(group(q, held.plan.heads), new.k, new.v, mask, held, knobs, query_pos)
+    if rows:
+        out, probs = _attend_rows(q, rows, mask, held, knobs, query_pos)
+    else:
+        run = get_kernel(kernel if length == 1 else "reference")
+        out, probs = run(group(q, held.plan.heads), new.k, new.v, mask, held, knobs, query_pos)
     pos = torch.cat([held.pos, new.pos], -1)
     return out, _observation(probs, new.valid, query_pos, pos, held.plan, length, mask is not None)
 
 
+def _attend_rows(
+    q: Tensor, rows: Sequence[Tensor], mask: Tensor | None, held: View, knobs: Knobs,
+    query_pos: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A kernel's output and probabilities from full-precision keys and values of all columns."""
+    plan, length = held.plan, query_pos.shape[1]
+    offset = held.seen + length - (mask.shape[-1] if mask is not None else 0)
+    logits = _row_logits(q, rows[0], plan, knobs)
+    old, own = logits.split([plan.slots, length], -1)
+    old = hide_slots(old, held.pos, query_pos, mask, offset, plan.sliding)
+    own = hide_new(own, mask, plan, query_pos)
+    probs = softmax(torch.cat([old, own], -1), knobs.sink_logits)
+    return _row_sum(probs, rows[1], plan), probs
+
+
+def _row_logits(q: Tensor, keys: Tensor, plan: LayerPlan, knobs: Knobs) -> Tensor:
+    """Unmasked logits [B, Hkv, G, T, N], float32; ``keys`` [B, Hx, N, Dx] may have more heads."""
+    native = get_format("native")
+    scaled = group(q.detach().float() * knobs.scale, keys.shape[1])
+    logits = key_logits(scaled, native.key, [keys.detach()], keys.shape[-1])
+    return cap(group(logits.flatten(1, 2), plan.heads), knobs)
+
+
+def _row_sum(probs: Tensor, values: Tensor, plan: LayerPlan) -> Tensor:
+    """Output [B, Hkv, G, T, Dx] from probabilities [B, Hkv, G, T, N]."""
+    split = group(probs.flatten(1, 2), values.shape[1])
+    out = value_sum(split, get_format("native").value, [values], values.shape[-1])
+    return group(out.flatten(1, 2), plan.heads)
+
+
 def _prefill(
-    q: Tensor, new: Arrivals, mask: Tensor | None, held: View, knobs: Knobs, query_pos: Tensor
-) -> tuple[Tensor, Observation]:
+    q: Tensor, new: Arrivals, mask: Tensor | None, held: View, knobs: Knobs, query_pos: Tensor,
+    rows: Sequence[Tensor],
+) -> tuple[Tensor, Observation]:  # fmt: skip
     """Fused attention over the prompt; only the last W queries' probabilities are written out."""
     plan = held.plan
-    grouped = group(q, plan.heads)
     # The last min(W, T) queries, without a branch on a symbolic T.
-    watched = grouped[:, :, :, -plan.window :]
-    rows, watched_pos = new.valid[:, -plan.window :], query_pos[:, -plan.window :]
+    seen_rows, watched_pos = new.valid[:, -plan.window :], query_pos[:, -plan.window :]
     part = mask[..., -plan.window :, :] if mask is not None else None
-    native = get_format("native")
-    # Nobody differentiates what was observed.
-    watched, keys = watched.detach().float() * knobs.scale, [new.k.detach()]
-    logits = cap(key_logits(watched, native.key, keys, plan.k_dim), knobs)
+    logits = _row_logits(q[:, :, -plan.window :], rows[0], plan, knobs)
     if mask is None and not plan.sliding and knobs.sink_logits is None:
         # All but their own columns are visible to all of them, and every one of them sees itself.
         own = logits[..., -plan.window :]
@@ -172,14 +225,13 @@ def _prefill(
     else:
         probs = softmax(hide_new(logits, part, plan, watched_pos), knobs.sink_logits)
     padded = mask is not None
-    seen = _observation(probs, rows, watched_pos, new.pos, plan, query_pos.shape[1], padded)
+    seen = _observation(probs, seen_rows, watched_pos, new.pos, plan, query_pos.shape[1], padded)
     if knobs.softcap or knobs.sink_logits is not None or (plan.sliding and mask is None):
-        full = cap(key_logits(grouped, native.key, [new.k], plan.k_dim) * knobs.scale, knobs)
-        full = softmax(hide_new(full, mask, plan, query_pos), knobs.sink_logits)
-        return value_sum(full, native.value, [new.v], plan.v_dim), seen
+        full = hide_new(_row_logits(q, rows[0], plan, knobs), mask, plan, query_pos)
+        return _row_sum(softmax(full, knobs.sink_logits), rows[1], plan), seen
     out = scaled_dot_product_attention(
-        q, new.k, new.v, attn_mask=mask, is_causal=mask is None, scale=knobs.scale,
-        enable_gqa=q.shape[1] != plan.heads,
+        q, rows[0], rows[1], attn_mask=mask, is_causal=mask is None, scale=knobs.scale,
+        enable_gqa=q.shape[1] != rows[0].shape[1],
     )  # fmt: skip
     # A row with nothing to attend to is defined as zeros; fused kernels differ on it.
     if mask is not None:

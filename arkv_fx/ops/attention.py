@@ -104,12 +104,20 @@ def slot_logits(
     if segment.centre is not None:
         logits = logits + q.float() @ segment.centre[:, :, None].transpose(-1, -2)
     logits = cap(logits * knobs.scale, knobs)
-    pos = segment.pos[:, :, None, None, :]
-    shown = pos >= 0
+    return hide_slots(logits, segment.pos, query_pos, mask, offset, sliding)
+
+
+def hide_slots(
+    logits: Tensor, pos: Tensor, query_pos: Tensor, mask: Tensor | None, offset: Tensor,
+    sliding: int,
+) -> Tensor:  # fmt: skip
+    """Mask the columns of slots [B, Hkv, G, T, C] by their positions ``pos`` [B, Hkv, C]."""
+    column = pos[:, :, None, None, :]
+    shown = column >= 0
     if sliding:
-        shown = shown & (pos > query_pos[:, None, None, :, None] - sliding)
+        shown = shown & (column > query_pos[:, None, None, :, None] - sliding)
     if mask is not None:
-        logits = hide(logits, gather_mask(mask, segment.pos, offset, q.shape[2]))
+        logits = hide(logits, gather_mask(mask, pos, offset, logits.shape[2]))
     return logits.masked_fill(~shown, float("-inf"))
 
 
@@ -162,3 +170,31 @@ def softmax(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
     if sink is not None:
         total = total + torch.exp(sink - top)
     return weights / torch.where(total == 0, 1.0, total)
+
+
+def full_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool,
+    scale: float, softcap: float, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Attention with soft-capping and sinks, without a cache: what ``arkv::attention`` computes.
+
+    Args:
+        query: [B, Hq, T, Dk]; key: [B, Hkv, S, Dk]; value: [B, Hkv, S, Dv].
+        attn_mask: [B or 1, Hq or 1, T, S], bool (True attends) or additive.
+        is_causal: query i sees keys up to i + S - T.
+
+    Returns:
+        [B, Hq, T, Dv] in the query's dtype.
+    """
+    heads = key.shape[1]
+    logits = group(query.float(), heads) @ key.float()[:, :, None].transpose(-1, -2)
+    logits = cap(logits * scale, Knobs(scale, softcap))
+    tokens, keys = logits.shape[-2:]
+    if is_causal:
+        seen = torch.ones(tokens, keys, dtype=torch.bool, device=query.device)
+        logits = logits.masked_fill(~seen.tril(keys - tokens), float("-inf"))
+    if attn_mask is not None:
+        full = attn_mask if attn_mask.shape[1] == 1 else group(attn_mask, heads)
+        logits = hide(logits, full[:, :, None] if full.dim() == 4 else full)
+    out = softmax(logits, sinks) @ value.float()[:, :, None]
+    return out.flatten(1, 2).to(query.dtype)

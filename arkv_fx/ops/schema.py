@@ -1,15 +1,19 @@
-"""The operators that graphs carry: ``arkv::kv_update`` (the marker) and ``arkv::attend``."""
+"""The operators that graphs carry.
+
+``arkv::kv_update`` and ``arkv::attention`` mark what a model does; ``arkv::attend``, ``arkv::peek``
+(which leaves the state as it is) and ``arkv::columns`` are what the passes put in their place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from arkv_fx.errors import CacheError
-from arkv_fx.ops.attend import attend
-from arkv_fx.ops.attention import Knobs
+from arkv_fx.ops.attend import attend, columns, peek
+from arkv_fx.ops.attention import Knobs, full_attention
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.session import PlainLayer, find_session
 
@@ -58,21 +62,44 @@ def _(k: Tensor, v: Tensor, handle: Tensor, layer: int, total: int) -> tuple[Ten
 
 
 _library = torch.library.Library("arkv", "FRAGMENT")
+_ARGUMENTS = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor{} state, str plan, float scale, "
+    "float softcap, Tensor? sink_logits, bool fresh, str kernel='reference', Tensor[]? rows=None) "
+    "-> Tensor"
+)
+_library.define("attend" + _ARGUMENTS.format("(a!)[]"))
+_library.define("peek" + _ARGUMENTS.format("[]"))
 _library.define(
-    "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor(a!)[] state, str plan, "
-    "float scale, float softcap, Tensor? sink_logits, bool fresh, str kernel='reference') -> Tensor"
+    "columns(Tensor k, Tensor v, Tensor[] state, str plan, bool fresh) -> (Tensor, Tensor)"
+)
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
+    "float scale, float softcap, Tensor? sinks) -> Tensor"
 )
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: Sequence[Tensor], plan: str,
-    scale: float, softcap: float, sink_logits: Tensor | None, fresh: bool,
-    kernel: str = "reference",
-) -> Tensor:  # fmt: skip
-    knobs = Knobs(scale, softcap, sink_logits)
-    return attend(q, k, v, mask, state, LayerPlan.parse(plan), knobs, fresh, kernel)
+def _with_state(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: Sequence[Tensor], plan: str,
+        scale: float, softcap: float, sink_logits: Tensor | None, fresh: bool,
+        kernel: str = "reference", rows: Sequence[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        knobs = Knobs(scale, softcap, sink_logits)
+        parsed = LayerPlan.parse(plan)
+        return run(q, k, v, mask, state, parsed, knobs, fresh, kernel, rows)
+
+    return call
+
+
+def _columns(
+    k: Tensor, v: Tensor, state: Sequence[Tensor], plan: str, fresh: bool
+) -> tuple[Tensor, Tensor]:
+    return columns(k, v, state, LayerPlan.parse(plan), fresh)
 
 
 # Composite: whoever traces the graph sees plain torch operators, so Inductor generates code for
 # the whole step and export needs no operator of ours.
-_library.impl("attend", _attend, "CompositeImplicitAutograd")
+_library.impl("attend", _with_state(attend), "CompositeImplicitAutograd")
+_library.impl("peek", _with_state(peek), "CompositeImplicitAutograd")
+_library.impl("columns", _columns, "CompositeImplicitAutograd")
+_library.impl("attention", full_attention, "CompositeImplicitAutograd")

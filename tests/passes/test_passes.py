@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from arkv_fx.passes import pipeline, rewrite
+from arkv_fx.passes import carry, heads, pipeline, rewrite
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import op_name
+from arkv_fx.passes.site import Site
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -218,10 +219,10 @@ def test_the_scale_is_kept(scale: float | None) -> None:
 
 @pytest.mark.parametrize(
     "expand",
-    [lift, unsqueezed, flattened, interleaved, interleaved_function],
+    [lift, unsqueezed, flattened, interleaved, interleaved_function, repeated, tiled],
     ids=lambda f: f.__name__,
 )
-def test_an_expansion_of_kv_heads_is_peeled(expand: Callable[[Tensor], Tensor]) -> None:
+def test_an_expansion_of_kv_heads_is_looked_through(expand: Callable[[Tensor], Tensor]) -> None:
     backend = check_output(cached(expand))
     assert [s.reason for sites in backend.sites for s in sites] == [""] * len(backend.sites)
     assert {s.heads for sites in backend.sites for s in sites} == {HEADS}
@@ -232,54 +233,88 @@ def test_grouped_attention_needs_no_peeling() -> None:
     assert all(s.fused for sites in backend.sites for s in sites)
 
 
-@pytest.mark.parametrize(
-    "expand", [repeated, tiled, transposed, doubled, reversed_heads], ids=lambda f: f.__name__
-)
-def test_what_pairs_heads_otherwise_is_refused_and_stays_right(
-    expand: Callable[[Tensor], Tensor],
-) -> None:
-    backend = check_output(cached(expand))
+def test_what_is_not_known_is_refused_and_stays_right() -> None:
+    backend = check_output(cached(reversed_heads))
     reasons = {s.reason for sites in backend.sites for s in sites}
     assert len(reasons) == 1 and reasons != {""}
     assert not any(r.startswith("no cache") for r in reasons), "it has one"
 
 
-def test_keys_and_values_must_both_be_peeled() -> None:
+def test_keys_and_values_must_pair_heads_alike() -> None:
     backend = check_output(cached(lift, expand_values=repeated))
-    assert "not the two outputs of one cache update" in backend.sites[0][0].reason
+    assert "differ in how batch and heads are laid out" in backend.sites[0][0].reason
 
 
-def test_a_peel_that_pairs_the_wrong_heads_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expansion_that_pairs_the_wrong_heads_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Negative control: look through tiling as if it were the same."""
-    from arkv_fx.passes import peel_gqa
-
-    monkeypatch.setattr(peel_gqa, "_adds_axis_two", lambda node: True)
-    monkeypatch.setattr(peel_gqa, "same_size", lambda a, b: True)
+    monkeypatch.setattr(heads, "_plain", lambda layout: True)
     with pytest.raises(AssertionError, match="not close"):
         check_output(cached(tiled))
 
 
-def test_changed_dtypes_are_not_looked_through() -> None:
+def test_keys_and_values_may_be_computed_from_the_cache() -> None:
+    """Token by token: latents of multi-head latent attention, or simply twice the numbers."""
+    weight = torch.randn(2 * HEADS * GROUPS * DIM, HEADS * DIM)
+
+    def latent(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
+        keys, values = torch.ops.arkv.kv_update(k, v, handle, 0, total)
+        b, _, s, _ = keys.shape
+        both = F.linear(keys.transpose(1, 2).reshape(b, s, -1), weight)
+        split = both.view(b, s, HEADS * GROUPS, 2 * DIM).transpose(1, 2).split([DIM, DIM], -1)
+        heads = keys.new_empty(b, HEADS * GROUPS, s, DIM)
+        heads[..., :4].copy_(split[0][..., :4])
+        heads[..., 4:].copy_(lift(values)[..., 4:])
+        return F.scaled_dot_product_attention(q, heads, split[1], is_causal=q.shape[2] > 1)
+
+    for function in (latent, cached(doubled), cached(transposed)):
+        backend = check_output(function)
+        assert all(s.fused and s.rows for sites in backend.sites for s in sites)
+
+
+def test_a_computation_that_is_not_copied_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carry, "replay", lambda site, columns, emit: columns)
+    with pytest.raises(AssertionError, match="not close"):
+        check_output(cached(lambda x: x * 2), HEADS)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: x.flip(2),
+        lambda x: x.cumsum(2),
+        lambda x: x - x.mean(2, keepdim=True),
+        lambda x: x + torch.arange(x.shape[2])[:, None],
+        lambda x: x.transpose(1, 2).reshape(x.shape),
+    ],
+)
+def test_a_computation_that_mixes_tokens_is_refused(mix: Callable[[Tensor], Tensor]) -> None:
+    backend = check_output(cached(mix), HEADS)
+    assert all("tokens" in s.reason for sites in backend.sites for s in sites)
+
+
+def test_changed_dtypes_are_no_views() -> None:
     def half(x: Tensor) -> Tensor:
         return interleaved(x.to(torch.bfloat16))
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         return F.scaled_dot_product_attention(q.bfloat16(), k, v, **options)
 
-    (site,) = check_output(cached(half, attention)).sites[0]
-    assert site.reason and not site.reason.startswith("no cache")
+    (site,) = capture(cached(half, attention), *tensors(6)).context.sites
+    assert site.fused and site.rows
 
 
 # What is left alone, and why
 
 
-def test_swapped_outputs_are_refused() -> None:
+def test_outputs_may_be_swapped() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
         keys, values = torch.ops.arkv.kv_update(k, v, handle, 0, total)
         return F.scaled_dot_product_attention(q, values, keys, is_causal=q.shape[2] > 1)
 
     (site,) = check_output(function, HEADS).sites[0]
-    assert site.reason and not site.reason.startswith("no cache")
+    assert site.fused and site.rows
 
 
 def both_attend(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
@@ -299,8 +334,20 @@ def also_returns(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) ->
     return F.scaled_dot_product_attention(q, keys, values, is_causal=q.shape[2] > 1), keys[:, :, -1]
 
 
-@pytest.mark.parametrize("function", [both_attend, also_sums, also_returns])
-def test_a_cache_with_two_readers_is_left_alone(function: Function) -> None:
+def test_two_attentions_may_read_one_cache() -> None:
+    backend = check_output(both_attend, HEADS)
+    assert all(first.fused and second.fused for first, second in backend.sites)
+    assert all(not first.last and second.last for first, second in backend.sites)
+
+
+def test_an_update_by_each_of_two_attentions_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Site, "last", property(lambda self: True, lambda self, value: None))
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="updated 2 times"):
+        check_output(both_attend, HEADS)
+
+
+@pytest.mark.parametrize("function", [also_sums, also_returns])
+def test_a_cache_with_another_reader_is_left_alone(function: Function) -> None:
     backend = check_output(function, HEADS)
     assert all("is also read by" in s.reason for sites in backend.sites for s in sites)
 
@@ -338,16 +385,14 @@ def test_bidirectional_attention_over_a_cache_is_left_alone() -> None:
     assert steps and all(site.reason for site in steps)
 
 
-def test_a_prompt_that_is_left_alone_leaves_its_layer_alone() -> None:
-    """A mask over keys only: without queries to broadcast over, it would fit a single token."""
-
+def test_a_mask_over_keys_only_holds_for_all_queries() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
         keys, values = torch.ops.arkv.kv_update(k, v, handle, 0, total)
         mask = (torch.arange(keys.shape[2]) > 1)[None, None, None, :]
         return F.scaled_dot_product_attention(q, lift(keys), lift(values), attn_mask=mask)
 
     backend = check_output(function)
-    assert all(site.reason for sites in backend.sites for site in sites)
+    assert all(site.fused for sites in backend.sites for site in sites)
 
 
 def test_dropout_a_computed_scale_and_odd_shapes_are_refused() -> None:
@@ -357,17 +402,14 @@ def test_dropout_a_computed_scale_and_odd_shapes_are_refused() -> None:
 
     q, k, v = tensors(6)
     assert "dropout is on: call model.eval" in run(cached(lift, dropout_p=0.1), q, k, v)
-    mask = torch.ones(6, 6, dtype=torch.bool).tril()
-    no_axis = run(cached(lift, attn_mask=mask, is_causal=False), q, k, v)
-    assert "mask has shape (6, 6), not [batch, heads, queries, keys]" in no_axis
-    keys_only = torch.ones(1, 1, 1, 6, dtype=torch.bool)
-    broadcast = run(cached(lift, attn_mask=keys_only, is_causal=False), q, k, v)
-    assert "without broadcasting over queries or keys" in broadcast
+    queries_only = torch.ones(1, 1, 6, 1, dtype=torch.bool)
+    broadcast = run(cached(lift, attn_mask=queries_only, is_causal=False), q, k, v)
+    assert "mask has shape [1, 1, 6, 1], which is not [1, 6, 6, 6]" in broadcast
 
-    def three(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
-        return F.scaled_dot_product_attention(q[0], k[0], v[0])
+    def two(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
+        return F.scaled_dot_product_attention(q[0, 0], k[0, 0], v[0, 0])
 
-    assert "query has shape (2, 6, 8), not" in run(three, *tensors(6, HEADS))
+    assert "query has shape (6, 8), not" in run(two, *tensors(6, HEADS))
 
 
 def test_a_mask_over_many_new_tokens_is_kept() -> None:
@@ -679,7 +721,7 @@ def _cycle(graph: GraphModule, context: Context) -> None:
     ("sabotage", "message"),
     [
         (_twice, "1 sites were planned but 2 attend"),
-        (_other_reader, "has 2 users instead of one"),
+        (_other_reader, "has another reader"),
         (_marker_stays, "layer 0 has both a fused attention and a cache update"),
         (_cycle, "used before it has been defined"),
     ],

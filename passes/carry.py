@@ -1,0 +1,234 @@
+"""Keys and values that a model makes of its cache token by token: latents expanded to heads.
+
+Such a computation gives the same for a token wherever it stands, so it may run over slots, which
+are unordered, as well as over all tokens. It is copied, reading ``arkv::columns``. Does NOT take
+an operation that it does not know to treat tokens alike, nor one in which the token axis is mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from arkv_fx.passes.heads import Emitter
+from arkv_fx.passes.nodes import arguments, example, op_name, same_size, shape
+from arkv_fx.passes.readers import SIZES
+from arkv_fx.passes.site import Site
+from torch.fx import Node
+
+POINTWISE = {
+    "add", "sub", "rsub", "mul", "div", "truediv", "neg", "pow", "square", "rsqrt", "sqrt", "exp",
+    "sigmoid", "silu", "gelu", "relu", "tanh", "to", "_to_copy", "type_as", "float", "contiguous",
+    "clone", "copy_", "detach", "iadd", "imul",
+}  # fmt: skip
+PER_VECTOR = {"linear", "layer_norm", "rms_norm"}
+RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten"}
+MADE = {"new_empty", "new_zeros", "empty_like", "zeros_like"}
+
+
+def made_of(marker: Node, attentions: Sequence[Node]) -> list[Node]:
+    """Everything computed from the marker's outputs up to the attentions, in order; no sizes."""
+    found, last = {marker}, attentions[-1]
+    out = []
+    for node in marker.graph.nodes:
+        if node is last:
+            break
+        if node in attentions or op_name(node) in SIZES or example(node) is None:
+            continue
+        if not found.isdisjoint(node.all_input_nodes) and not isinstance(example(node), _SCALARS):
+            found.add(node)
+            out.append(node)
+    return out
+
+
+_SCALARS = (int, float, torch.SymInt, torch.SymFloat)
+
+
+def obstacle(marker: Node, site: Site) -> str:
+    """Why the site's keys and values cannot be computed from slots, "" if they can."""
+    axes: dict[Node, int] = {}
+    for node in made_of(marker, [site.node]):
+        if not isinstance(example(node), torch.Tensor):
+            if op_name(node) not in (
+                "split",
+                "chunk",
+                "tensor_split",
+                "split_with_sizes",
+                "unbind",
+            ):
+                return f"what the cache returns is read by {node.format_node()}"
+            source = axes.get(node.args[0])  # type: ignore[arg-type]
+            dim = arguments(node, ["input", "size", "dim"]).get("dim", 0)
+            if source is None or not isinstance(dim, int) or dim % _rank(node.args[0]) == source:
+                return _mixed(node)
+            axes[node] = source
+            continue
+        axis = _axis(node, marker, axes)
+        if axis is None:
+            return _mixed(node)
+        axes[node] = axis
+    for x in (site.k, site.v):
+        if axes.get(x) != 2:
+            return "keys or values are not made of what the cache returns"
+    return ""
+
+
+def _mixed(node: Node) -> str:
+    return (
+        f"between cache and attention, {node.format_node()} may mix tokens, or is not known to "
+        "treat them alike"
+    )
+
+
+def _rank(node: Any) -> int:
+    return len(shape(node) or ())
+
+
+def _axis(node: Node, marker: Node, axes: dict[Node, int]) -> int | None:
+    """Which dimension of ``node`` counts tokens, None if that cannot be told."""
+    name, sizes = op_name(node), shape(node) or ()
+    inputs = [n for n in node.all_input_nodes if n in axes]
+    if node.args and node.args[0] is marker:
+        return 2
+    if name == "getitem" and not isinstance(example(node.args[0]), torch.Tensor):
+        return axes.get(node.args[0])  # type: ignore[arg-type]
+    if not inputs:
+        return None
+    first = axes[inputs[0]]
+    if name in MADE:
+        # One of its sizes counts tokens; if several could, what is copied into it must agree.
+        tokens = (shape(inputs[0]) or ())[first]
+        where = [i for i, s in enumerate(sizes) if same_size(s, tokens)]
+        usual = len(sizes) - 2
+        return usual if usual in where else where[0] if len(where) == 1 else None
+    if name in POINTWISE:
+        from_right = {_rank(n) - axes[n] for n in inputs}
+        others = [n for n in node.all_input_nodes if n not in axes and shape(n)]
+        if len(from_right) != 1:
+            return None
+        right = from_right.pop()
+        if any(_rank(n) >= right and not same_size((shape(n) or ())[-right], 1) for n in others):
+            return None
+        return len(sizes) - right
+    if len(inputs) > 1 and name != "cat":
+        return None
+    rank = _rank(inputs[0])
+    if name in PER_VECTOR:
+        return first if first < rank - 1 and node.args[0] is inputs[0] else None
+    if name in ("mean", "sum", "var"):
+        given = arguments(node, ["input", "dim", "keepdim"])
+        dims = given.get("dim")
+        dims = [dims] if isinstance(dims, int) else dims
+        if not given.get("keepdim") or not isinstance(dims, list | tuple):
+            return None
+        return first if first not in [d % rank for d in dims] else None
+    if name in RESHAPES:
+        return _reshaped(shape(inputs[0]) or (), first, sizes)
+    if name in ("transpose", "swapaxes"):
+        a, b = (i % rank for i in node.args[1:3])  # type: ignore[operator]
+        return int({a: b, b: a}.get(first, first))
+    if name == "permute":
+        order = node.args[1:] if isinstance(node.args[1], int) else node.args[1]
+        return [i % rank for i in order].index(first)  # type: ignore[union-attr, operator]
+    if name == "unsqueeze":
+        at = int(arguments(node, ["input", "dim"])["dim"]) % (rank + 1)
+        return first + (at <= first)
+    if name == "expand":
+        return first + len(sizes) - rank
+    if name == "repeat":
+        counts = node.args[1:] if isinstance(node.args[1], int) else node.args[1]
+        at = first + len(sizes) - rank
+        return at if same_size(counts[at], 1) else None  # type: ignore[index]
+    if name == "repeat_interleave":
+        return (
+            first
+            if arguments(node, ["input", "n", "dim"]).get("dim") in _but(first, rank)
+            else None
+        )
+    if name in ("cat", "concat"):
+        given = arguments(node, ["tensors", "dim"])
+        same = {axes.get(n) for n in given["tensors"]}
+        return first if same == {first} and given.get("dim", 0) in _but(first, rank) else None
+    if name == "getitem":
+        return _indexed(node.args[1], first, rank)
+    return None
+
+
+def _but(axis: int, rank: int) -> list[int]:
+    """All dimensions, from both ends, but one."""
+    return [d for d in range(-rank, rank) if d % rank != axis]
+
+
+def _reshaped(before: Sequence[Any], axis: int, after: Sequence[Any]) -> int | None:
+    """The one dimension of the same size with as many numbers in front of it."""
+    ahead = _product(before[:axis])
+    for i, size in enumerate(after):
+        if same_size(size, before[axis]) and same_size(_product(after[:i]), ahead):
+            return i
+    return None
+
+
+def _product(sizes: Sequence[Any]) -> Any:
+    out: Any = 1
+    for size in sizes:
+        out = out * size
+    return out
+
+
+def _indexed(index: Any, axis: int, rank: int) -> int | None:
+    """Where an axis goes that a tensor's index leaves whole."""
+    index = index if isinstance(index, tuple) else (index,)
+    whole = slice(None, None, None)
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        missing = rank - sum(i is not None for i in index) + 1
+        index = (*index[:at], *[whole] * missing, *index[at + 1 :])
+    at, out = 0, 0
+    for entry in (*index, *[whole] * rank):
+        if entry is None:
+            out += 1
+            continue
+        if at == axis:
+            return out if entry == whole else None
+        at += 1
+        if not isinstance(entry, int):
+            out += isinstance(entry, slice)
+            if not isinstance(entry, slice):
+                return None
+    return None
+
+
+def replay(site: Site, columns: tuple[Node, Node], emit: Emitter) -> tuple[Node, Node]:
+    """Copy the computation of the site's keys and values, over columns instead of all tokens."""
+    marker = site.cache_nodes[0]
+    copies: dict[Node, Node] = {}
+    axes: dict[Node, int] = {}
+    for node in made_of(marker, [site.node]):
+        value = example(node)
+        if node.args and node.args[0] is marker:
+            copies[node], axes[node] = columns[int(node.args[1])], 2  # type: ignore[arg-type]
+            continue
+        if isinstance(value, torch.Tensor):
+            axis = _axis(node, marker, axes)
+            assert axis is not None
+            axes[node] = axis
+        else:
+            axes[node] = axes[node.args[0]]  # type: ignore[index]
+        copies[node] = _copy(node, copies, axes, emit)
+    return copies[site.k], copies[site.v]
+
+
+def _copy(node: Node, copies: dict[Node, Node], axes: dict[Node, int], emit: Emitter) -> Node:
+    name = op_name(node)
+    inputs = [copies[n] for n in node.all_input_nodes if n in copies]
+    if name in RESHAPES | MADE | {"expand"}:
+        # Sizes are written out anew: theirs count all tokens.
+        axis, sizes = axes[node], list(shape(node) or ())
+        source = next(n for n in node.all_input_nodes if n in copies)
+        count = emit.size(copies[source], axes[source])
+        sizes = [count if i == axis else s for i, s in enumerate(sizes)]
+        method = {"expand": "expand"}.get(name, "reshape" if name in RESHAPES else "new_empty")
+        return emit(method, inputs[0], *(s if isinstance(s, Node) else int(s) for s in sizes))
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
+    return emit(node.target, *args, **kwargs)

@@ -1,0 +1,166 @@
+"""Write the operations that bring a site's tensors into the form that ``arkv::attend`` takes.
+
+Queries become [B, Hq, T, D] with the query heads of a kv head side by side, all masks and biases
+one mask [B or 1, Hq or 1, T, S], and the output what the old attention gave. Nothing is written
+where that is how they are already.
+"""
+
+from __future__ import annotations
+
+import operator
+from math import prod
+from typing import Any
+
+import torch
+from arkv_fx.passes.layout import Axis, Dims, names, size_of
+from arkv_fx.passes.nodes import example, same_size, shape
+from arkv_fx.passes.site import Bias, Site
+from torch.fx import GraphModule, Node
+
+
+class Emitter:
+    """Writes calls before a node and computes their example values."""
+
+    def __init__(self, graph: GraphModule, before: Node) -> None:
+        self.graph, self.before = graph.graph, before
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Call a function, or a tensor's method by its name."""
+        with self.graph.inserting_before(self.before):
+            if isinstance(target, str):
+                node = self.graph.call_method(target, args, kwargs)
+            else:
+                node = self.graph.call_function(target, args, kwargs)
+        values, named = torch.fx.node.map_arg((args, kwargs), example)
+        call = getattr(values[0], target) if isinstance(target, str) else target
+        node.meta = {"example_value": call(*(values[1:] if call != target else values), **named)}
+        return node
+
+    def size(self, node: Node, dim: int) -> Any:
+        """An extent: a number where it is one, else a node."""
+        extent = (shape(node) or ())[dim]
+        return extent if isinstance(extent, int) else self("size", node, dim)
+
+
+def queries(site: Site, emit: Emitter) -> Node:
+    """The site's queries as [B, Hq, T, Dk] in the dtype of its keys."""
+    q = site.q
+    if not _plain(site.layout):
+        tail = emit.size(q, -2), emit.size(q, -1)
+        q = emit("reshape", q, *_sizes(site, site.layout), *tail)
+        order = _order(site.layout)
+        q = emit("permute", q, *order, len(order), len(order) + 1)
+        q = emit("reshape", q, site.batch, -1, *tail)
+    kept = example(site.k).dtype
+    return q if example(q).dtype == kept else emit("to", q, kept)
+
+
+def output(site: Site, out: Node, emit: Emitter) -> Node:
+    """``out`` [B, Hq, T, Dv] in the layout and dtype of the old attention's output."""
+    if not _plain(site.layout):
+        sizes, order = _sizes(site, site.layout), _order(site.layout)
+        tail = emit.size(out, -2), emit.size(out, -1)
+        out = emit("reshape", out, *(sizes[i] for i in order), *tail)
+        back = [order.index(i) for i in range(len(order))]
+        out = emit("permute", out, *back, len(order), len(order) + 1)
+        out = emit("reshape", out, *(prod(_sizes(site, (d,))) for d in site.layout), *tail)
+    wanted = example(site.node).dtype
+    return out if example(out).dtype == wanted else emit("to", out, wanted)
+
+
+def sinks(site: Site, emit: Emitter) -> Node | None:
+    """One extra logit per query head [Hq], None if there is none."""
+    if site.sinks is None or len(shape(site.sinks) or ()) == 1:
+        return site.sinks
+    return emit("reshape", site.sinks, -1)
+
+
+def mask(site: Site, emit: Emitter) -> Node | None:
+    """All masks and biases as one mask [B or 1, Hq or 1, T, S], None if there are none."""
+    shown: Node | None = None
+    added: Node | None = None
+    for bias in site.biases:
+        node = _canonical(bias, site, emit)
+        if example(node).dtype == torch.bool:
+            node = emit(torch.logical_not, node) if bias.drop else node
+            shown = node if shown is None else emit(operator.and_, shown, node)
+            continue
+        if bias.factor != 1.0:
+            node = emit(operator.mul, node, bias.factor)
+        added = node if added is None else emit(operator.add, added, node)
+    if added is None or shown is None:
+        return shown if added is None else added
+    # Minus infinity, not the lowest number: adding a bias to that could lift it.
+    return emit("masked_fill", added, emit(torch.logical_not, shown), float("-inf"))
+
+
+def mask_reason(site: Site) -> str:
+    """Why the site's masks cannot be brought into one, "" if they can."""
+    tokens, keys = (shape(site.q) or ())[-2], (shape(site.k) or ())[-2]
+    for bias in site.biases:
+        sizes = shape(bias.node) or ()
+        full = (*(size_of(dim) for dim in bias.layout), tokens, keys)
+        missing = len(full) - len(sizes)
+        fits = missing >= 0 and same_size(sizes[-1], keys) if sizes else False
+        for size, whole in zip(sizes, full[missing:], strict=False):
+            fits = fits and (same_size(size, whole) or same_size(size, 1))
+        if not fits:
+            return (
+                f"mask has shape {[*sizes]}, which is not {[*full]} nor broadcasts to it over "
+                "batch, heads and queries"
+            )
+    return ""
+
+
+def _canonical(bias: Bias, site: Site, emit: Emitter) -> Node:
+    """One mask as [B or 1, Hq or 1, T, S]."""
+    node, layout = bias.node, bias.layout
+    while len(shape(node) or ()) < len(layout) + 2:
+        node = emit("unsqueeze", node, 0)
+    sizes = shape(node) or ()
+    if not same_size(sizes[-2], (shape(site.q) or ())[-2]):
+        node = emit("expand", node, *[-1] * len(layout), emit.size(site.q, -2), -1)
+    if _plain(layout):
+        return node
+    # A dimension is whole, or of size 1 and then so are all of its axes.
+    axes = [
+        axis if not same_size(size, 1) else None
+        for dim, size in zip(layout, sizes[:-2], strict=True)
+        for axis in _present(dim)
+    ]
+    tail = emit.size(node, -2), emit.size(node, -1)
+    extents = [1 if a is None else _sizes(site, ((a,),))[0] for a in axes]
+    node = emit("reshape", node, *extents, *tail)
+    order = _order(layout)
+    node = emit("permute", node, *order, len(order), len(order) + 1)
+    flat = [axis for dim in layout for axis in _present(dim)]
+    batched = bool(order) and flat[order[0]].name == "0"
+    heads = order[1:] if batched else order
+    if any(axes[i] is not None for i in heads):  # all heads or none
+        whole = _sizes(site, (tuple(flat[i] for i in heads),))
+        node = emit("expand", node, *[-1] * batched, *whole, -1, -1)
+    return emit("reshape", node, extents[order[0]] if batched else 1, -1, *tail)
+
+
+def _present(dim: tuple[Axis, ...]) -> list[Axis]:
+    return [axis for axis in dim if not same_size(axis.size, 1)]
+
+
+def _sizes(site: Site, layout: Dims) -> list[int]:
+    """Sizes of the present axes; a symbolic batch has been given its number."""
+    flat = [axis for dim in layout for axis in _present(dim)]
+    return [site.batch if axis.name == "0" else int(axis.size) for axis in flat]
+
+
+def _plain(layout: Dims) -> bool:
+    """Whether the leading dimensions are batch, then heads with their copies side by side."""
+    if len(layout) != 2:
+        return False
+    first, second = names(layout)
+    return first in ((), ("0",)) and [*second] == sorted(second) and "0" not in second
+
+
+def _order(layout: Dims) -> list[int]:
+    """Positions of batch, kv heads and copies among the present axes."""
+    flat = [axis.name for dim in layout for axis in _present(dim)]
+    return sorted(range(len(flat)), key=lambda i: flat[i])
