@@ -40,7 +40,8 @@ class Context:
     if given, is called at run time with (layer, q, k, v, mask, scale) of every fused site, and
     ``stand_in`` in place of ``arkv::attend``, with the layer before the operator's arguments;
     ``left_alone`` names the caches (source, layer) that an earlier graph kept out of our state;
-    ``insertion``, if given, asks for a state where the model has no cache of its own.
+    ``insertion``, if given, asks for a state where the model has no cache of its own;
+    ``first`` says that the model's own buffers are empty.
     """
 
     config: ArkvConfig
@@ -50,6 +51,7 @@ class Context:
     stand_in: StandIn | None = None
     left_alone: frozenset[tuple[str, int | None]] = frozenset()
     insertion: Insertion | None = None
+    first: bool = False
     sites: list[Site] = field(default_factory=list)
     state_inputs: list[list[Node]] = field(default_factory=list)
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 from arkv_fx.passes import (
+    absorb_buffer,
     absorb_cat,
     classify,
     find_sdpa,
@@ -26,6 +27,7 @@ PASSES: tuple[Pass, ...] = (
     find_softmax.run,
     fuse_marker.run,
     absorb_cat.run,
+    absorb_buffer.run,
     insert_state.run,
     classify.run,
     rewrite.run,

@@ -34,8 +34,10 @@ class Site:
 
     ``k`` and ``v`` are what the attention reads (all tokens), [B, Hkv, S, D], looked up through
     views and expansions; ``new_k`` and ``new_v`` the tokens of this call [B, Hkv, T, D]; ``source``
-    is how its cache is kept: "marker", "cat", "insert" or "". ``layout`` says what the leading
-    dimensions of queries and output are made of: axes "0" (batch), "1" (kv heads) and "copies".
+    is how its cache is kept: "marker", "cat", "buffer", "insert" or "". ``layout`` says what the
+    leading dimensions of queries and output are made of: axes "0" (batch), "1" (kv heads) and
+    "copies". ``past`` are the model's own past keys and values, whose dimension ``token_dim``
+    counts tokens; into a buffer the new tokens are written from ``start`` on, or at ``positions``.
     ``rows`` are keys and values as the attention reads them where they are more than an expansion
     of what is cached; ``last`` is False where another attention over the same cache follows.
     ``reason`` says why it was left alone, "" while it is a candidate or fused.
@@ -61,6 +63,9 @@ class Site:
     layer: int | None = None
     handle: Node | None = None
     past: tuple[Node | None, Node | None] = (None, None)
+    token_dim: int = 2
+    start: Node | int = 0
+    positions: Node | None = None
     fresh: bool = False
     sliding: int = 0
     batch: int = 0
