@@ -10,6 +10,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from arkv_fx.errors import CacheError
+from arkv_fx.layers import (
+    CompressedLayer,
+    cached_layers,
+    only_linear,
+    own_state,
+    tensors_of,
+    windows,
+)
 from arkv_fx.state.session import Session
 
 
@@ -34,13 +42,15 @@ class ArkvCache(Cache):
             raise CacheError(
                 f"{type(model).__name__} is not transformed: call arkv_fx.transform(model) first"
             )
-        super().__init__(layers=[])
+        layers = cached_layers(model)
+        super().__init__(layers=own_state(layers))
         self.session = Session(owner=transformed.name)
         self.model_id = id(transformed)
         self.handle = self.session.handle
-        self.seen = 0
-        self.sliding = list(transformed.sliding_layers)
-        self.first_layer = transformed.first_layer
+        self.sliding = [window > 0 for window in windows(layers)]
+        self.linear = only_linear(layers)
+        # Tokens before the step at hand, those that it brings, and how far it has come.
+        self.seen, self.coming, self.last_layer = 0, 0, -1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ArkvCache:
         """A cache of its own that goes on from the same tokens: prefix reuse."""
@@ -48,6 +58,7 @@ class ArkvCache(Cache):
         twin.__dict__.update(self.__dict__)
         twin.session = copy.deepcopy(self.session, memo)
         twin.handle = twin.session.handle
+        twin.layers = copy.deepcopy(self.layers, memo)
         return twin
 
     def __reduce__(self) -> NoReturn:
@@ -57,23 +68,26 @@ class ArkvCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Mark new keys and values [B, Hkv, T, D]; the passes fuse this with the attention."""
-        if layer_idx == self.first_layer:
-            # Apart, so that a graph traced for an empty cache knows that it is: it may then attend
-            # to the prompt alone, with fused attention.
-            new = key_states.shape[-2]
-            self.seen = new if self.seen == 0 else self.seen + new
+        self.coming, self.last_layer = key_states.shape[-2], layer_idx
+        # Apart, so that a graph traced for an empty cache knows that it is: it may then attend to
+        # the prompt alone, with fused attention.
+        total = self.coming if self.seen == 0 else self.seen + self.coming
         keys, values = torch.ops.arkv.kv_update(
-            key_states, value_states, self.handle, layer_idx, self.seen
+            key_states, value_states, self.handle, layer_idx, total
         )
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens so far, padding included."""
-        return self.seen
+        """Tokens so far, padding included; those of this step once the layer has had them."""
+        return self.seen + self.coming if layer_idx <= self.last_layer else self.seen
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Position of the next query."""
-        return self.seen
+        return self.get_seq_length(layer_idx)
+
+    def end_step(self) -> None:
+        """All layers have had the step's tokens."""
+        self.seen, self.coming, self.last_layer = self.seen + self.coming, 0, -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Masks are made over all positions; slots take their columns by position."""
@@ -90,8 +104,8 @@ class ArkvCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """No layer of ours is a linear attention."""
-        return [False] * len(self.sliding)
+        """Which layers have no attention, only a recurrent or convolution state."""
+        return self.linear
 
     @property
     def is_dummy(self) -> list[bool]:
@@ -112,8 +126,12 @@ class ArkvCache(Cache):
         return -1
 
     def nbytes(self) -> int:
-        """Bytes of every tensor that the cache holds: codes, scales, scores, positions and all."""
-        return self.session.nbytes()
+        """Bytes of every tensor that the cache holds: codes, scales, scores, positions and all.
+
+        Recurrent and convolution states of hybrid models are counted, too.
+        """
+        own = [t for layer in self.layers for t in tensors_of(layer)]
+        return self.session.nbytes() + sum(t.untyped_storage().nbytes() for t in own)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, for inspection: do not write to them."""
@@ -124,12 +142,17 @@ class ArkvCache(Cache):
         for index, plain in self.session.plain.items():
             for name, tensor in zip(("keys", "values"), plain.tensors, strict=False):
                 out[f"{index}.{name}"] = tensor
+        for index, layer in enumerate(self.layers):
+            for number, tensor in enumerate(tensors_of(layer)):
+                out[f"{index}.own{number}"] = tensor
         return out
 
     def reset(self) -> None:
         """Forget the sequence; the cache can be used for a new one."""
         self.session.reset()
-        self.seen = 0
+        self.seen, self.coming, self.last_layer = 0, 0, -1
+        for layer in self._own_layers():
+            layer.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder sequences for beam search; ``beam_idx`` [B] int64."""
@@ -161,3 +184,9 @@ class ArkvCache(Cache):
     def _select(self, rows: Tensor) -> None:
         for part in self.session.parts():
             part.select(rows)
+        for layer in self._own_layers():
+            layer.reorder_cache(rows)
+
+    def _own_layers(self) -> list[Any]:
+        """Layers that transformers keeps: recurrent states and indexers."""
+        return [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]

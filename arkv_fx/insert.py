@@ -45,8 +45,6 @@ class Inserted:
         )  # fmt: skip
         self.original: Callable[..., Any] = model.forward
         self.replaced = {"forward": self.original} if "forward" in model.__dict__ else {}
-        self.sliding_layers: list[bool] = []
-        self.first_layer = 0
         self.captured: list[tuple[Captured, Any]] = []  # with the symbol of the token count
         self.programs: dict[tuple[int, bool, bool], Program] = {}
         if sample is not None:

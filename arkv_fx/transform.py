@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache
 
 from arkv_fx.backend import ArkvBackend
 from arkv_fx.cache import ArkvCache
@@ -18,6 +19,8 @@ from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ArkvError, CacheError, TransformError
 from arkv_fx.insert import Inserted, insert
+from arkv_fx.interface import closed_replaced
+from arkv_fx.layers import cached_layers, text_config, windows
 from arkv_fx.passes.context import Probe, StandIn
 from arkv_fx.report import Report
 from arkv_fx.state.session import check_finite
@@ -41,9 +44,7 @@ class Transformed:
     ) -> None:
         self.name = f"{type(model).__name__}#{id(model):x}"
         self.config, self.calibration = config, calibration
-        self.windows = sliding_windows(model)
-        self.sliding_layers = [w > 0 for w in self.windows]
-        self.first_layer = first_attention_layer(model)
+        self.windows = windows(cached_layers(model))
         self.backend = ArkvBackend(
             config, calibration, compile=compile, sliding=self.windows, probe=probe,
             stand_in=stand_in,
@@ -54,6 +55,7 @@ class Transformed:
         self.replaced = {n: model.__dict__[n] for n in names if n in model.__dict__}
         self.compiled = torch.compile(_own_code(model.forward), backend=self.backend)
         self.model = model
+        self.mask_name = "decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask"
         # Forward arguments by position, up to the first that can only be given by name.
         self.parameters = [
             name
@@ -84,13 +86,13 @@ class Transformed:
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
         if cache is None and self._wants_cache(kwargs.get("use_cache")):
-            cache = kwargs["past_key_values"] = ArkvCache(self.model)
+            cache = kwargs["past_key_values"] = new_cache(self.model)
         if cache is None:
             # Else the model would make a cache of its own, which nobody compresses.
             if "use_cache" in self.parameters:
                 kwargs["use_cache"] = False
             return self._call((), kwargs)
-        _require_ours(cache)
+        cache = _ours(cache)
         if cache.model_id != id(self):
             raise CacheError(
                 f"this ArkvCache belongs to {cache.session.owner}, not to {self.name}: keys of one "
@@ -100,7 +102,8 @@ class Transformed:
             raise CacheError(
                 "the cache is not differentiated: call model.eval() or use_cache=False"
             )
-        kwargs["attention_mask"] = self._needed_mask(cache, kwargs)
+        if self.mask_name in kwargs:
+            kwargs[self.mask_name] = self._needed_mask(cache, kwargs)
         self._mark_lengths(kwargs)
         if cache.session.tokens != cache.seen:
             # NaN says more than the step that it stopped.
@@ -113,10 +116,11 @@ class Transformed:
         cache.session.active = True
         calls = self.backend.calls
         try:
-            with torch.no_grad():
+            with torch.no_grad(), closed_replaced(text_config(self.model)):
                 out = self._call((), kwargs)
         finally:
             cache.session.active = False
+        cache.end_step()
         if self.backend.calls == calls:
             raise CacheError(
                 "the model ran without its compiled graphs, so nothing was compressed: "
@@ -156,7 +160,7 @@ class Transformed:
         Padding is never stored, so a decoded token may see all that is held: without the mask,
         which grows, its graph has fixed shapes. Positions must not hang on the mask then.
         """
-        mask, before = kwargs.get("attention_mask"), cache.session.mask
+        mask, before = kwargs.get(self.mask_name), cache.session.mask
         if not (isinstance(mask, Tensor) and mask.dim() == 2):
             cache.session.mask = None
             return mask
@@ -166,7 +170,9 @@ class Transformed:
         known = (
             before is not None
             and kwargs.get("position_ids") is not None
-            and not getattr(_text_config(self.model), "alibi", False)
+            # An attention that is not rewritten has its padding in its cache.
+            and not cache.session.plain
+            and not getattr(text_config(self.model), "alibi", False)
             and before.shape[1] == cache.seen == mask.shape[1] - 1
             and torch.equal(before, mask[:, :-1])
             and bool(mask[:, -1].all())
@@ -175,7 +181,8 @@ class Transformed:
 
     def _mark_lengths(self, kwargs: dict[str, Any]) -> None:
         """Let one graph serve prompts of every length."""
-        for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"):
+        names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+        for name in [*names, *(f"decoder_{name}" for name in names)]:
             x = kwargs.get(name)
             if isinstance(x, Tensor) and x.dim() >= 2 and x.shape[1] > 1:
                 torch._dynamo.maybe_mark_dynamic(x, 1)
@@ -263,11 +270,6 @@ def _transform(
     stand_in: StandIn | None = None,
 ) -> nn.Module:
     _require_plain(model)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise TransformError(
-            f"{type(model).__name__} is an encoder-decoder: its cross-attention shares the cache "
-            "with its self-attention, which is not supported yet; the model is left as it was"
-        )
     if calibration is not None:
         calibration.check(fingerprint(model))
     state = Transformed(model, config or ArkvConfig(), calibration, compile, probe, stand_in)
@@ -319,47 +321,37 @@ def _prepare_cache(
         )
     cache = model_kwargs.get("past_key_values")
     if cache is None:
-        model_kwargs["past_key_values"] = ArkvCache(model)
+        model_kwargs["past_key_values"] = new_cache(model)
     else:
-        _require_ours(cache)
+        _ours(cache)
         cache._is_user_defined = True
 
 
-def _require_ours(cache: Any) -> None:
-    if not isinstance(cache, ArkvCache):
+def new_cache(model: nn.Module) -> Any:
+    """What a transformed model takes as ``past_key_values``.
+
+    An ``ArkvCache``; for an encoder-decoder one for its self-attention, and transformers' own for
+    its cross-attention, whose keys are those of the encoder and never grow.
+    """
+    if not is_encoder_decoder(model):
+        return ArkvCache(model)
+    return EncoderDecoderCache(ArkvCache(model), DynamicCache())
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model has an encoder, and its decoder cross-attention."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _ours(cache: Any) -> ArkvCache:
+    """The ArkvCache that ``cache`` is or holds."""
+    found = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if not isinstance(found, ArkvCache):
         raise CacheError(
             f"the model is transformed but got a {type(cache).__name__}; pass ArkvCache(model), "
             "or no cache at all, or undo with arkv_fx.restore(model)"
         )
-
-
-def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        return config.get_text_config(decoder=True)
-    return config
-
-
-def sliding_windows(model: nn.Module) -> list[int]:
-    """Attention window of each layer in tokens, 0 for full attention."""
-    config = _text_config(model)
-    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
-    window = int(getattr(config, "sliding_window", 0) or 0)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        # Without layer types, a window that is switched on holds for every layer.
-        on = bool(window) and getattr(config, "use_sliding_window", True)
-        return [window if on else 0] * layers
-    return [window if kind == "sliding_attention" else 0 for kind in types]
-
-
-def first_attention_layer(model: nn.Module) -> int:
-    """Index of the first layer that updates the cache in a step."""
-    types = getattr(_text_config(model), "layer_types", None) or []
-    for index, kind in enumerate(types):
-        if "attention" in kind and "linear" not in kind:
-            return index
-    return 0
+    return found
 
 
 def fingerprint(model: nn.Module) -> str:

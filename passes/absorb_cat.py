@@ -2,10 +2,10 @@
 
 ``K = cat([past_k, k], -2)`` with ``past_k`` a graph input (or an empty tensor: the first call),
 the same for values; or [B, T, H, D] joined along its tokens and turned afterwards; or, in a first
-call without a past, keys and values that the graph returns. The new cache value that the graph returns becomes a zero-memory tensor of
-the right shape whose storage is the key to our state. Does NOT fire when the past or the joined
-tensor is used by anything but this attention, shape queries and the graph's output, since that
-use would read nothing.
+call without a past, keys and values that the graph returns. The new cache value that the graph
+returns becomes a zero-memory tensor of the right shape whose storage is the key to our state. Does
+NOT fire when the past or the joined tensor is used by anything but this attention, shape queries
+and the graph's output, since that use would read nothing.
 """
 
 from __future__ import annotations

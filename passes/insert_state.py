@@ -13,11 +13,14 @@ from typing import Any
 from arkv_fx.passes.context import Context, Insertion
 from arkv_fx.passes.fold import LARGEST, causal_window, is_constant, look_at, what_is_shown
 from arkv_fx.passes.nodes import op_name, shape
-from arkv_fx.passes.readers import MIXES
 from arkv_fx.passes.site import Site
 from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
 
+MIXES = {
+    "matmul", "linear", "bmm", "mm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "embedding",
+    "scaled_dot_product_attention",
+}  # fmt: skip
 LEVELS = 2
 """Projections between a token and its query, key or value: two, where they are factored."""
 

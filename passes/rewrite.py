@@ -48,9 +48,7 @@ def run(graph: GraphModule, context: Context) -> None:
             if site.source == "buffer":
                 start = placeholder(graph, f"arkv_start_{site.ordinal}")
                 like = example(site.new_k)
-                start.meta = {
-                    "example_value": like.new_empty((), dtype=torch.int64, device="cpu")
-                }
+                start.meta = {"example_value": like.new_empty((), dtype=torch.int64, device="cpu")}
                 starts[key] = start
         _replace(graph, site, states[key], starts.get(key), context)
     # Not eliminate_dead_code: a user's graph may hold impure nodes that FX does not know of.
@@ -123,6 +121,7 @@ def _proxy_cache(graph: GraphModule, site: Site, anchor: Node) -> None:
     """Give the cache's new value zero-memory tensors of the right shape over the anchor."""
     new, dim = (site.new_k, site.new_v), site.token_dim
     for joined, came, past in zip(site.cache_nodes, new, site.past, strict=True):
+        assert came is not None
         sizes: list[Any] = [*(shape(joined) or ())]
         # In a first call what is returned for later is what is attended to now.
         returned = joined is came or came.args[:1] == (joined,)

@@ -73,9 +73,7 @@ class Buffers:
         self.used[key] = (entry, start + length)
         return entry.state
 
-    def _start(
-        self, past: Sequence[Tensor], plan: LayerPlan, batch: int, token_dim: int
-    ) -> _Entry:
+    def _start(self, past: Sequence[Tensor], plan: LayerPlan, batch: int, token_dim: int) -> _Entry:
         for key in [k for k, e in _entries.items() if e.storage.expired()]:
             del _entries[key]
         keys = past[0]
@@ -98,8 +96,8 @@ class Buffers:
             if isinstance(x, Tensor) and x.dim() == 4 and (key := _key(x)) in _entries:
                 if key not in self.used and not _entries[key].storage.expired():
                     raise AbsorbedCacheError(
-                        f"a cache buffer of shape {tuple(x.shape)}, whose tokens are compressed, is "
-                        "read by a graph whose attention could not be rewritten; begin a new "
+                        f"a cache buffer {tuple(x.shape)}, whose tokens are compressed, is read by "
+                        "a graph whose attention could not be rewritten; begin a new "
                         "sequence with new buffers, or transform all of the model"
                     )
 

@@ -49,7 +49,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        output = x.float() * torch.rsqrt(torch.mean(x.float() ** 2, dim=-1, keepdim=True) + self.eps)
+        output = x.float() * torch.rsqrt(
+            torch.mean(x.float() ** 2, dim=-1, keepdim=True) + self.eps
+        )
         return output.type_as(x) * self.weight
 
 

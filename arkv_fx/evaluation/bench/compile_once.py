@@ -18,7 +18,8 @@ from arkv_fx.calibration import Calibration, LayerStatistics
 from arkv_fx.evaluation.bench.caches import load_model
 from arkv_fx.evaluation.bench.cases import Options
 from arkv_fx.evaluation.bench.timing import compiled, pinned
-from arkv_fx.transform import fingerprint, restore, sliding_windows, transform
+from arkv_fx.layers import sliding_windows
+from arkv_fx.transform import fingerprint, restore, transform
 
 PROMPT = 128
 

@@ -1,0 +1,125 @@
+"""What each layer of a transformers model caches, as transformers itself reads its config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import cache_utils
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+from arkv_fx.errors import CacheError, TransformError
+
+# Not in every release that is supported.
+DynamicIndexedLayer: Any = getattr(cache_utils, "DynamicIndexedLayer", None)
+
+
+class CompressedLayer:
+    """Stands in the cache's list of layers for one whose keys and values are in our state."""
+
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __getattr__(self, name: str) -> Any:
+        raise CacheError(
+            f"layer {self.index}: the model reads {name!r} of its cached layer, whose keys and "
+            "values are compressed; it needs its own cache: call arkv_fx.restore(model)"
+        )
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of a model's text decoder, None for a model without one."""
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        return config.get_text_config(decoder=True)
+    return config
+
+
+def cached_layers(model: nn.Module) -> list[Any]:
+    """A fresh cache layer of transformers for each layer of the model; empty if it has none.
+
+    Raises:
+        TransformError: for a kind of layer that is not known here.
+    """
+    config = text_config(model)
+    # Models of other origin may have a config too, of any kind.
+    if not hasattr(config, "get_text_config") or not hasattr(config, "num_hidden_layers"):
+        return []
+    try:
+        layers = list(DynamicCache(config=config).layers)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TransformError(
+            f"{type(model).__name__}: transformers makes no cache from its configuration "
+            f"({error}); the model is left as it was"
+        ) from error
+    known = {
+        DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer,
+        cache_utils.LinearAttentionAndFullAttentionLayer, DynamicIndexedLayer,
+        getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", None),
+    }  # fmt: skip
+    for index, layer in enumerate(layers):
+        if type(layer) not in known:
+            raise TransformError(
+                f"{type(model).__name__}: layer {index} keeps what it cached in a "
+                f"{type(layer).__name__}, which arkv_fx does not know; the model is left as it was"
+            )
+    return layers
+
+
+def windows(layers: list[Any]) -> list[int]:
+    """Attention window of each layer in tokens, 0 for full attention."""
+    return [int(getattr(layer, "sliding_window", 0) or 0) for layer in layers]
+
+
+def sliding_windows(model: nn.Module) -> list[int]:
+    """Attention window of each layer of a model in tokens, 0 for full attention."""
+    return windows(cached_layers(model))
+
+
+def own_state(layers: list[Any]) -> list[Any]:
+    """Layers that keep recurrent or convolution state, or an indexer, in transformers' own classes.
+
+    The rest are ``CompressedLayer``; empty where all of them would be.
+    """
+    out: list[Any] = []
+    for index, layer in enumerate(layers):
+        if isinstance(layer, DynamicLayer) and isinstance(layer, LinearAttentionCacheLayerMixin):
+            out.append(LinearAttentionLayer(number_of_states=layer.number_of_states))
+        elif isinstance(layer, LinearAttentionCacheLayerMixin) or _is_indexed(layer):
+            out.append(layer)
+        else:
+            out.append(CompressedLayer(index))
+    return out if any(not isinstance(layer, CompressedLayer) for layer in out) else []
+
+
+def only_linear(layers: list[Any]) -> list[bool]:
+    """Which layers have no attention beside their recurrent state."""
+    return [
+        isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, DynamicLayer)
+        for layer in layers
+    ]
+
+
+def tensors_of(layer: Any) -> list[Tensor]:
+    """All tensors of a layer of transformers."""
+    if isinstance(layer, CompressedLayer):
+        return []
+    found: list[Tensor] = []
+    for value in vars(layer).values():
+        parts = value.values() if isinstance(value, dict) else [value]
+        found += [part for part in parts if isinstance(part, Tensor)]
+    return found
+
+
+def _is_indexed(layer: Any) -> bool:
+    return DynamicIndexedLayer is not None and isinstance(layer, DynamicIndexedLayer)
