@@ -148,7 +148,7 @@ class Transformed:
             raise
 
     def _wants_cache(self, use: bool | None) -> bool:
-        if self.model.training:
+        if self.model.training or (use is None and _only_looks_ahead(self.model)):
             return False
         if use is None:
             use = getattr(getattr(self.model, "config", None), "use_cache", False)
@@ -286,6 +286,18 @@ def _transform(
     if hasattr(model, "_prepare_cache_for_generation"):
         model._prepare_cache_for_generation = functools.partial(_prepare_cache, model)  # type: ignore[assignment]
     return model
+
+
+def _only_looks_ahead(model: nn.Module) -> bool:
+    """Whether a model is an encoder by its own word: its config may speak of a cache all the same.
+
+    A cache would keep what later tokens never read.
+    """
+    generates = getattr(model, "can_generate", lambda: True)()
+    flags = [
+        m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)
+    ]
+    return bool(flags) and not any(flags) and not generates and not is_encoder_decoder(model)
 
 
 def restore(model: nn.Module) -> nn.Module:
