@@ -10,6 +10,7 @@ from arkv_fx.commands.common import Group
 from arkv_fx.commands.doctor import doctor
 from arkv_fx.commands.generate import generate
 from arkv_fx.commands.inspect import calibrate, report
+from arkv_fx.commands.zoo import zoo
 
 app = typer.Typer(
     name="arkv",
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, calibrate, report, bench, doctor):
+for command in (generate, calibrate, report, bench, doctor, zoo):
     app.command()(command)
 app.add_typer(evaluate.app, name="eval")
 

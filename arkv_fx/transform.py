@@ -173,9 +173,12 @@ class Transformed:
             # An attention that is not rewritten has its padding in its cache.
             and not cache.session.plain
             and not getattr(text_config(self.model), "alibi", False)
+            # Chunks of attention are counted from the first token that is no padding.
+            and not getattr(text_config(self.model), "attention_chunk_size", None)
             and before.shape[1] == cache.seen == mask.shape[1] - 1
             and torch.equal(before, mask[:, :-1])
             and bool(mask[:, -1].all())
+            and cache.session.counts(before.sum(1))
         )
         return None if known else mask
 

@@ -68,7 +68,7 @@ def _match(site: Site, first: bool) -> None:
         return
     for base, write in ((base_k, keys), (base_v, values)):
         for held in (base, write.node):
-            reader = foreign_reader(held, [site.node, write.node, *_aims(write.node)])
+            reader = foreign_reader(held, [*site.products, write.node, *_aims(write.node)])
             if reader is not None:
                 site.refuse(
                     f"the cache is also read by {reader.format_node()}, which cannot see "

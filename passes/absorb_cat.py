@@ -43,7 +43,7 @@ def _match(site: Site) -> None:
     if dim != dim_v:
         site.refuse("past keys and values differ in how heads and tokens are laid out")
         return
-    readers = [foreign_reader(x, [site.node], output=True) for x in (joined_k, joined_v)]
+    readers = [foreign_reader(x, site.products, output=True) for x in (joined_k, joined_v)]
     readers += [
         # One empty tensor may be the past of both.
         foreign_reader(past, [joined_k, joined_v] if past_k is past_v else [joined])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from arkv_fx.passes.heads import Emitter
+from arkv_fx.passes.layout import VIEWS
 from arkv_fx.passes.nodes import arguments, example, op_name, same_size, shape
 from arkv_fx.passes.readers import SIZES
 from arkv_fx.passes.site import Site
@@ -27,14 +28,12 @@ RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten"}
 MADE = {"new_empty", "new_zeros", "empty_like", "zeros_like"}
 
 
-def made_of(marker: Node, attentions: Sequence[Node]) -> list[Node]:
-    """Everything computed from the marker's outputs up to the attentions, in order; no sizes."""
-    found, last = {marker}, attentions[-1]
+def made_of(marker: Node, stops: Sequence[Node]) -> list[Node]:
+    """Everything computed from the marker's outputs up to the ``stops``, in order; no sizes."""
+    found, ends = {marker}, set(stops)
     out = []
     for node in marker.graph.nodes:
-        if node is last:
-            break
-        if node in attentions or op_name(node) in SIZES or example(node) is None:
+        if node in ends or op_name(node) in SIZES or example(node) is None:
             continue
         if not found.isdisjoint(node.all_input_nodes) and not isinstance(example(node), _SCALARS):
             found.add(node)
@@ -45,10 +44,10 @@ def made_of(marker: Node, attentions: Sequence[Node]) -> list[Node]:
 _SCALARS = (int, float, torch.SymInt, torch.SymFloat)
 
 
-def obstacle(marker: Node, site: Site) -> str:
+def obstacle(marker: Node, site: Site, stops: Sequence[Node]) -> str:
     """Why the site's keys and values cannot be computed from slots, "" if they can."""
     axes: dict[Node, int] = {}
-    for node in made_of(marker, [site.node]):
+    for node in made_of(marker, stops):
         if not isinstance(example(node), torch.Tensor):
             if op_name(node) not in (
                 "split",
@@ -199,12 +198,14 @@ def _indexed(index: Any, axis: int, rank: int) -> int | None:
     return None
 
 
-def replay(site: Site, columns: tuple[Node, Node], emit: Emitter) -> tuple[Node, Node]:
+def replay(
+    site: Site, stops: Sequence[Node], columns: Sequence[Node], emit: Emitter
+) -> tuple[Node, Node]:
     """Copy the computation of the site's keys and values, over columns instead of all tokens."""
     marker = site.cache_nodes[0]
     copies: dict[Node, Node] = {}
     axes: dict[Node, int] = {}
-    for node in made_of(marker, [site.node]):
+    for node in _needed(made_of(marker, stops), site):
         value = example(node)
         if node.args and node.args[0] is marker:
             copies[node], axes[node] = columns[int(node.args[1])], 2  # type: ignore[arg-type]
@@ -217,6 +218,27 @@ def replay(site: Site, columns: tuple[Node, Node], emit: Emitter) -> tuple[Node,
             axes[node] = axes[node.args[0]]  # type: ignore[index]
         copies[node] = _copy(node, copies, axes, emit)
     return copies[site.k], copies[site.v]
+
+
+def _needed(nodes: list[Node], site: Site) -> list[Node]:
+    """Those of ``nodes`` that the site's keys and values depend on, writes into them included."""
+    wanted: set[Node] = set()
+    more = {site.k, site.v}
+    while not more <= wanted:
+        wanted |= more
+        for node in nodes:
+            writes = op_name(node).endswith("_") and not wanted.isdisjoint(_viewed(node.args[0]))
+            if node in wanted or writes:
+                more |= {node, *(n for n in node.all_input_nodes if n in nodes)}
+    return [node for node in nodes if node in wanted]
+
+
+def _viewed(node: Any) -> list[Node]:
+    """A tensor and what it is a view of."""
+    out = [node]
+    while op_name(out[-1]) in VIEWS:
+        out.append(out[-1].args[0])
+    return out
 
 
 def _copy(node: Node, copies: dict[Node, Node], axes: dict[Node, int], emit: Emitter) -> Node:

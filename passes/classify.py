@@ -67,14 +67,16 @@ def _decide(site: Site, context: Context) -> None:
         return
     # Extents of the state are numbers: a symbolic batch is specialised here, one graph each.
     site.batch, site.heads = int(k[0]), int(k[1])
+    # What is computed from the cache may mix heads, so all heads of a token are kept together.
+    folded = site.heads if site.rows is not None else 1
     if site.layer is not None and site.layer < len(context.sliding):
         site.sliding = context.sliding[site.layer]
     found = context.calibration.row(site.layer) if context.calibration is not None else None
     site.plan = plan_layer(
         context.config,
-        heads=site.heads,
-        k_dim=int(k[3]),
-        v_dim=int(v[3]),
+        heads=site.heads // folded,
+        k_dim=int(k[3]) * folded,
+        v_dim=int(v[3]) * folded,
         dtype=example(site.new_k).dtype,
         sliding=site.sliding,
         oq_ratio=found.oq_ratio if found else None,

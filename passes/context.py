@@ -68,6 +68,11 @@ class Context:
         """The sites that are rewritten."""
         return [s for s in self.sites if s.fused]
 
+    @property
+    def products(self) -> list[Node]:
+        """All nodes that read keys or values."""
+        return [node for site in self.sites for node in site.products]
+
     def rows(self) -> list[dict[str, Any]]:
         """All sites as report rows."""
         return [s.row() for s in self.sites]

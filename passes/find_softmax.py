@@ -65,6 +65,7 @@ def _site(softmax: Node, ordinal: int) -> Site | None:
     last, after = tail
     site = Site(
         last.node, ordinal, module_path(softmax), first.left, first.right, last.right,
+        products=[first.node, last.node],
     )  # fmt: skip
     site.look_through(k_token=first.token)
     if site.reason:

@@ -10,15 +10,20 @@ from __future__ import annotations
 from arkv_fx.passes import carry
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import module_path, op_name
-from arkv_fx.passes.readers import behind, foreign_reader
+from arkv_fx.passes.readers import foreign_reader
 from arkv_fx.passes.site import Site
 from torch.fx import GraphModule, Node
 
 
 def run(graph: GraphModule, context: Context) -> None:
     """Set ``source="marker"`` and the new tokens of every site that reads a marker."""
+    reached = {
+        node: carry.made_of(node, context.products)
+        for node in graph.graph.nodes
+        if op_name(node) == "kv_update"
+    }
     for site in context.sites:
-        marker = _marker_behind(site)
+        marker = _marker_behind(site, reached)
         if marker is not None:
             _match(site, marker, context)
     groups: dict[Node, list[Site]] = {}
@@ -32,9 +37,11 @@ def run(graph: GraphModule, context: Context) -> None:
             context.sites.append(_unclaimed(node, len(context.sites)))
 
 
-def _marker_behind(site: Site) -> Node | None:
+def _marker_behind(site: Site, reached: dict[Node, list[Node]]) -> Node | None:
+    """The last marker that keys or values are made of."""
     direct = _marker(site.k, 0) or _marker(site.v, 1)
-    return direct or behind(site.k, "kv_update") or behind(site.v, "kv_update")
+    found = [m for m, nodes in reached.items() if site.k in nodes or site.v in nodes]
+    return direct or (found[-1] if found else None)
 
 
 def _match(site: Site, marker: Node, context: Context) -> None:
@@ -48,15 +55,17 @@ def _match(site: Site, marker: Node, context: Context) -> None:
     if context.stand_in is not None:
         site.refuse("layers whose keys are computed from what is cached are not measured alone")
         return
-    if reason := carry.obstacle(marker, site):
+    if reason := carry.obstacle(marker, site, context.products):
         site.refuse(reason)
 
 
 def _check_readers(marker: Node, sites: list[Site], context: Context) -> None:
     """Only the last of the attentions updates the state; nothing else may read the cache."""
-    allowed = [site.node for site in sites]
+    allowed = [node for site in sites for node in site.products]
     if any(site.rows for site in sites):
-        allowed += carry.made_of(marker, allowed)
+        for site in sites:  # one state, so one way to keep it
+            site.rows = (site.k, site.v)
+        allowed = [*carry.made_of(marker, context.products), *allowed]
     reader = foreign_reader(marker, allowed)
     for site in sites:
         if reader is not None:

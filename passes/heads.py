@@ -68,6 +68,21 @@ def output(site: Site, out: Node, emit: Emitter) -> Node:
     return out if example(out).dtype == wanted else emit("to", out, wanted)
 
 
+def fold(x: Node, emit: Emitter) -> Node:
+    """[B, H, T, D] -> [B, 1, T, H * D]: all heads of a token as one vector."""
+    if same_size((shape(x) or ())[1], 1):
+        return x
+    return emit("unsqueeze", emit("flatten", emit("transpose", x, 1, 2), 2), 1)
+
+
+def unfold(x: Node, heads: int, emit: Emitter) -> Node:
+    """[B, 1, N, H * D] -> [B, H, N, D]."""
+    if heads == 1:
+        return x
+    apart = emit("unflatten", emit("squeeze", x, 1), 2, (heads, -1))
+    return emit("transpose", apart, 1, 2)
+
+
 def sinks(site: Site, emit: Emitter) -> Node | None:
     """One extra logit per query head [Hq], None if there is none."""
     if site.sinks is None or len(shape(site.sinks) or ()) == 1:
@@ -86,7 +101,10 @@ def mask(site: Site, emit: Emitter) -> Node | None:
             shown = node if shown is None else emit(operator.and_, shown, node)
             continue
         if bias.factor != 1.0:
+            # What hides a logit must go on doing so: a smaller number could look like a bias.
+            hidden = emit(operator.le, node, torch.finfo(example(node).dtype).min / 2)
             node = emit(operator.mul, node, bias.factor)
+            node = emit("masked_fill", node, hidden, float("-inf"))
         added = node if added is None else emit(operator.add, added, node)
     if added is None or shown is None:
         return shown if added is None else added
@@ -101,15 +119,21 @@ def mask_reason(site: Site) -> str:
         sizes = shape(bias.node) or ()
         full = (*(size_of(dim) for dim in bias.layout), tokens, keys)
         missing = len(full) - len(sizes)
-        fits = missing >= 0 and same_size(sizes[-1], keys) if sizes else False
+        fits = missing >= 0 and bool(sizes) and _equal(sizes[-1], keys)
         for size, whole in zip(sizes, full[missing:], strict=False):
-            fits = fits and (same_size(size, whole) or same_size(size, 1))
+            fits = fits and (same_size(size, 1) or _equal(size, whole))
         if not fits:
             return (
                 f"mask has shape {[*sizes]}, which is not {[*full]} nor broadcasts to it over "
                 "batch, heads and queries"
             )
     return ""
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Equality of two extents; where two expressions must be compared, this becomes a guard."""
+    both = isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt)
+    return same_size(a, b) or (both and bool(a == b))
 
 
 def _canonical(bias: Bias, site: Site, emit: Emitter) -> Node:

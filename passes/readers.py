@@ -8,10 +8,6 @@ from arkv_fx.passes.layout import VIEWS
 from arkv_fx.passes.nodes import op_name
 from torch.fx import Node
 
-MIXES = {
-    "matmul", "linear", "bmm", "mm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "embedding",
-    "scaled_dot_product_attention", "",
-}  # fmt: skip
 SIZES = {"size", "dim", "numel", "getattr", "sym_size"}
 
 
@@ -30,20 +26,4 @@ def foreign_reader(tensor: Node, allowed: Iterable[Node], *, output: bool = Fals
             todo += list(user.users)
             continue
         return user
-    return None
-
-
-def behind(tensor: Node, name: str) -> Node | None:
-    """The operation called ``name`` that ``tensor`` is, but for elementwise and shape operations.
-
-    What mixes tokens or features (a product, an attention, an embedding) starts something new.
-    """
-    todo, seen = [tensor], {tensor}
-    while todo:
-        for source in todo.pop().all_input_nodes:
-            if op_name(source) == name:
-                return source
-            if source not in seen and op_name(source) not in MIXES:
-                seen.add(source)
-                todo.append(source)
     return None

@@ -23,11 +23,12 @@ import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 
 def run(graph: GraphModule, context: Context) -> None:
     """Insert placeholders and operators, replace the uses of the old attention."""
+    stops = context.products
     computed = [
         node
         for site in context.fused
         if site.rows is not None
-        for node in carry.made_of(site.cache_nodes[0], [site.node])
+        for node in carry.made_of(site.cache_nodes[0], stops)
     ]
     states: dict[tuple[str, int | None], list[Node]] = {}
     starts: dict[tuple[str, int | None], Node] = {}
@@ -50,7 +51,7 @@ def run(graph: GraphModule, context: Context) -> None:
                 like = example(site.new_k)
                 start.meta = {"example_value": like.new_empty((), dtype=torch.int64, device="cpu")}
                 starts[key] = start
-        _replace(graph, site, states[key], starts.get(key), context)
+        _replace(graph, site, states[key], starts.get(key), stops, context)
     # Not eliminate_dead_code: a user's graph may hold impure nodes that FX does not know of.
     for site in context.fused:
         _erase_dead(graph, [site.node])
@@ -72,7 +73,12 @@ def placeholder(graph: GraphModule, name: str) -> Node:
 
 
 def _replace(
-    graph: GraphModule, site: Site, state: list[Node], start: Node | None, context: Context
+    graph: GraphModule,
+    site: Site,
+    state: list[Node],
+    start: Node | None,
+    stops: list[Node],
+    context: Context,
 ) -> None:
     assert site.plan is not None
     emit = heads.Emitter(graph, site.node)
@@ -81,15 +87,18 @@ def _replace(
         mask = _ending_at_newest(site, mask, start, emit)
     scale = site.scale if site.scale is not None else 1 / math.sqrt((shape(site.q) or ())[-1])
     plan = site.plan.to_json()
-    arguments = (q, site.new_k, site.new_v, mask, state, plan, float(scale), site.softcap, sinks,
-                 site.fresh)  # fmt: skip
-    k, v = site.new_k, site.new_v
+    assert site.new_k is not None and site.new_v is not None
+    new_k, new_v = k, v = site.new_k, site.new_v
     rows: dict[str, Any] = {}
     if site.rows is not None:
-        found = emit(torch.ops.arkv.columns.default, k, v, state, plan, site.fresh)
-        pair = emit(operator.getitem, found, 0), emit(operator.getitem, found, 1)
-        k, v = carry.replay(site, pair, emit)
+        new_k, new_v = heads.fold(new_k, emit), heads.fold(new_v, emit)
+        found = emit(torch.ops.arkv.columns.default, new_k, new_v, state, plan, site.fresh)
+        pair = [heads.unfold(emit(operator.getitem, found, i), site.heads, emit) for i in range(2)]
+        k, v = carry.replay(site, stops, pair, emit)
         rows = {"rows": [k, v]}
+    arguments = (
+        q, new_k, new_v, mask, state, plan, float(scale), site.softcap, sinks, site.fresh
+    )  # fmt: skip
     with graph.graph.inserting_before(site.node):
         if context.probe is not None and site.last:
             graph.graph.call_function(context.probe, (site.layer, q, k, v, mask, float(scale)))

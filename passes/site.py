@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from arkv_fx.passes.layout import Axis, Dims, follow, names, size_of
+from arkv_fx.passes.layout import Axis, Dims, follow, names, origin_dims, size_of
 from arkv_fx.passes.nodes import same_size, shape
 from torch.fx import Node
 
@@ -40,7 +40,8 @@ class Site:
     counts tokens; into a buffer the new tokens are written from ``start`` on, or at ``positions``.
     ``rows`` are keys and values as the attention reads them where they are more than an expansion
     of what is cached; ``last`` is False where another attention over the same cache follows.
-    ``reason`` says why it was left alone, "" while it is a candidate or fused.
+    ``products`` are the nodes that read keys and values. ``reason`` says why it was left alone, ""
+    while it is a candidate or fused.
     """
 
     node: Node
@@ -74,6 +75,10 @@ class Site:
     cache_nodes: list[Node] = field(default_factory=list)
     rows: tuple[Node, Node] | None = None
     last: bool = True
+    products: list[Node] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.products = self.products or [self.node]
 
     @property
     def fused(self) -> bool:
@@ -114,18 +119,20 @@ class Site:
                 "dim], nor views of it"
             )
             return
-        self.k, k_dims = keys
-        self.v, v_dims = values
-        layout = _pair(shape(self.q) or (), k_dims[:-2], grouped)
-        if layout is None or names(layout) != names(
-            _pair(shape(self.q) or (), v_dims[:-2], grouped) or ()
-        ):
-            self.refuse(
-                "keys and values, or queries and keys, differ in how batch and heads are laid out: "
-                f"queries {_text(shape(self.q))}, keys {names(k_dims)}, values {names(v_dims)}"
-            )
-            return
-        self.layout = layout
+        queries = shape(self.q) or ()
+        # Where the origins do not pair, what is read may: then it is computed from the cache.
+        read = (self.k, origin_dims(self.k)), (self.v, origin_dims(self.v))
+        for (k, k_dims), (v, v_dims) in ((keys, values), read):
+            layout, other = (_pair(queries, dims[:-2], grouped) for dims in (k_dims, v_dims))
+            if layout is not None and other is not None and names(layout) == names(other):
+                self.k, self.v, self.layout = k, v, layout
+                return
+            if k_token != -2 or len(shape(self.k) or ()) != 4:
+                break
+        self.refuse(
+            "keys and values, or queries and keys, differ in how batch and heads are laid out: "
+            f"queries {_text(queries)}, keys {names(keys[1])}, values {names(values[1])}"
+        )
 
     def row(self) -> dict[str, Any]:
         """The site as a report row."""

@@ -271,7 +271,12 @@ def grow(call: Callable[..., Any], tokens: Tensor) -> Tensor:
     return torch.cat(out, 1)
 
 
-DECODERS: dict[str, dict[str, Any]] = {"rotary": {}, "t5_bias": {"t5_bias": True}}
+DECODERS: dict[str, dict[str, Any]] = {
+    "rotary": {},
+    "t5_bias": {"t5_bias": True},
+    "rotary-einsum": {"flash": False},
+    "t5_bias-einsum": {"t5_bias": True, "flash": False},
+}
 
 
 @pytest.mark.parametrize("batch", [1, 2])

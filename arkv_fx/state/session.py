@@ -133,6 +133,11 @@ class Session:
             )
         return state
 
+    def counts(self, tokens: Tensor) -> bool:
+        """Whether exactly ``tokens`` [B] tokens of each sequence were taken for real ones."""
+        states = [state.view().count for state in self.layers.values()]
+        return all(torch.equal(count, tokens.to(count)) for count in states)
+
     def nbytes(self) -> int:
         """Bytes of every tensor of every layer, the handle included."""
         return sum(part.nbytes() for part in self.parts()) + int(self.handle.nbytes)

@@ -30,7 +30,7 @@ VISIBLE = 1e-2  # dropping the cache moves the logits by more, or the comparison
 COLUMNS = (
     "architecture", "status", "sites", "fused", "reasons", "identity", "padded", "chunked",
     "generate", "finite", "bounded", "repeatable", "moved", "graphs", "breaks", "own", "control",
-    "failed", "refused", "error", "seconds",
+    "wrong", "raised", "refused", "error", "seconds",
 )  # fmt: skip
 """The columns of a row, in order.
 
@@ -38,11 +38,18 @@ identity, padded, chunked: relative error of the logits with room for everything
 calls of the model as it was; generate: the same greedy tokens; finite, bounded (bytes stay what the
 report says), repeatable: under an evicting budget, which moves the logits by ``moved``; own: what
 the model's own cache changes against one forward; control: what dropping the cache changes;
-failed, refused: the checks whose answer is wrong, and those that ended in an error of ours.
+wrong, raised, refused: the checks whose answer is wrong, those that ended in an error, and those
+that ended in an error of ours, which says what to do; error: the first of these errors.
 """
 
+TEXTS = ("reasons", "wrong", "raised", "refused", "error")
+"""The columns that are texts: "" where there is nothing to say, lists as in "padded, generate"."""
+
+NOT_RUN = ("no cache", "not built", "no reference")
+"""The statuses of what has no cache, or that transformers itself cannot run with one here."""
+
 CORRECT = ("fused", "partly", "unfused", "refused")
-"""The statuses in which nothing wrong was computed."""
+"""The statuses in which nothing wrong was computed; "refused" if any check was."""
 
 
 @dataclass
@@ -65,13 +72,17 @@ class Subject:
         return drive.difference(found, self.answers[answer], self.batches[batch])
 
 
+def blank(name: str) -> Row:
+    """A row without answers."""
+    return dict.fromkeys(COLUMNS) | {"architecture": name} | dict.fromkeys(TEXTS, "")
+
+
 def examine(name: str, *, quick: bool = False) -> Row:
     """One row about the architecture ``name``; whatever goes wrong is in the row.
 
     ``quick`` leaves out chunks, ``generate()`` and eviction: their columns are None.
     """
-    row: Row = dict.fromkeys(COLUMNS)
-    row |= {"architecture": name, "failed": "", "refused": "", "error": "", "reasons": ""}
+    row = blank(name)
     began = time.perf_counter()
     if name in NOT_CACHEABLE:
         row |= {"status": "no cache", "reasons": NOT_CACHEABLE[name]}
@@ -130,26 +141,26 @@ def _under(subject: Subject, config: ArkvConfig, checks: dict[str, Check], row: 
     """Transform the model, run the checks, and put answers and errors into the row."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    try:
-        transform(subject.model, config, compile="eager")
-    except ArkvError as error:
-        row["refused"] = ", ".join(filter(None, [row["refused"], "transform"]))
-        row["error"] = row["error"] or _text(error)
-        return
+    checks = {"transform": lambda _: _transform(subject, config), **checks}
     for name, check in checks.items():
         try:
             found = check(subject)
         except Exception as error:
-            kind = "refused" if isinstance(error, ArkvError) else "failed"
-            row[kind] = ", ".join(filter(None, [row[kind], name]))
+            _add(row, "refused" if isinstance(error, ArkvError) else "raised", name)
             row["error"] = row["error"] or f"{name}: {_text(error)}"
+            if name == "transform":
+                return
         else:
             row |= found
-            wrong = [c for c, value in found.items() if _is_wrong(c, value)]
-            row["failed"] = ", ".join(filter(None, [row["failed"], *wrong]))
+            _add(row, "wrong", *(c for c, value in found.items() if _is_wrong(c, value)))
     if config is ROOMY:
         row |= _report(subject)
     restore(subject.model)
+
+
+def _transform(subject: Subject, config: ArkvConfig) -> Row:
+    transform(subject.model, config, compile="eager")
+    return {}
 
 
 def _identity(subject: Subject) -> Row:
@@ -220,13 +231,16 @@ def _report(subject: Subject) -> Row:
 
 
 def _status(row: Row) -> str:
-    if row["failed"]:
-        return "wrong"
-    if "transform" in row["refused"] or "identity" in row["refused"]:
-        return "refused"
+    for status in ("wrong", "raised", "refused"):
+        if row[status]:
+            return status
     if row["sites"] and row["sites"] == row["fused"]:
         return "fused"
     return "partly" if row["fused"] else "unfused"
+
+
+def _add(row: Row, column: str, *names: str) -> None:
+    row[column] = ", ".join(filter(None, [row[column], *names]))
 
 
 def _stable(reason: str) -> str:

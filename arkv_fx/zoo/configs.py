@@ -113,12 +113,8 @@ def tiny_config(name: str) -> PreTrainedConfig:
     Raises:
         ModelNotFoundError: if transformers lists no such causal language model.
     """
-    if name not in _NAMES:
-        raise ModelNotFoundError(
-            f"transformers lists no causal language model {name!r}; `arkv zoo --list` names all"
-        )
-    whole: PreTrainedConfig = CONFIG_MAPPING[name]()
     wanted = _model_class(name).config_class
+    whole: PreTrainedConfig = CONFIG_MAPPING[name]()
     parts = [value for value in vars(whole).values() if isinstance(value, wanted)]
     config = whole if isinstance(whole, wanted) or not parts else parts[0]
     values = shrink(config, CHANGES.get(config.model_type))
@@ -136,10 +132,11 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
         ModelNotFoundError: if transformers lists no such causal language model, or it cannot be
             built here.
     """
+    kind = _model_class(name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            model: Any = _model_class(name)._from_config(tiny_config(name), dtype=torch.float32)
+            model: Any = kind._from_config(tiny_config(name), dtype=torch.float32)
         except (ImportError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise ModelNotFoundError(f"{name} cannot be built: {error}") from error
     _spread(model)
@@ -150,6 +147,10 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
 
 
 def _model_class(name: str) -> Any:
+    if name not in _NAMES:
+        raise ModelNotFoundError(
+            f"transformers lists no causal language model {name!r}; `arkv zoo --list` names all"
+        )
     return getattr(transformers, _NAMES[name])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from arkv_fx.errors import ModelNotFoundError
 from arkv_fx.evaluation.rows import Row
-from arkv_fx.zoo.checks import COLUMNS, CORRECT, examine
+from arkv_fx.zoo.checks import CORRECT, NOT_RUN, blank, examine
 from arkv_fx.zoo.configs import architectures
 
 LIMIT_S = 600.0
@@ -51,7 +51,7 @@ def run(
 
 def summary(rows: Sequence[Row]) -> dict[str, int]:
     """How many architectures there are, have a cache that could be run, are fused, are correct."""
-    cacheable = [row for row in rows if row["status"] not in ("no cache", "not built")]
+    cacheable = [row for row in rows if row["status"] not in NOT_RUN]
     return {
         "architectures": len(rows),
         "cacheable": len(cacheable),
@@ -86,18 +86,16 @@ class _Worker:
             self.process.start()
             theirs.close()
         self.pipe.send(name)
-        what = f"more than {limit_s:.0f} seconds"
-        with suppress(EOFError, ConnectionResetError):
+        try:
             if self.pipe.poll(limit_s):
                 row: Row = self.pipe.recv()
                 return row
-        if not self.process.is_alive():
+            what = f"more than {limit_s:g} seconds"
+        except (EOFError, ConnectionError):
+            self.process.join(10)
             what = f"the process ended with exit code {self.process.exitcode}"
         self._stop()
-        return dict.fromkeys(COLUMNS) | {
-            "architecture": name, "status": "crashed", "error": what,
-            "reasons": "", "failed": "", "refused": "",
-        }  # fmt: skip
+        return blank(name) | {"status": "crashed", "error": what}
 
     def _stop(self) -> None:
         if self.process is not None:

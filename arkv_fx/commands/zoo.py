@@ -1,0 +1,85 @@
+"""``arkv zoo``: what becomes of every architecture that transformers has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from arkv_fx.commands.common import JsonFile, err, out, spinner
+from arkv_fx.errors import ConfigError, EvaluationError
+from arkv_fx.evaluation import rows as rows_
+from arkv_fx.evaluation.rows import Row
+from arkv_fx.zoo import expect as expect_
+from arkv_fx.zoo import page as page_
+from arkv_fx.zoo import run as run_
+from arkv_fx.zoo.configs import architectures
+
+
+def zoo(
+    name: Annotated[
+        list[str] | None, typer.Argument(help="Architectures as transformers calls them (all).")
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write all columns here, as CSV.")] = None,
+    json: JsonFile = None,
+    page: Annotated[Path | None, typer.Option(help="Also write a Markdown page here.")] = None,
+    expect: Annotated[
+        Path | None, typer.Option(help="Fail where an architecture differs from this file.")
+    ] = None,
+    update_expectations: Annotated[
+        bool, typer.Option(help="Write what was found to the file of --expect instead.")
+    ] = False,
+    quick: Annotated[bool, typer.Option(help="Leave out chunks, generate() and eviction.")] = False,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds for one architecture.")] = (
+        run_.LIMIT_S
+    ),
+    list: Annotated[bool, typer.Option("--list", help="Only name the architectures.")] = False,
+) -> None:
+    """Transform a tiny model of each architecture and compare it with the model as it was."""
+    if list:
+        out.print("\n".join(architectures()), highlight=False)
+        return
+    if quick and expect:
+        raise ConfigError("--quick leaves out what --expect compares: give one of them")
+    if update_expectations and not expect:
+        raise ConfigError("--update-expectations writes to the file of --expect: give that too")
+    with spinner() as progress:
+        found = run_.run(name or (), quick=quick, limit_s=limit, progress=progress)
+    if csv:
+        page_.write_csv(csv, found)
+    if json:
+        rows_.write(json, found)
+    if page:
+        page_.write_page(page, found)
+    _show(found)
+    if expect:
+        _compare(expect, found, update_expectations)
+
+
+def _show(found: list[Row]) -> None:
+    shown = [{c: row[c] for c in page_.SHOWN} for row in found]
+    out.print(rows_.table("The zoo", shown))
+    for row in found:
+        if said := row["error"] or row["reasons"]:
+            out.print(f"{row['architecture']}: {said}", markup=False, highlight=False)
+    total = run_.summary(found)
+    out.print(
+        f"{total['architectures']} architectures: {total['cacheable']} with a KV cache, "
+        f"{total['fused']} fully fused, {total['correct']} correct",
+        highlight=False,
+    )
+
+
+def _compare(path: Path, found: list[Row], update: bool) -> None:
+    if update:
+        expect_.update(path, found)
+        return
+    lines = expect_.mismatches(found, expect_.load(path))
+    for line in lines:
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
+    if lines:
+        raise EvaluationError(
+            f"{len(lines)} values differ from {path}; if that is right, run the same with "
+            "--update-expectations"
+        )
