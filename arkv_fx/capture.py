@@ -83,6 +83,14 @@ class Captured:
                     found[self.leaves[node.name]] = dims
         return found
 
+    def traced(self, tokens: Any) -> int:
+        """The number of tokens that the graph was traced with."""
+        for node in self.graph.graph.find_nodes(op="placeholder"):
+            for size in getattr(example(node), "shape", ()):
+                if _is(size, tokens):
+                    return int(size.node.hint)
+        return 0
+
     def inputs(self, leaves: Sequence[Any]) -> list[Any]:
         """The graph's inputs for a call, in order."""
         return [

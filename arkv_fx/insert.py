@@ -27,6 +27,9 @@ from arkv_fx.report import Report
 from arkv_fx.self_check import ROOMY, SAMPLE, self_check, stretched
 from arkv_fx.state.session import check_finite
 
+FEWEST_COLUMNS = 256
+"""Room for so many tokens in a bias by position, at first."""
+
 
 class Inserted:
     """What ``model.arkv`` is for a model into which a cache was inserted."""
@@ -45,8 +48,9 @@ class Inserted:
         )  # fmt: skip
         self.original: Callable[..., Any] = model.forward
         self.replaced = {"forward": self.original} if "forward" in model.__dict__ else {}
-        self.captured: list[tuple[Captured, Any]] = []  # with the symbol of the token count
-        self.programs: dict[tuple[int, bool, bool], Program] = {}
+        # Each with the symbol of its number of tokens, and whether it has biases by position.
+        self.captured: list[tuple[Captured, Any, bool]] = []
+        self.programs: dict[tuple[int, bool, bool, int], Program] = {}
         if sample is not None:
             self._capture(*tree_flatten((sample, {})))
 
@@ -59,7 +63,7 @@ class Inserted:
     def report(self) -> Report:
         """Every attention site seen so far: fused or not and why, slots and bytes."""
         found = [p.sites for p in self.programs.values()]
-        found += [self._program(i, True, False).sites for i in range(len(self.captured))]
+        found += [self._program(i, True, False, 0).sites for i in range(len(self.captured))]
         return Report.of(found, self.config)
 
     def run(self, *args: Any, cache: ArkvCache | None = None, **kwargs: Any) -> Any:
@@ -71,7 +75,7 @@ class Inserted:
         # Compiled graphs take the strides that they were traced with.
         leaves = [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
         index = self._find(leaves, spec)
-        graph, tokens = self.captured[index]
+        graph, tokens, _ = self.captured[index]
         length = _token_count(graph, tokens, leaves)
         bound = graph.bounds.get(tokens)
         if bound is not None and cache.seen + length > bound:
@@ -79,7 +83,7 @@ class Inserted:
                 f"the cache holds {cache.seen} tokens and {length} more came, but {self.name} "
                 f"knows positions for {bound} only (its tables or an assertion end there)"
             )
-        program = self._program(index, cache.seen == 0, length == 1)
+        program = self._program(index, cache.seen == 0, length == 1, cache.seen + length)
         cache.session.tokens = -1  # in doubt until the whole step is done
         out = program(graph.inputs(leaves), cache.session, cache.seen)
         cache.seen += length
@@ -109,10 +113,10 @@ class Inserted:
 
     def _find(self, leaves: list[Any], spec: TreeSpec) -> int:
         """The graph for a call, captured if it is the first of its kind."""
-        for index, (graph, tokens) in enumerate(self.captured):
+        for index, (graph, tokens, _) in enumerate(self.captured):
             if graph.fits(leaves, spec, tokens):
                 return index
-        for graph, tokens in self.captured:
+        for graph, tokens, _ in self.captured:
             if graph.in_spec == spec:  # a graph of one token would say nothing about positions
                 leaves = stretched(leaves, graph.token_dims(tokens))
                 break
@@ -125,17 +129,22 @@ class Inserted:
             raise TransformError("call model.eval() first: a cache is for inference")
         graph = capture(self.model, self.original, args, kwargs)
         first = build(graph, ROOMY, None, "eager", fresh=True)
-        later = build(graph, ROOMY, None, "eager", fresh=False)
+        later = build(graph, ROOMY, None, "eager", fresh=False, columns=2 * SAMPLE)
         self_check(self.name, self.original, graph, (first, later), leaves)
-        self.captured.append((graph, first.tokens))
+        self.captured.append((graph, first.tokens, first.biased))
 
-    def _program(self, index: int, fresh: bool, one: bool) -> Program:
+    def _program(self, index: int, fresh: bool, one: bool, total: int) -> Program:
+        graph, tokens, biased = self.captured[index]
+        columns = 0
+        if biased and not fresh:  # one more program each time that the text has doubled
+            columns = max(FEWEST_COLUMNS, 1 << (total - 1).bit_length())
+            columns += columns == graph.traced(tokens)  # equal extents would be taken for the same
         # What is run as it is does not care whether one token comes or many.
-        key = (index, fresh, one and self.lowering != "eager")
+        key = (index, fresh, one and self.lowering != "eager", columns)
         if key not in self.programs:
             self.programs[key] = build(
-                self.captured[index][0], self.config, self.calibration, self.lowering,
-                fresh=fresh, one=key[2],
+                graph, self.config, self.calibration, self.lowering,
+                fresh=fresh, one=key[2], columns=columns,
             )  # fmt: skip
         return self.programs[key]
 

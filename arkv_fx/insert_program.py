@@ -39,6 +39,11 @@ class Program:
         return self.context.sites
 
     @property
+    def biased(self) -> bool:
+        """Whether a bias by position must reach over all tokens so far."""
+        return any(site.biases for site in self.context.fused)
+
+    @property
     def tokens(self) -> Any:
         """The symbol of the number of new tokens."""
         assert self.context.insertion is not None
@@ -70,6 +75,7 @@ def build(
     *,
     fresh: bool,
     one: bool = False,
+    columns: int = 0,
 ) -> Program:
     """Run the passes on a copy of the captured graph and lower what they made.
 
@@ -77,11 +83,12 @@ def build(
         lowering: "eager" or "inductor".
         fresh: for the first call of a sequence.
         one: for one new token: all extents are then numbers.
+        columns: the most tokens that biases by position must reach over, if there are any.
 
     Raises:
         TransformError: if no causal self-attention is found, or one cannot be rewritten.
     """
-    insertion = Insertion(captured.constants(), captured.bounds, fresh)
+    insertion = Insertion(captured.constants(), captured.bounds, fresh, columns)
     context = Context(config, calibration, insertion=insertion)
     work = pipeline.apply(captured.graph, context)
     refused = [s for s in context.sites if s.source and not s.fused]

@@ -22,13 +22,15 @@ class Insertion:
     """A state is to be inserted where the model knows none.
 
     ``constants`` are the values of parameters and buffers by placeholder, ``bounds`` the largest
-    value of each size's symbol, ``fresh`` whether the graph is for the first call of a sequence;
-    ``tokens``, found by the passes, is the symbol of the number of new tokens.
+    value of each size's symbol, ``fresh`` whether the graph is for the first call of a sequence,
+    ``columns`` the most tokens that biases by position must reach over; ``tokens``, found by the
+    passes, is the symbol of the number of new tokens.
     """
 
     constants: Mapping[str, Tensor]
     bounds: Mapping[Any, int]
     fresh: bool
+    columns: int = 0
     tokens: Any = None
 
 

@@ -47,18 +47,18 @@ def look_at(
     return _evaluate(node, constants, tokens, extent) if extent <= LARGEST else None
 
 
-def what_is_shown(mask: Tensor, factor: float, drop: bool) -> Tensor | None:
-    """A mask as bool, True where it shows; None if it changes logits that it shows.
+def what_is_shown(mask: Tensor, factor: float, drop: bool) -> tuple[Tensor, bool]:
+    """A mask as bool, True where it shows, and whether it also changes logits that it shows.
 
     Args:
         factor: what an additive mask is multiplied by.
         drop: a bool mask hides where it is True.
     """
     if mask.dtype == torch.bool:
-        return ~mask if drop else mask
+        return ~mask if drop else mask, False
     added = mask * factor
     shown = added > HIDDEN
-    return None if bool(added[shown].any()) else shown
+    return shown, bool(added[shown].any())
 
 
 def causal_window(shown: Tensor) -> int | None:
@@ -67,7 +67,7 @@ def causal_window(shown: Tensor) -> int | None:
     The same for all leading dimensions.
     """
     if shown.dim() < 2 or shown.shape[-1] != shown.shape[-2]:
-        return None
+        return None  # it broadcasts over queries or keys
     flat = shown.reshape(-1, *shown.shape[-2:])
     one = flat[0]
     if not bool((flat == one).all()):

@@ -2,8 +2,9 @@
 
 Fires on attention whose queries, keys and values are projections of the same tokens, and which is
 causal: by ``is_causal``, or by a mask made of constants and sizes alone (a ``tril`` buffer), which
-is then dropped. Does NOT fire on attention that may look ahead (encoders), nor on attention over
-other tokens than its own (cross-attention): both go on computing what they computed.
+is then dropped, unless it is a bias as well (ALiBi): ``grow_masks`` then sees to it. Does NOT fire
+on attention that may look ahead (encoders), nor on attention over other tokens than its own
+(cross-attention): both go on computing what they computed.
 """
 
 from __future__ import annotations
@@ -36,8 +37,14 @@ def run(graph: GraphModule, context: Context) -> None:
 
 def _match(site: Site, insertion: Insertion) -> None:
     queries, keys = (shape(site.q) or ())[-2:-1], (shape(site.k) or ())[-2:-1]
-    if not queries or not isinstance(queries[0], SymInt) or str(queries) != str(keys):
-        site.refuse("not self-attention over a varying number of tokens")
+    if not queries or str(queries) != str(keys):
+        site.refuse("not self-attention: queries and keys are not equally many")
+        return
+    if not isinstance(queries[0], SymInt):
+        site.refuse(
+            f"its number of tokens is always {queries[0]}, which the model fixes or its forward "
+            "makes a constant of (by int(), or len() of a tensor; .shape does not)"
+        )
         return
     tokens = queries[0].node.expr
     if not set.intersection(*(_streams(x, LEVELS) for x in (site.q, site.k, site.v))):
@@ -55,13 +62,14 @@ def _match(site: Site, insertion: Insertion) -> None:
 
 
 def _hides_later_tokens(site: Site, insertion: Insertion, tokens: Any) -> bool:
-    """Whether the masks, or ``is_causal``, hide later tokens; such masks are dropped then."""
+    """Whether ``is_causal`` or the masks hide later tokens; masks that do no more are dropped."""
     if site.is_causal and not site.biases:
         return True
     if not site.biases:
         site.refuse("bidirectional: neither is_causal nor a mask hides later tokens")
         return False
     shown: Tensor | None = None
+    biased = False
     for bias in site.biases:
         if not is_constant(bias.node, insertion.constants):
             site.refuse("its mask depends on what the model is given, not on positions alone")
@@ -70,17 +78,17 @@ def _hides_later_tokens(site: Site, insertion: Insertion, tokens: Any) -> bool:
         if value is None:
             site.refuse(f"its mask cannot be looked at as a whole (more than {LARGEST} tokens)")
             return False
-        part = what_is_shown(value, bias.factor, bias.drop)
-        if part is None:
-            site.refuse("a bias that changes with the position is added to its logits")
-            return False
+        part, changes = what_is_shown(value, bias.factor, bias.drop)
+        biased = biased or changes
         shown = part if shown is None else shown & part
     assert shown is not None
     window = causal_window(shown)
     if window is None:
         site.refuse("its mask does not hide later tokens and nothing else")
         return False
-    site.biases, site.sliding = [], window
+    site.sliding = window
+    if not biased:
+        site.biases = []
     return True
 
 

@@ -12,6 +12,7 @@ from arkv_fx.passes import (
     find_sdpa,
     find_softmax,
     fuse_marker,
+    grow_masks,
     insert_state,
     rewrite,
     shift_positions,
@@ -31,6 +32,7 @@ PASSES: tuple[Pass, ...] = (
     insert_state.run,
     classify.run,
     rewrite.run,
+    grow_masks.run,
     shift_positions.run,
     verify.run,
 )

@@ -25,24 +25,34 @@ def run(graph: GraphModule, context: Context) -> None:
     insertion = context.insertion
     if insertion is None or insertion.fresh or not context.fused:
         return
-    offset = placeholder(graph, "arkv_offset")
-    like = example(context.fused[0].new_k)
-    offset.meta["val"] = like.new_empty((), dtype=torch.int64, device="cpu")
+    offset = offset_input(graph, context)
     for node in list(graph.graph.nodes):
         if not node.users:
             continue
-        if _counts(node, insertion.tokens):
+        if counts(node, insertion.tokens):
             with graph.graph.inserting_after(node):
                 shifted = graph.graph.call_function(torch.ops.aten.add.Tensor, (node, offset))
             node.replace_all_uses_with(shifted, lambda user, own=shifted: user is not own)
             shifted.meta = dict(node.meta)
-        elif (dim := _first_rows(node, insertion.tokens)) is not None and is_constant(
+        elif (dim := first_rows(node, insertion.tokens)) is not None and is_constant(
             node, insertion.constants
         ):
             _take_rows(graph, node, dim, offset)
 
 
-def _counts(node: Node, tokens: Any) -> bool:
+def offset_input(graph: GraphModule, context: Context) -> Node:
+    """The input ``arkv_offset``, behind all others; made on first use."""
+    inputs: list[Node] = list(graph.graph.find_nodes(op="placeholder"))
+    for node in inputs:
+        if node.name == "arkv_offset":
+            return node
+    offset = placeholder(graph, "arkv_offset")
+    like = example(context.fused[0].new_k)
+    offset.meta["val"] = like.new_empty((), dtype=torch.int64, device="cpu")
+    return offset
+
+
+def counts(node: Node, tokens: Any) -> bool:
     """Whether ``node`` is 0, 1, .. T - 1."""
     if op_name(node) != "arange" or not _is(_extent(node, 0), tokens):
         return False
@@ -52,7 +62,7 @@ def _counts(node: Node, tokens: Any) -> bool:
     return (start, step) == (0, 1)
 
 
-def _first_rows(node: Node, tokens: Any) -> int | None:
+def first_rows(node: Node, tokens: Any) -> int | None:
     """The dimension of which ``node`` takes the first T rows, or None."""
     if op_name(node) != "slice":
         return None

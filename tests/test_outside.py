@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from arkv_fx.passes import shift_positions
+from models_outside.alibi_gpt import AlibiGPT
 from models_outside.encoder_decoder import Transformer
 from models_outside.nano_gpt import GPT, GPTConfig
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from arkv_fx.errors import CacheError, TransformError, UnknownOptionError
 
 ROOMY = ArkvConfig(budget=64, tiers=("native",))
 TOLERANCE = 1e-4
+Call = Callable[[nn.Module, Tensor, dict[str, Any]], Tensor]
 VOCABULARY, TOTAL = 97, 40
 PROMPT, CHUNK = 20, 5
 
@@ -35,7 +37,7 @@ def ids(batch: int, length: int = TOTAL, seed: int = 0) -> Tensor:
     return torch.randint(0, VOCABULARY, (batch, length), generator=generator)
 
 
-def nano_gpt() -> tuple[nn.Module, Callable[[nn.Module, Tensor, dict[str, Any]], Tensor]]:
+def nano_gpt() -> tuple[nn.Module, Call]:
     def call(model: nn.Module, tokens: Tensor, options: dict[str, Any]) -> Tensor:
         logits, loss = model(tokens, **options)
         assert loss is None
@@ -44,11 +46,11 @@ def nano_gpt() -> tuple[nn.Module, Callable[[nn.Module, Tensor, dict[str, Any]],
     return GPT(GPTConfig()), call
 
 
-def manual_nano_gpt() -> tuple[nn.Module, Callable[[nn.Module, Tensor, dict[str, Any]], Tensor]]:
+def manual_nano_gpt() -> tuple[nn.Module, Call]:
     return GPT(GPTConfig(flash=False)), nano_gpt()[1]
 
 
-def translator() -> tuple[nn.Module, Callable[[nn.Module, Tensor, dict[str, Any]], Tensor]]:
+def translator() -> tuple[nn.Module, Call]:
     def call(model: nn.Module, tokens: Tensor, options: dict[str, Any]) -> Tensor:
         source = ids(len(tokens), 11, seed=7)
         y: Tensor = model(source, tokens, **options)[:, -1]
@@ -57,8 +59,19 @@ def translator() -> tuple[nn.Module, Callable[[nn.Module, Tensor, dict[str, Any]
     return Transformer(), call
 
 
-CACHELESS = {"nano_gpt": nano_gpt, "manual": manual_nano_gpt, "translator": translator}
-FUSED = {"nano_gpt": 2, "manual": 2, "translator": 2}
+def alibi(flash: bool, max_len: int = 64) -> tuple[nn.Module, Call]:
+    return AlibiGPT(flash=flash, max_len=max_len), lambda model, tokens, options: model(
+        tokens, **options
+    )[:, -1]
+
+
+CACHELESS: dict[str, Callable[[], tuple[nn.Module, Call]]] = {
+    "nano_gpt": nano_gpt,
+    "nano_gpt_manual": manual_nano_gpt,
+    "translator": translator,
+    "alibi_manual": lambda: alibi(False),
+    "alibi": lambda: alibi(True),
+}
 
 
 def lengths() -> list[int]:
@@ -93,7 +106,7 @@ def test_bit_by_bit_is_the_full_forward(name: str, lowering: str) -> None:
         alone = call(model, tokens[:, -1:], {"cache": ArkvCache(model)})
         assert relative(alone, full) > 0.01
     report = model.arkv.report()
-    assert report.fused == FUSED[name], report
+    assert report.fused == 2, report
     restore(model)
     assert "forward" not in model.__dict__ and not hasattr(model, "arkv")
 
@@ -247,6 +260,44 @@ class Computed(Small):
         return (i[None] <= i[:, None]) & (i[:, None] - i[None] < 20)
 
 
+class Alibi(Small):
+    """Computed, so that no table bounds it."""
+
+    def mask(self, ids: Tensor) -> Tensor | None:
+        i = torch.arange(ids.shape[1])
+        ahead = i[None] - i[:, None]
+        slopes = torch.tensor([0.5, 0.01]).view(1, 2, 1, 1)
+        return (slopes * ahead).masked_fill(ahead > 0, float("-inf"))
+
+
+class Bucketed(Small):
+    """T5's: learned for each distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Embedding(9, 2)
+
+    def mask(self, ids: Tensor) -> Tensor | None:
+        i = torch.arange(ids.shape[1])
+        back = (i.unsqueeze(1) - i.unsqueeze(0)).clamp(0, 8)
+        causal = torch.triu(torch.full((ids.shape[1], ids.shape[1]), float("-inf")), 1)
+        return self.bias(back).permute(2, 0, 1).unsqueeze(0) + causal
+
+
+class Sorted(Small):
+    """A bias that is not followed."""
+
+    def mask(self, ids: Tensor) -> Tensor | None:
+        i = torch.arange(ids.shape[1])
+        ahead = (i[None] - i[:, None]).float().sort(-1).values
+        return ahead.masked_fill(ahead > 0, float("-inf"))
+
+
+class Counted(Small):
+    def mask(self, ids: Tensor) -> Tensor | None:
+        return torch.ones(len(ids[0]), len(ids[0]), dtype=torch.bool).tril()
+
+
 class Branching(Small):
     def after(self, y: Tensor) -> Tensor:
         return y if y.sum() > 0 else -y
@@ -259,6 +310,8 @@ class Branching(Small):
         (Counting, "writes to .*count"),
         (Bidirectional, "no causal self-attention.*\n.*does not hide later tokens"),
         (Padded, "no causal self-attention.*\n.*depends on what the model is given"),
+        (Sorted, "a bias by position is computed by .*sort.*cannot be followed"),
+        (Counted, r"number of tokens is always 11.*len\(\)"),
         (Branching, "cannot be traced as one graph"),
     ],
 )
@@ -285,6 +338,22 @@ def test_a_window_in_the_mask_is_kept(model: type[Small], window: int, total: in
     assert state.plan.sliding == window
 
 
+@pytest.mark.parametrize("model", [Alibi, Bucketed])
+def test_a_bias_by_position_reaches_over_a_long_text(model: type[Small]) -> None:
+    """Beyond the columns that it has at first, too."""
+    net = random_weights(model())
+    tokens = ids(1, 300)
+    with torch.no_grad():
+        full = net(tokens)
+    transform(net, ArkvConfig(budget=320, tiers=("native",)), insert_cache=True, compile="eager")
+    cache, out = ArkvCache(net), []
+    for start, end in ((0, 240), (240, 252), *((i, i + 1) for i in range(252, 300))):
+        out.append(net(tokens[:, start:end], cache=cache))
+    assert relative(torch.cat(out, 1), full) <= TOLERANCE
+    columns = {key[-1] for key in net.arkv.programs}
+    assert columns == {0, 256, 512}
+
+
 def test_embeddings_as_input_and_a_sample() -> None:
     net = random_weights(Small())
     x = net.embed(ids(2)).detach()
@@ -299,7 +368,7 @@ def test_embeddings_as_input_and_a_sample() -> None:
 
 def test_positions_that_start_anew_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control of the self-check."""
-    monkeypatch.setattr(shift_positions, "_counts", lambda *_: False)
+    monkeypatch.setattr(shift_positions, "counts", lambda *_: False)
     model = random_weights(nano_gpt()[0])
     with pytest.raises(TransformError, match="differs from the full forward by"):
         transform(model, ROOMY, insert_cache=True, compile="eager")
