@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,7 +126,8 @@ def capture(
     dims = tree_map(_free, (args, kwargs))
     shapes = [dims[0], *dims[1].values()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
             program = torch.export.export(shim, args, kwargs, dynamic_shapes=shapes)
             # One dialect without writes; {} keeps attention and projections whole.
             program = program.run_decompositions({})
