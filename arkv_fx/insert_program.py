@@ -118,6 +118,10 @@ def build(
 def _fakes(graph: GraphModule, context: Context, one: bool) -> list[Any]:
     """Fake inputs of a rewritten graph, for one token or for any number."""
     assert context.insertion is not None
+    for node in graph.graph.nodes:
+        # split_module takes "example_value" for Dynamo's, whose symbols are inputs.
+        if "example_value" in node.meta:
+            node.meta["val"] = node.meta.pop("example_value")
     nodes = graph.graph.find_nodes(op="placeholder")
     traced = [example(node) for node in nodes]
     if not one:
