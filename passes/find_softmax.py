@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from arkv_fx.passes import lse_sinks
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.layout import Axis, Dims, advance, names, source_of
 from arkv_fx.passes.nodes import arguments, constant, example, module_path, op_name, shape
 from arkv_fx.passes.products import Product, product
+from arkv_fx.passes.readers import SIZES
 from arkv_fx.passes.site import Bias, Site
 from torch.fx import GraphModule, Node
 
@@ -67,10 +69,15 @@ def _site(softmax: Node, ordinal: int) -> Site | None:
         last.node, ordinal, module_path(softmax), first.left, first.right, last.right,
         products=[first.node, last.node],
     )  # fmt: skip
-    site.look_through(k_token=first.token)
+    site.look_through(k_token=first.token, probabilities=last.left)
     if site.reason:
         return site
     logits = _Logits(site.layout, first.alpha)
+    scaled = lse_sinks.find(softmax.args[0], last.node)  # type: ignore[arg-type]
+    chain = [first.node, *steps]
+    for node, following in zip(chain, [*steps, softmax], strict=True):
+        if other := _other_reader(node, following, scaled is not None):
+            logits.reason = f"the logits are also read by {other.format_node()}"
     if first.added is not None:
         logits.biases.append(Bias(first.added, site.layout, first.beta))
     before = first.node
@@ -80,13 +87,27 @@ def _site(softmax: Node, ordinal: int) -> Site | None:
     dims = _along_rows(softmax, logits)
     for step in after:
         dims, logits.reason = _after(step, dims, logits)
-    if not logits.reason and names(dims[:-2]) != names(site.layout):
+    if not logits.reason and names(dims[:-2]) != names(site.out_layout):
         logits.reason = "probabilities and values differ in how batch and heads are laid out"
     if logits.reason:
         site.refuse(logits.reason)
     site.scale, site.softcap, site.sinks = logits.scale, logits.softcap, logits.sinks
     site.biases = logits.biases
+    if scaled is not None:
+        site.node, site.sinks = scaled
+        if logits.sinks is not None:
+            site.refuse("the logits have sinks before and behind their softmax")
     return site
+
+
+def _other_reader(node: Node, following: Node, scaled: bool) -> Node | None:
+    """Who reads the logits besides the next step, and needs them for anything but that."""
+    for user in node.users:
+        harmless = op_name(user) in SIZES | ({"logsumexp"} if scaled else set())
+        own_maximum = any(_is_own_maximum(arg, node) for arg in following.args)
+        if user is not following and not harmless and not (own_maximum and "max" in op_name(user)):
+            return user
+    return None
 
 
 def _path_from_product(softmax: Node) -> tuple[Product, list[Node]] | None:

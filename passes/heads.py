@@ -57,13 +57,13 @@ def queries(site: Site, emit: Emitter) -> Node:
 
 def output(site: Site, out: Node, emit: Emitter) -> Node:
     """``out`` [B, Hq, T, Dv] in the layout and dtype of the old attention's output."""
-    if not _plain(site.layout):
-        sizes, order = _sizes(site, site.layout), _order(site.layout)
+    if not _plain(site.out_layout):
+        sizes, order = _sizes(site, site.out_layout), _order(site.out_layout)
         tail = emit.size(out, -2), emit.size(out, -1)
         out = emit("reshape", out, *(sizes[i] for i in order), *tail)
         back = [order.index(i) for i in range(len(order))]
         out = emit("permute", out, *back, len(order), len(order) + 1)
-        out = emit("reshape", out, *(prod(_sizes(site, (d,))) for d in site.layout), *tail)
+        out = emit("reshape", out, *(prod(_sizes(site, (d,))) for d in site.out_layout), *tail)
     wanted = example(site.node).dtype
     return out if example(out).dtype == wanted else emit("to", out, wanted)
 

@@ -35,9 +35,10 @@ class Site:
     ``k`` and ``v`` are what the attention reads (all tokens), [B, Hkv, S, D], looked up through
     views and expansions; ``new_k`` and ``new_v`` the tokens of this call [B, Hkv, T, D]; ``source``
     is how its cache is kept: "marker", "cat", "buffer", "insert" or "". ``layout`` says what the
-    leading dimensions of queries and output are made of: axes "0" (batch), "1" (kv heads) and
-    "copies". ``past`` are the model's own past keys and values, whose dimension ``token_dim``
-    counts tokens; into a buffer the new tokens are written from ``start`` on, or at ``positions``.
+    leading dimensions of the queries are made of, ``out_layout`` those of the output: axes "0"
+    (batch), "1" (kv heads) and "copies". ``past`` are the model's own past keys and values, whose
+    dimension ``token_dim`` counts tokens; into a buffer the new tokens are written from
+    ``start`` on, or at ``positions``.
     ``rows`` are keys and values as the attention reads them where they are more than an expansion
     of what is cached; ``last`` is False where another attention over the same cache follows.
     ``products`` are the nodes that read keys and values. ``reason`` says why it was left alone, ""
@@ -56,6 +57,7 @@ class Site:
     sinks: Node | None = None
     biases: list[Bias] = field(default_factory=list)
     layout: Dims = ()
+    out_layout: Dims = ()
     source: str = ""
     reason: str = ""
     lasting: bool = True
@@ -103,12 +105,15 @@ class Site:
         if not self.reason:
             self.reason, self.lasting = reason, lasting
 
-    def look_through(self, *, k_token: int = -2, grouped: bool = False) -> None:
+    def look_through(
+        self, *, k_token: int = -2, grouped: bool = False, probabilities: Node | None = None
+    ) -> None:
         """Find the keys and values behind views and expansions, and what pairs them with queries.
 
         Args:
             k_token: the dimension of ``k`` that counts tokens, -2 or -1; ``v``'s is -2.
             grouped: ``enable_gqa``: query heads share kv heads without an expansion.
+            probabilities: what is multiplied with ``v`` where that is its own product.
         """
         keys = follow(self.k, lambda origin, dims: _is_cacheable(origin, dims, k_token))
         values = follow(self.v, lambda origin, dims: _is_cacheable(origin, dims, -2))
@@ -120,12 +125,14 @@ class Site:
             )
             return
         queries = shape(self.q) or ()
+        left = shape(probabilities) or queries
         # Where the origins do not pair, what is read may: then it is computed from the cache.
         read = (self.k, origin_dims(self.k)), (self.v, origin_dims(self.v))
         for (k, k_dims), (v, v_dims) in ((keys, values), read):
-            layout, other = (_pair(queries, dims[:-2], grouped) for dims in (k_dims, v_dims))
-            if layout is not None and other is not None and names(layout) == names(other):
-                self.k, self.v, self.layout = k, v, layout
+            layout = _pair(queries, k_dims[:-2], grouped)
+            other = _pair(left, v_dims[:-2], grouped)
+            if layout is not None and other is not None and _flat(layout) == _flat(other):
+                self.k, self.v, self.layout, self.out_layout = k, v, layout, other
                 return
             if k_token != -2 or len(shape(self.k) or ()) != 4:
                 break
@@ -182,6 +189,10 @@ def _pair(queries: Sequence[Any], dims: Dims, grouped: bool) -> Dims | None:
         else:
             return None
     return tuple(out)
+
+
+def _flat(layout: Dims) -> list[str]:
+    return [name for dim in names(layout) for name in dim]
 
 
 def _divides(part: Any, whole: Any) -> bool:
