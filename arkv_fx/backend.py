@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from arkv_fx.errors import UnknownOptionError
 from arkv_fx.lower import Compiled, compile_graph, compile_pieces
 from arkv_fx.passes import pipeline
 from arkv_fx.passes.context import Context, Probe, StandIn
-from arkv_fx.passes.nodes import example
+from arkv_fx.passes.nodes import example, same_size, shape
 from arkv_fx.passes.site import Site
 from arkv_fx.state.anchors import Anchors
+from arkv_fx.state.buffers import Buffers, first_position
 from arkv_fx.state.session import LayerState, Session, check_finite, find_session
 
 LOWERINGS = ("inductor", "eager")
@@ -66,13 +68,19 @@ class ArkvBackend:
         )  # fmt: skip
         work = pipeline.apply(graph, context)
         self.sites.append(context.sites)
+        if not any(site.source for site in context.sites):
+            # Nothing here has to do with a cache: the graph is handed on as it came.
+            return self._counted(_Runner(graph, context, graph.forward))
         if not context.fused:
             return self._counted(
                 _Runner(graph, context, self._lower(graph, [*example_inputs], False))
             )
-        extra = _example_state(context, example_inputs)
-        compiled = self._lower(work, [*example_inputs, *extra], True)
-        return self._counted(_Runner(graph, context, compiled))
+        inputs = [*example_inputs, *_example_state(context, example_inputs)]
+        runner = _Runner(graph, context, self._lower(work, inputs, True))
+        if runner.begins_unknown():
+            begin = replace(context, first=True, sites=[], state_inputs=[])
+            runner.first = self._lower(pipeline.apply(graph, begin), inputs, True)
+        return self._counted(runner)
 
     def _counted(self, compiled: Compiled) -> Compiled:
         """Count calls, so that a model that runs without its graphs is noticed."""
@@ -108,6 +116,8 @@ def _example_state(context: Context, example_inputs: Sequence[Any]) -> list[Tens
             empty((site.batch, *spec.shape), spec.dtype, device)
         if site.source == "cat":
             empty((1,), site.plan.dtype, device)
+        if site.source == "buffer":
+            empty((), torch.int64, torch.device("cpu"))
     return tensors
 
 
@@ -120,17 +130,25 @@ class _Runner:
     """Calls a compiled graph with the state of the sequence at hand appended to its inputs."""
 
     def __init__(self, graph: GraphModule, context: Context, compiled: Compiled) -> None:
-        names = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+        self.placeholders = graph.graph.find_nodes(op="placeholder")
         self.compiled, self.sites = compiled, context.caches
         self.device = [_device(s) for s in self.sites]
-        self.index = {name: i for i, name in enumerate(names)}
+        self.index = {node.name: i for i, node in enumerate(self.placeholders)}
         self.layers = [s.layer if s.layer is not None else s.ordinal for s in self.sites]
+        # The same for many tokens that begin a sequence, where only a call can tell.
+        self.first: Compiled | None = None
+
+    def begins_unknown(self) -> bool:
+        """Whether many tokens may come to a buffer that is empty or not."""
+        sizes = [shape(s.new_k) or () for s in self.sites if s.source == "buffer" and not s.fresh]
+        return any(not same_size(size[2], 1) for size in sizes)
 
     def __call__(self, *inputs: Any) -> Any:
         extra: list[Tensor] = []
         states: list[LayerState] = []
         sessions: list[Session] = []
-        anchors = Anchors()
+        anchors, buffers = Anchors(), Buffers()
+        starts: set[int] = set()
         for site, layer, device in zip(self.sites, self.layers, self.device, strict=True):
             assert site.plan is not None
             if site.source == "marker":
@@ -141,18 +159,50 @@ class _Runner:
             else:
                 past = tuple(self._input(p, inputs) for p in site.past)
                 where = f"layer {layer} ({site.path})"
-                state, anchor = anchors.state(
-                    past, site.plan, site.batch, device, site.fresh, where
-                )
-                extra += [*state.tensors, anchor]
+                if site.source == "buffer":
+                    start, length = self._span(site, inputs, where)
+                    state = buffers.state(
+                        past, site.plan, site.batch, start, length, where, site.token_dim
+                    )
+                    starts.add(start)
+                    other = torch.tensor(start)
+                else:
+                    state, other = anchors.state(
+                        past, site.plan, site.batch, device, site.fresh, where, site.token_dim
+                    )
+                extra += [*state.tensors, other]
             states.append(state)
         anchors.refuse_strangers(inputs)
+        buffers.refuse_strangers(inputs)
+        buffers.doubt()
         for session in sessions:  # in doubt until the whole step is done
             session.tokens = -1
-        out = self.compiled(*inputs, *extra)
+        compiled = self.first if self.first is not None and starts == {0} else self.compiled
+        out = compiled(*inputs, *extra)
         check_finite(zip(self.layers, states, strict=True))
         anchors.remember(out)
+        buffers.remember()
         return out
+
+    def _span(self, site: Site, inputs: Sequence[Any], where: str) -> tuple[int, int]:
+        """Position of the first new token in a buffer, and how many there are."""
+        start = self._input(site.start, inputs) if isinstance(site.start, Node) else site.start
+        positions = self._input(site.positions, inputs)
+        length = self._extent((shape(site.new_k) or ())[2], inputs)
+        return first_position(start, positions, where), length
+
+    def _extent(self, size: Any, inputs: Sequence[Any]) -> int:
+        """What a size of the graph is in this call."""
+        if isinstance(size, int):
+            return size
+        known: dict[Any, int] = {}
+        for node, given in zip(self.placeholders, inputs, strict=True):
+            if isinstance(given, Tensor):
+                pairs = list(zip(shape(node) or (), given.shape, strict=False))
+            else:
+                pairs = [(example(node), given)]
+            known.update({a.node.expr: int(b) for a, b in pairs if isinstance(a, torch.SymInt)})
+        return int(size.node.expr.xreplace(known))
 
     def _input(self, node: Node | None, inputs: Sequence[Any]) -> Any:
         return inputs[self.index[node.name]] if node is not None else None

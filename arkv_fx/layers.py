@@ -52,7 +52,8 @@ def cached_layers(model: nn.Module) -> list[Any]:
         TransformError: for a kind of layer that is not known here.
     """
     config = text_config(model)
-    if config is None or not hasattr(config, "num_hidden_layers"):
+    # Models of other origin may have a config too, of any kind.
+    if not hasattr(config, "get_text_config") or not hasattr(config, "num_hidden_layers"):
         return []
     try:
         layers = list(DynamicCache(config=config).layers)

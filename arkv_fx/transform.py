@@ -18,6 +18,7 @@ from arkv_fx.cache import ArkvCache
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ArkvError, CacheError, TransformError
+from arkv_fx.insert import Inserted, insert
 from arkv_fx.interface import closed_replaced
 from arkv_fx.layers import cached_layers, kept_whole, text_config, windows
 from arkv_fx.passes.context import Probe, StandIn
@@ -148,7 +149,7 @@ class Transformed:
             raise
 
     def _wants_cache(self, use: bool | None) -> bool:
-        if self.model.training:
+        if self.model.training or (use is None and _only_looks_ahead(self.model)):
             return False
         if use is None:
             use = getattr(getattr(self.model, "config", None), "use_cache", False)
@@ -214,6 +215,8 @@ def transform(
     calibration: Calibration | None = None,
     *,
     compile: str = "inductor",
+    insert_cache: bool = False,
+    sample: Any = None,
 ) -> nn.Module:
     """Give a model a small KV cache, in place; ``restore`` undoes it.
 
@@ -228,16 +231,37 @@ def transform(
             ``config.oq_ratio``.
         compile: "inductor" to compile the rewritten graph, once for all layers of one shape;
             "eager" to run it as it is, with the reference operators.
+        insert_cache: for a model that knows no cache: its forward takes token ids [B, T] (or
+            embeddings [B, T, C]) and answers for all of them. ``model(ids, cache=cache)`` with an
+            ``ArkvCache(model)`` then answers for the new tokens, which follow those before; without
+            ``cache`` the model is what it was. Tokens may come one by one or many at once, without
+            padding.
+        sample: with ``insert_cache``, arguments of the forward (one, or a tuple) on which the
+            cached forward is checked against the full one; random ids if the forward needs only
+            one argument, else the arguments of the first call with a cache.
 
     Returns:
         The same model object.
 
     Raises:
-        TransformError: if it is transformed already.
+        TransformError: if it is transformed already; with ``insert_cache``, if it has no causal
+            self-attention or answers otherwise with a cache.
         CalibrationError: if the calibration is of another model.
         ConfigError: if the budget does not hold the window and the sinks.
     """
-    return _transform(model, config, calibration, compile=compile)
+    if not insert_cache:
+        return _transform(model, config, calibration, compile=compile)
+    _require_plain(model)
+    if calibration is not None:
+        calibration.check(fingerprint(model))
+    return insert(model, config or ArkvConfig(), calibration, compile, sample)
+
+
+def _require_plain(model: nn.Module) -> None:
+    if hasattr(model, "arkv"):
+        raise TransformError("the model is transformed already: call arkv_fx.restore(model) first")
+    if not isinstance(model, nn.Module):
+        raise TransformError(f"transform takes an nn.Module, not a {type(model).__name__}")
 
 
 def _transform(
@@ -249,10 +273,7 @@ def _transform(
     probe: Probe | None = None,
     stand_in: StandIn | None = None,
 ) -> nn.Module:
-    if hasattr(model, "arkv"):
-        raise TransformError("the model is transformed already: call arkv_fx.restore(model) first")
-    if not isinstance(model, nn.Module):
-        raise TransformError(f"transform takes an nn.Module, not a {type(model).__name__}")
+    _require_plain(model)
     if calibration is not None:
         calibration.check(fingerprint(model))
     state = Transformed(model, config or ArkvConfig(), calibration, compile, probe, stand_in)
@@ -271,6 +292,18 @@ def _transform(
     return model
 
 
+def _only_looks_ahead(model: nn.Module) -> bool:
+    """Whether a model is an encoder by its own word: its config may speak of a cache all the same.
+
+    A cache would keep what later tokens never read.
+    """
+    generates = getattr(model, "can_generate", lambda: True)()
+    flags = [
+        m.is_causal for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)
+    ]
+    return bool(flags) and not any(flags) and not generates and not is_encoder_decoder(model)
+
+
 def restore(model: nn.Module) -> nn.Module:
     """Undo ``transform``; the same object, as it was.
 
@@ -279,7 +312,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     if not hasattr(model, "arkv"):
         raise TransformError(f"{type(model).__name__} is not transformed: nothing to restore")
-    state: Transformed = model.arkv  # type: ignore[assignment]
+    state: Transformed | Inserted = model.arkv  # type: ignore[assignment]
     for name in ("arkv", "forward", "_prepare_cache_for_generation"):
         model.__dict__.pop(name, None)
     model.__dict__.update(state.replaced)

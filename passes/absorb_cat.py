@@ -1,10 +1,11 @@
 """Recognise attention over past tensors that a model concatenates itself.
 
 ``K = cat([past_k, k], -2)`` with ``past_k`` a graph input (or an empty tensor: the first call),
-the same for values. The new cache value that the graph returns becomes a zero-memory tensor of
-the right shape whose storage is the key to our state. Does NOT fire when the past or the joined
-tensor is used by anything but this attention, shape queries and the graph's output, since that
-use would read nothing.
+the same for values; or [B, T, H, D] joined along its tokens and turned afterwards; or, in a first
+call without a past, keys and values that the graph returns. The new cache value that the graph
+returns becomes a zero-memory tensor of the right shape whose storage is the key to our state. Does
+NOT fire when the past or the joined tensor is used by anything but this attention, shape queries
+and the graph's output, since that use would read nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import re
 
 from arkv_fx.passes.context import Context
-from arkv_fx.passes.nodes import op_name, shape
+from arkv_fx.passes.nodes import example, op_name, same_size, shape
 from arkv_fx.passes.readers import foreign_reader
 from arkv_fx.passes.site import Site
 from torch.fx import GraphModule, Node
@@ -23,11 +24,14 @@ def run(graph: GraphModule, context: Context) -> None:
     for site in context.sites:
         if not site.source:
             _match(site)
+    number_layers(context.sites)
 
 
 def _match(site: Site) -> None:
-    keys, values = _past_and_new(site.k), _past_and_new(site.v)
+    (joined_k, dim), (joined_v, dim_v) = unturned(site.k), unturned(site.v)
+    keys, values = _past_and_new(joined_k, dim), _past_and_new(joined_v, dim_v)
     if keys is None and values is None:
+        _match_first_call(site)
         return
     if keys is None or values is None:
         site.refuse("only one of keys and values is concatenated with its past")
@@ -36,11 +40,14 @@ def _match(site: Site) -> None:
     if fresh != fresh_v:
         site.refuse("keys have a past and values have none, or the reverse")
         return
-    readers = [foreign_reader(x, site.products, output=True) for x in (site.k, site.v)]
+    if dim != dim_v:
+        site.refuse("past keys and values differ in how heads and tokens are laid out")
+        return
+    readers = [foreign_reader(x, site.products, output=True) for x in (joined_k, joined_v)]
     readers += [
         # One empty tensor may be the past of both.
-        foreign_reader(past, [site.k, site.v] if past_k is past_v else [joined])
-        for past, joined in ((past_k, site.k), (past_v, site.v))
+        foreign_reader(past, [joined_k, joined_v] if past_k is past_v else [joined])
+        for past, joined in ((past_k, joined_k), (past_v, joined_v))
         if past is not None
     ]
     for reader in readers:
@@ -50,21 +57,80 @@ def _match(site: Site) -> None:
                 "tokens; pass an ArkvCache instead"
             )
             return
-    site.source, site.fresh = "cat", fresh
-    site.new_k, site.new_v, site.past = new_k, new_v, (past_k, past_v)
-    site.cache_nodes = [site.k, site.v]
-    numbers = re.findall(r"\d+", site.path)
-    site.layer = int(numbers[-1]) if numbers else site.ordinal
-    site.sliding = _sliding_window(site.k)
+    site.source, site.fresh, site.token_dim = "cat", fresh, dim
+    site.new_k, site.new_v, site.past = turned(new_k, dim), turned(new_v, dim), (past_k, past_v)
+    site.cache_nodes = [joined_k, joined_v]
+    site.sliding = _sliding_window(joined_k, dim)
 
 
-def _past_and_new(node: Node) -> tuple[Node | None, Node, bool] | None:
+def _match_first_call(site: Site) -> None:
+    """The keys and values of this call alone, which the graph returns: the past of the next."""
+    (k, dim), (v, dim_v) = (
+        (x, 2) if _is_returned(x) else unturned(x) for x in (site.k, site.v)
+    )  # fmt: skip
+    if dim != dim_v or k is v or not (_is_returned(k) and _is_returned(v)):
+        return
+    queries, keys = (shape(site.q) or ())[-2], (shape(site.k) or ())[2]
+    rows = [(shape(bias.node) or (1, 1))[-2:-1] for bias in site.biases]
+    causal = site.is_causal or any(row and same_size(row[0], queries) for row in rows)
+    # A single token may be the first of a sequence or all of a memory: it is kept in any case.
+    if not same_size(queries, keys) or not (causal or same_size(queries, 1)):
+        return
+    site.source, site.fresh, site.token_dim = "cat", True, dim
+    site.new_k, site.new_v = site.k, site.v
+    site.cache_nodes = [k, v]
+
+
+def _is_returned(node: Node) -> bool:
+    return node.op != "placeholder" and any(user.op == "output" for user in node.users)
+
+
+def number_layers(sites: list[Site]) -> None:
+    """Number absorbed caches by the last number in their modules' paths, or as they come."""
+    absorbed = [site for site in sites if site.source in ("cat", "buffer")]
+    numbers = [re.findall(r"\d+", site.path)[-1:] for site in absorbed]
+    unique = all(numbers) and len({n[0] for n in numbers}) == len(numbers)
+    for site, number in zip(absorbed, numbers, strict=True):
+        site.layer = int(number[0]) if unique else site.ordinal
+
+
+def unturned(node: Node) -> tuple[Node, int]:
+    """What ``node`` [B, H, T, D] is held as, and the dimension that counts tokens there.
+
+    ``x.transpose(1, 2)`` is held as x [B, T, H, D].
+    """
+    given = list(node.args[1:])
+    if len(given) == 1 and isinstance(given[0], list | tuple):
+        given = list(given[0])
+    name, source = op_name(node), node.args[0] if node.args else None
+    positive = [i % 4 for i in given if isinstance(i, int)]
+    if isinstance(source, Node) and len(shape(source) or ()) == 4:
+        if name in ("transpose", "swapaxes", "swapdims") and sorted(positive) == [1, 2]:
+            return source, 1
+        if name == "permute" and positive == [0, 2, 1, 3]:
+            return source, 1
+    return node, 2
+
+
+def turned(new: Node, token_dim: int) -> Node:
+    """New tokens as [B, H, T, D]."""
+    if token_dim == 2:
+        return new
+    with new.graph.inserting_after(new):
+        out = new.graph.call_method("transpose", (new, 1, 2))
+    out.meta = {"example_value": example(new).transpose(1, 2)}
+    return out
+
+
+def _past_and_new(node: Node, dim_of_tokens: int) -> tuple[Node | None, Node, bool] | None:
     """(past, new, past is empty) if ``node`` is cat([past, new]) along tokens."""
     if op_name(node) != "cat":
         return None
     parts = node.args[0] if node.args else node.kwargs.get("tensors")
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    if not isinstance(parts, list | tuple) or len(parts) != 2 or dim not in (-2, 2):
+    if not isinstance(parts, list | tuple) or len(parts) != 2:
+        return None
+    if dim not in (dim_of_tokens, dim_of_tokens - 4):
         return None
     past, new = parts
     if not isinstance(past, Node) or not isinstance(new, Node) or len(shape(new) or ()) != 4:
@@ -74,15 +140,15 @@ def _past_and_new(node: Node) -> tuple[Node | None, Node, bool] | None:
         return None, new, True
     if past.op != "placeholder":
         return None
-    length = past_shape[-2] if past_shape is not None else None
+    length = past_shape[dim_of_tokens] if past_shape is not None else None
     return past, new, isinstance(length, int) and length == 0
 
 
-def _sliding_window(joined: Node) -> int:
+def _sliding_window(joined: Node, dim: int) -> int:
     """w if the cache keeps only the last w - 1 tokens: ``joined[:, :, -w + 1 :, :]``."""
     for user in joined.users:
-        if op_name(user) == "getitem" and isinstance(user.args[1], tuple) and len(user.args[1]) > 2:
-            cut = user.args[1][2]
+        if op_name(user) == "getitem" and isinstance(user.args[1], tuple):
+            cut = user.args[1][dim] if len(user.args[1]) > dim else None
             if isinstance(cut, slice) and isinstance(cut.start, int) and cut.start < 0:
                 return 1 - cut.start
     return 0

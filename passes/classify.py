@@ -56,7 +56,9 @@ def _decide(site: Site, context: Context) -> None:
         return
     tokens = q[-2]
     many = not (isinstance(tokens, int) and tokens == 1)
-    if many and not site.biases and not (site.is_causal and site.fresh):
+    # Where we insert the state, new tokens are causal among themselves whatever came before.
+    causal = site.is_causal and (site.fresh or site.source == "insert")
+    if many and not site.biases and not causal:
         site.refuse(
             "many new tokens without a mask and not causal from an empty cache: bidirectional "
             "attention, or causal attention aligned to the first key"

@@ -18,6 +18,23 @@ StandIn = Callable[..., Tensor]
 
 
 @dataclass
+class Insertion:
+    """A state is to be inserted where the model knows none.
+
+    ``constants`` are the values of parameters and buffers by placeholder, ``bounds`` the largest
+    value of each size's symbol, ``fresh`` whether the graph is for the first call of a sequence,
+    ``columns`` the most tokens that biases by position must reach over; ``tokens``, found by the
+    passes, is the symbol of the number of new tokens.
+    """
+
+    constants: Mapping[str, Tensor]
+    bounds: Mapping[Any, int]
+    fresh: bool
+    columns: int = 0
+    tokens: Any = None
+
+
+@dataclass
 class Context:
     """Input of the passes (config, calibration, sliding windows) and what they find (sites).
 
@@ -25,7 +42,9 @@ class Context:
     if given, is called at run time with (layer, q, k, v, mask, scale) of every fused site, and
     ``stand_in`` in place of ``arkv::attend``, with the layer before the operator's arguments;
     ``left_alone`` names the caches (source, layer) that an earlier graph kept out of our state,
-    ``whole`` the layers that must stay in full precision, with the reason.
+    ``whole`` the layers that must stay in full precision, with the reason;
+    ``insertion``, if given, asks for a state where the model has no cache of its own;
+    ``first`` says that the model's own buffers are empty.
     """
 
     config: ArkvConfig
@@ -35,6 +54,8 @@ class Context:
     stand_in: StandIn | None = None
     left_alone: frozenset[tuple[str, int | None]] = frozenset()
     whole: Mapping[int, str] = field(default_factory=dict)
+    insertion: Insertion | None = None
+    first: bool = False
     sites: list[Site] = field(default_factory=list)
     state_inputs: list[list[Node]] = field(default_factory=list)
 

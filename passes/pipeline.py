@@ -6,12 +6,16 @@ import copy
 from collections.abc import Callable
 
 from arkv_fx.passes import (
+    absorb_buffer,
     absorb_cat,
     classify,
     find_sdpa,
     find_softmax,
     fuse_marker,
+    grow_masks,
+    insert_state,
     rewrite,
+    shift_positions,
     verify,
 )
 from arkv_fx.passes.context import Context
@@ -24,8 +28,12 @@ PASSES: tuple[Pass, ...] = (
     find_softmax.run,
     fuse_marker.run,
     absorb_cat.run,
+    absorb_buffer.run,
+    insert_state.run,
     classify.run,
     rewrite.run,
+    grow_masks.run,
+    shift_positions.run,
     verify.run,
 )
 

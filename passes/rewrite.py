@@ -31,11 +31,12 @@ def run(graph: GraphModule, context: Context) -> None:
         for node in carry.made_of(site.cache_nodes[0], stops)
     ]
     states: dict[tuple[str, int | None], list[Node]] = {}
+    starts: dict[tuple[str, int | None], Node] = {}
     for site in context.fused:
         assert site.plan is not None
         if (key := site.cache_key) not in states:
             states[key] = [
-                _placeholder(graph, f"arkv_state_{site.ordinal}_{i}")
+                placeholder(graph, f"arkv_state_{site.ordinal}_{i}")
                 for i in range(len(site.plan.specs()))
             ]
             for node, spec in zip(states[key], site.plan.specs(), strict=True):
@@ -43,9 +44,14 @@ def run(graph: GraphModule, context: Context) -> None:
                 node.meta = {"example_value": example(site.new_k).new_empty(size, dtype=spec.dtype)}
             context.state_inputs.append(states[key])
             if site.source == "cat":
-                anchor = _placeholder(graph, f"arkv_anchor_{site.ordinal}")
+                anchor = placeholder(graph, f"arkv_anchor_{site.ordinal}")
                 _proxy_cache(graph, site, anchor)
-        _replace(graph, site, states[key], stops, context)
+            if site.source == "buffer":
+                start = placeholder(graph, f"arkv_start_{site.ordinal}")
+                like = example(site.new_k)
+                start.meta = {"example_value": like.new_empty((), dtype=torch.int64, device="cpu")}
+                starts[key] = start
+        _replace(graph, site, states[key], starts.get(key), stops, context)
     # Not eliminate_dead_code: a user's graph may hold impure nodes that FX does not know of.
     for site in context.fused:
         _erase_dead(graph, [site.node])
@@ -56,7 +62,8 @@ def run(graph: GraphModule, context: Context) -> None:
         _erase_dead(graph, [n for n in site.cache_nodes if not n._erased])
 
 
-def _placeholder(graph: GraphModule, name: str) -> Node:
+def placeholder(graph: GraphModule, name: str) -> Node:
+    """A new input behind all others."""
     last = [n for n in graph.graph.nodes if n.op == "placeholder"]
     if last:
         with graph.graph.inserting_after(last[-1]):
@@ -66,11 +73,18 @@ def _placeholder(graph: GraphModule, name: str) -> Node:
 
 
 def _replace(
-    graph: GraphModule, site: Site, state: list[Node], stops: list[Node], context: Context
+    graph: GraphModule,
+    site: Site,
+    state: list[Node],
+    start: Node | None,
+    stops: list[Node],
+    context: Context,
 ) -> None:
     assert site.plan is not None
     emit = heads.Emitter(graph, site.node)
     q, mask, sinks = heads.queries(site, emit), heads.mask(site, emit), heads.sinks(site, emit)
+    if mask is not None and start is not None:
+        mask = _ending_at_newest(site, mask, start, emit)
     scale = site.scale if site.scale is not None else 1 / math.sqrt((shape(site.q) or ())[-1])
     plan = site.plan.to_json()
     assert site.new_k is not None and site.new_v is not None
@@ -99,22 +113,39 @@ def _replace(
     site.node.replace_all_uses_with(heads.output(site, new, emit))
 
 
+def _ending_at_newest(site: Site, mask: Node, start: Node, emit: heads.Emitter) -> Node:
+    """A mask over a whole buffer as one whose last column is the newest token."""
+    tokens, columns = emit.size(site.q, -2), emit.size(mask, -1)
+    if site.fresh:
+        return emit("narrow", mask, 3, 0, tokens)
+    with example(mask).fake_mode:
+        index = emit(torch.arange, columns, device=example(mask).device)
+    plain = isinstance(tokens, int) and isinstance(columns, int)
+    ahead = tokens - columns if plain else emit(operator.sub, tokens, columns)
+    index = emit(operator.add, index, emit(operator.add, start, ahead))
+    return emit("index_select", mask, 3, emit("clamp", index, min=0))
+
+
 def _proxy_cache(graph: GraphModule, site: Site, anchor: Node) -> None:
     """Give the cache's new value zero-memory tensors of the right shape over the anchor."""
-    new = (site.new_k, site.new_v)
+    new, dim = (site.new_k, site.new_v), site.token_dim
     for joined, came, past in zip(site.cache_nodes, new, site.past, strict=True):
-        sizes = shape(joined)
-        assert sizes is not None
-        with graph.graph.inserting_before(joined):
+        assert came is not None
+        sizes: list[Any] = [*(shape(joined) or ())]
+        # In a first call what is returned for later is what is attended to now.
+        returned = joined is came or came.args[:1] == (joined,)
+        with graph.graph.inserting_before(site.node if returned else joined):
             length = graph.graph.call_method("size", (came, 2))
             if past is not None and not site.fresh:
-                held = graph.graph.call_method("size", (past, 2))
+                held = graph.graph.call_method("size", (past, dim))
                 length = graph.graph.call_function(_add, (held, length))
-            proxy = graph.graph.call_method(
-                "expand", (anchor, int(sizes[0]), int(sizes[1]), length, int(sizes[3]))
-            )
+            sizes = [length if i == dim else int(size) for i, size in enumerate(sizes)]
+            proxy = graph.graph.call_method("expand", (anchor, *sizes))
         proxy.meta = {"example_value": example(joined)}
-        joined.replace_all_uses_with(proxy)
+        if returned:
+            joined.replace_all_uses_with(proxy, lambda user: user.op == "output")
+        else:
+            joined.replace_all_uses_with(proxy)
 
 
 def _add(a: int, b: int) -> int:

@@ -34,11 +34,13 @@ class Site:
 
     ``k`` and ``v`` are what the attention reads (all tokens), [B, Hkv, S, D], looked up through
     views and expansions; ``new_k`` and ``new_v`` the tokens of this call [B, Hkv, T, D]; ``source``
-    is how its cache is kept: "marker", "cat" or "". ``layout`` says what the leading dimensions of
-    the queries are made of, ``out_layout`` those of the output: axes "0" (batch), "1" (kv heads)
-    and "copies". ``rows`` are
-    keys and values as the attention reads them where they are more than an expansion of what is
-    cached; ``last`` is False where another attention over the same cache follows.
+    is how its cache is kept: "marker", "cat", "buffer", "insert" or "". ``layout`` says what the
+    leading dimensions of the queries are made of, ``out_layout`` those of the output: axes "0"
+    (batch), "1" (kv heads) and "copies". ``past`` are the model's own past keys and values, whose
+    dimension ``token_dim`` counts tokens; into a buffer the new tokens are written from
+    ``start`` on, or at ``positions``.
+    ``rows`` are keys and values as the attention reads them where they are more than an expansion
+    of what is cached; ``last`` is False where another attention over the same cache follows.
     ``products`` are the nodes that read keys and values. ``reason`` says why it was left alone, ""
     while it is a candidate or fused.
     """
@@ -64,6 +66,9 @@ class Site:
     layer: int | None = None
     handle: Node | None = None
     past: tuple[Node | None, Node | None] = (None, None)
+    token_dim: int = 2
+    start: Node | int = 0
+    positions: Node | None = None
     fresh: bool = False
     sliding: int = 0
     batch: int = 0

@@ -21,6 +21,7 @@ class _Entry:
     storage: StorageWeakRef
     state: LayerState
     length: int
+    token_dim: int
 
 
 _entries: dict[int, _Entry] = {}
@@ -40,15 +41,18 @@ class Anchors:
         device: torch.device,
         fresh: bool,
         where: str,
+        token_dim: int = 2,
     ) -> tuple[LayerState, Tensor]:
         """The state behind a past (keys, values) pair and the anchor of its next cache value.
+
+        ``token_dim`` is the dimension of the pair, and of that value, that counts tokens.
 
         Raises:
             AbsorbedCacheError: if the past is not what our graph returned last: cropped,
                 reordered, expanded, copied or filled by another model.
         """
         if fresh:
-            return self._start(plan, batch, device)
+            return self._start(plan, batch, device, token_dim)
         keys, values = past
         entry = _entries.get(_key(keys))
         if entry is None or entry.storage.expired():
@@ -59,9 +63,9 @@ class Anchors:
             )
         if _key(values) != _key(keys):
             raise AbsorbedCacheError(f"{where}: past keys and values are of different sequences")
-        if keys.shape[-2] != entry.length or values.shape[-2] != entry.length:
+        if not keys.shape[token_dim] == values.shape[token_dim] == entry.length:
             raise AbsorbedCacheError(
-                f"{where}: the past holds {keys.shape[-2]} tokens where {entry.length} were "
+                f"{where}: the past holds {keys.shape[token_dim]} tokens where {entry.length} were "
                 "returned: it was cropped, which a compressed cache cannot follow; use "
                 "arkv_fx.restore for rollback or assisted decoding"
             )
@@ -73,13 +77,14 @@ class Anchors:
         return entry.state, keys.as_strided((1,), (0,), 0)
 
     def _start(
-        self, plan: LayerPlan, batch: int, device: torch.device
+        self, plan: LayerPlan, batch: int, device: torch.device, token_dim: int
     ) -> tuple[LayerState, Tensor]:
         for key in [k for k, e in _entries.items() if e.storage.expired()]:
             del _entries[key]
         # NaN, so that whoever reads it as numbers (an uncompiled model, user code) notices.
         anchor = torch.full((1,), float("nan"), dtype=plan.dtype, device=device)
-        entry = _Entry(StorageWeakRef(anchor.untyped_storage()), LayerState(plan, batch, device), 0)
+        state = LayerState(plan, batch, device)
+        entry = _Entry(StorageWeakRef(anchor.untyped_storage()), state, 0, token_dim)
         _entries[_key(anchor)] = self.used[_key(anchor)] = entry
         return entry.state, anchor
 
@@ -106,7 +111,7 @@ class Anchors:
             if isinstance(leaf, Tensor) and leaf.dim() == 4:
                 entry = self.used.get(_key(leaf))
                 if entry is not None:
-                    entry.length = leaf.shape[-2]
+                    entry.length = leaf.shape[entry.token_dim]
 
 
 def _key(x: Tensor) -> int:

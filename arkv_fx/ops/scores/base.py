@@ -62,7 +62,9 @@ class Observation:
             return torch.ones_like(self.pos, dtype=torch.float32)
         # Queries stand side by side: all from some place on see a column.
         first = (self.pos - self.query_pos[:, :1, None]).clamp(min=0).flatten(1)
-        real = torch.nn.functional.pad(self.rows.flip(-1).cumsum(-1), (1, 0)).flip(-1)
+        later = self.rows.flip(-1).cumsum(-1).flip(-1)
+        # Not by `pad`: under a tracer it makes a constant of a prompt shorter than the window.
+        real = torch.cat([later, torch.zeros_like(later[:, :1])], -1)
         count = real.gather(-1, first.clamp(max=real.shape[-1] - 1).long())
         return count.view(self.pos.shape).clamp(min=1).float()
 
