@@ -70,6 +70,8 @@ def _match_first_call(site: Site) -> None:
     )  # fmt: skip
     if dim != dim_v or k is v or not (_is_returned(k) and _is_returned(v)):
         return
+    if any(_joins(x, dim) for x in (k, v)):  # with a past that is no input: not a first call
+        return
     queries, keys = (shape(site.q) or ())[-2], (shape(site.k) or ())[2]
     rows = [(shape(bias.node) or (1, 1))[-2:-1] for bias in site.biases]
     causal = site.is_causal or any(row and same_size(row[0], queries) for row in rows)
@@ -79,6 +81,12 @@ def _match_first_call(site: Site) -> None:
     site.source, site.fresh, site.token_dim = "cat", True, dim
     site.new_k, site.new_v = site.k, site.v
     site.cache_nodes = [k, v]
+
+
+def _joins(node: Node, dim: int) -> bool:
+    """Whether ``node`` is a concatenation along tokens."""
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return op_name(node) in ("cat", "concat") and given in (dim, dim - 4)
 
 
 def _is_returned(node: Node) -> bool:

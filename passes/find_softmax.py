@@ -104,6 +104,8 @@ def _other_reader(node: Node, following: Node, scaled: bool) -> Node | None:
     """Who reads the logits besides the next step, and needs them for anything but that."""
     for user in node.users:
         harmless = op_name(user) in SIZES | ({"logsumexp"} if scaled else set())
+        # As a second argument: only their dtype is wanted.
+        harmless = harmless or (op_name(user) == "type_as" and user.args[0] is not node)
         own_maximum = any(_is_own_maximum(arg, node) for arg in following.args)
         if user is not following and not harmless and not (own_maximum and "max" in op_name(user)):
             return user
