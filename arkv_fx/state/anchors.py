@@ -77,7 +77,7 @@ class Anchors:
         return entry.state, keys.as_strided((1,), (0,), 0)
 
     def _start(
-        self, plan: LayerPlan, batch: int, device: torch.device, token_dim: int
+        self, plan: LayerPlan, batch: int, device: torch.device, token_dim: int = 2
     ) -> tuple[LayerState, Tensor]:
         for key in [k for k, e in _entries.items() if e.storage.expired()]:
             del _entries[key]
