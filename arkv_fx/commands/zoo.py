@@ -14,12 +14,13 @@ from arkv_fx.evaluation.rows import Row
 from arkv_fx.zoo import expect as expect_
 from arkv_fx.zoo import page as page_
 from arkv_fx.zoo import run as run_
-from arkv_fx.zoo.configs import architectures
+from arkv_fx.zoo.configs import KINDS, architectures
 
 
 def zoo(
     name: Annotated[
-        list[str] | None, typer.Argument(help="Architectures as transformers calls them (all).")
+        list[str] | None,
+        typer.Argument(help=f"Architectures, or any of {', '.join(KINDS)} (causal)."),
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write all columns here, as CSV.")] = None,
     json: JsonFile = None,
@@ -30,7 +31,7 @@ def zoo(
     update_expectations: Annotated[
         bool, typer.Option(help="Write what was found to the file of --expect instead.")
     ] = False,
-    quick: Annotated[bool, typer.Option(help="Leave out chunks, generate() and eviction.")] = False,
+    quick: Annotated[bool, typer.Option(help="Leave out chunks and eviction.")] = False,
     limit: Annotated[float, typer.Option(min=1, help="Seconds for one architecture.")] = (
         run_.LIMIT_S
     ),
@@ -63,12 +64,7 @@ def _show(found: list[Row]) -> None:
     for row in found:
         if said := row["error"] or row["reasons"]:
             out.print(f"{row['architecture']}: {said}", markup=False, highlight=False)
-    total = run_.summary(found)
-    out.print(
-        f"{total['architectures']} architectures: {total['cacheable']} with a KV cache, "
-        f"{total['fused']} fully fused, {total['correct']} correct",
-        highlight=False,
-    )
+    out.print(page_.sentence(found), markup=False, highlight=False, soft_wrap=True)
 
 
 def _compare(path: Path, found: list[Row], update: bool) -> None:

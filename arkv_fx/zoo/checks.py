@@ -12,44 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from arkv_fx.cache import ArkvCache
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ArkvError, ModelNotFoundError
 from arkv_fx.evaluation.rows import Row
-from arkv_fx.transform import Transformed, restore, transform
+from arkv_fx.layers import tensors_of
+from arkv_fx.report import Report
+from arkv_fx.transform import Transformed, new_cache, restore, transform
 from arkv_fx.zoo import drive
-from arkv_fx.zoo.configs import NOT_CACHEABLE, tiny_model
+from arkv_fx.zoo.changes import NOT_CACHEABLE
+from arkv_fx.zoo.configs import tiny_model
 from arkv_fx.zoo.drive import CHUNKED, STEPWISE
+from arkv_fx.zoo.row import VISIBLE, blank, is_wrong, note, status_of
 
 ROOMY = ArkvConfig(budget=128, tiers=("native",))
 SMALL = ArkvConfig(budget=24, window=6, sinks=2, tiers=("int8", "int4"))
-TOLERANCE = 1e-4
-VISIBLE = 1e-2  # dropping the cache moves the logits by more, or the comparison is blind
-
-COLUMNS = (
-    "architecture", "status", "sites", "fused", "reasons", "identity", "padded", "chunked",
-    "generate", "finite", "bounded", "repeatable", "moved", "graphs", "breaks", "own", "control",
-    "wrong", "raised", "refused", "error", "seconds",
-)  # fmt: skip
-"""The columns of a row, in order.
-
-identity, padded, chunked: relative error of the logits with room for everything, against the same
-calls of the model as it was; generate: the same greedy tokens; finite, bounded (bytes stay what the
-report says), repeatable: under an evicting budget, which moves the logits by ``moved``; own: what
-the model's own cache changes against one forward; control: what dropping the cache changes;
-wrong, raised, refused: the checks whose answer is wrong, those that ended in an error, and those
-that ended in an error of ours, which says what to do; error: the first of these errors.
-"""
-
-TEXTS = ("reasons", "wrong", "raised", "refused", "error")
-"""The columns that are texts: "" where there is nothing to say, lists as in "padded, generate"."""
-
-NOT_RUN = ("no cache", "not built", "no reference")
-"""The statuses of what has no cache, or that transformers itself cannot run with one here."""
-
-CORRECT = ("fused", "partly", "unfused", "refused")
-"""The statuses in which nothing wrong was computed; "refused" if any check was."""
 
 
 @dataclass
@@ -57,8 +36,9 @@ class Subject:
     """A tiny model with what it answered before it was transformed."""
 
     model: PreTrainedModel
-    batches: dict[str, drive.Batch] = field(default_factory=drive.batches)
-    answers: dict[str, Tensor] = field(default_factory=dict)
+    batches: dict[str, drive.Batch]
+    logits: dict[str, Tensor] = field(default_factory=dict)
+    tokens: Tensor | None = None
 
     @property
     def arkv(self) -> Transformed:
@@ -66,21 +46,17 @@ class Subject:
         found: Transformed = self.model.arkv  # type: ignore[assignment]
         return found
 
-    def error(self, pieces: tuple[int, ...], batch: str, answer: str) -> float:
-        """Relative error of the transformed model."""
-        found = drive.logits(self.model, self.batches[batch], pieces, ArkvCache(self.model))
-        return drive.difference(found, self.answers[answer], self.batches[batch])
-
-
-def blank(name: str) -> Row:
-    """A row without answers."""
-    return dict.fromkeys(COLUMNS) | {"architecture": name} | dict.fromkeys(TEXTS, "")
+    def error(self, pieces: tuple[int, ...], expected: str) -> float:
+        """Relative error of the transformed model on the single sequence."""
+        batch = self.batches["single"]
+        found = drive.logits(self.model, batch, pieces, new_cache(self.model))
+        return drive.difference(found, self.logits[expected], batch.mask)
 
 
 def examine(name: str, *, quick: bool = False) -> Row:
     """One row about the architecture ``name``; whatever goes wrong is in the row.
 
-    ``quick`` leaves out chunks, ``generate()`` and eviction: their columns are None.
+    ``quick`` leaves out chunks and eviction: their columns are None.
     """
     row = blank(name)
     began = time.perf_counter()
@@ -95,7 +71,8 @@ def examine(name: str, *, quick: bool = False) -> Row:
 def _examine(name: str, row: Row, quick: bool) -> str:
     """Fill the row in and return the status."""
     try:
-        subject = Subject(tiny_model(name))
+        model = tiny_model(name)
+        subject = Subject(model, drive.batches(drive.has_encoder(model)))
     except (ModelNotFoundError, RuntimeError) as error:
         row["error"] = _text(error)
         return "not built"
@@ -109,29 +86,41 @@ def _examine(name: str, row: Row, quick: bool) -> str:
     for config, checks in [(ROOMY, _ROOMY_QUICK if quick else _ROOMY), (SMALL, _SMALL)]:
         if not (quick and config is SMALL):
             _under(subject, config, checks, row)
-    return _status(row)
+    return status_of(row)
 
 
 def _as_it_was(subject: Subject, quick: bool) -> Row:
     """Answers of the model with its own cache, and what that and its loss change."""
-    model, answers = subject.model, subject.answers
-    for name, batch in subject.batches.items():
-        answers[name] = drive.logits(model, batch, STEPWISE, drive.own_cache(model))
-    single = subject.batches["single"]
+    model, single = subject.model, subject.batches["single"]
+    expected = drive.logits(model, single, STEPWISE, drive.own_cache(model))
+    subject.logits["single"] = expected
     at_once = drive.logits(model, single, drive.AT_ONCE, None)
     forgetful = drive.logits(model, single, STEPWISE, None)
-    if not quick:
-        try:
-            chunked = drive.logits(model, single, CHUNKED, drive.own_cache(model))
-            if drive.difference(chunked, answers["single"], single) < VISIBLE:
-                answers["chunked"] = chunked
-            answers["generate"] = drive.generate(model, subject.batches["padded"])
-        except Exception:  # the model itself cannot: then nothing is asked of us
-            pass
+    unasked = []  # what the model itself cannot do is not asked of us
+    try:
+        subject.tokens, subject.logits["padded"] = drive.generate(model, subject.batches["padded"])
+    except Exception:
+        unasked.append("padded")
+    if not quick and not _reads_chunks(subject):
+        unasked.append("chunked")
     return {
-        "own": drive.difference(answers["single"], at_once, single),
-        "control": drive.difference(forgetful, answers["single"], single),
+        "own": drive.difference(expected, at_once, single.mask),
+        "control": drive.difference(forgetful, expected, single.mask),
+        "unasked": ", ".join(unasked),
     }
+
+
+def _reads_chunks(subject: Subject) -> bool:
+    """Whether the model as it was reads a prompt in chunks as it reads it at once."""
+    model, single = subject.model, subject.batches["single"]
+    try:
+        chunked = drive.logits(model, single, CHUNKED, drive.own_cache(model))
+    except Exception:
+        return False
+    same = drive.difference(chunked, subject.logits["single"], single.mask) < VISIBLE
+    if same:
+        subject.logits["chunked"] = chunked
+    return same
 
 
 Check = Callable[[Subject], Row]
@@ -146,13 +135,13 @@ def _under(subject: Subject, config: ArkvConfig, checks: dict[str, Check], row: 
         try:
             found = check(subject)
         except Exception as error:
-            _add(row, "refused" if isinstance(error, ArkvError) else "raised", name)
+            note(row, "refused" if isinstance(error, ArkvError) else "raised", name)
             row["error"] = row["error"] or f"{name}: {_text(error)}"
             if name == "transform":
                 return
         else:
             row |= found
-            _add(row, "wrong", *(c for c, value in found.items() if _is_wrong(c, value)))
+            note(row, "wrong", *(c for c, value in found.items() if is_wrong(c, value)))
     if config is ROOMY:
         row |= _report(subject)
     restore(subject.model)
@@ -164,88 +153,84 @@ def _transform(subject: Subject, config: ArkvConfig) -> Row:
 
 
 def _identity(subject: Subject) -> Row:
-    return {"identity": subject.error(STEPWISE, "single", "single")}
+    return {"identity": subject.error(STEPWISE, "single")}
 
 
 def _padded(subject: Subject) -> Row:
-    error = subject.error(STEPWISE, "padded", "padded")
-    breaks = torch._dynamo.utils.counters["graph_break"]
-    graphs = subject.arkv.backend.graphs
-    return {"padded": error, "graphs": graphs, "breaks": sum(breaks.values())}
+    """``generate()`` on a padded batch."""
+    found: Row = {"padded": None, "generate": None}
+    if subject.tokens is not None:
+        tokens, logits = drive.generate(subject.model, subject.batches["padded"])
+        found["padded"] = drive.difference(logits, subject.logits["padded"])
+        found["generate"] = torch.equal(tokens, subject.tokens)
+    found["graphs"] = subject.arkv.backend.graphs
+    found["breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
+    return found
 
 
 def _chunked(subject: Subject) -> Row:
-    known = "chunked" in subject.answers
-    return {"chunked": subject.error(CHUNKED, "single", "chunked") if known else None}
-
-
-def _generate(subject: Subject) -> Row:
-    if "generate" not in subject.answers:
-        return {"generate": None}
-    tokens = drive.generate(subject.model, subject.batches["padded"])
-    return {"generate": torch.equal(tokens, subject.answers["generate"])}
+    known = "chunked" in subject.logits
+    return {"chunked": subject.error(CHUNKED, "chunked") if known else None}
 
 
 def _evict(subject: Subject) -> Row:
     """Two runs under a budget that does not hold the prompt."""
     single, model = subject.batches["single"], subject.model
-    caches = [ArkvCache(model), ArkvCache(model)]
+    caches = [new_cache(model), new_cache(model)]
     first, second = [drive.logits(model, single, STEPWISE, cache) for cache in caches]
     report = subject.arkv.report()
     bounded = None
-    if report.fused == len(report.rows):  # what is not fused keeps everything
-        cache = ArkvCache(model)
-        drive.logits(model, single, STEPWISE[:2], cache)
-        sizes = {cache.nbytes(), caches[0].nbytes(), report.nbytes + caches[0].handle.nbytes}
-        bounded = len(sizes) == 1
+    if all(site["fused"] for site in _cached_sites(report)):  # what is not fused keeps everything
+        shorter = new_cache(model)
+        drive.logits(model, single, STEPWISE[:2], shorter)
+        sizes = {_compressed_bytes(cache) for cache in (shorter, *caches)}
+        bounded = sizes == {report.nbytes}
     return {
         "finite": bool(first.isfinite().all()),
         "bounded": bounded,
         "repeatable": torch.equal(first, second),
-        "moved": drive.difference(first, subject.answers["single"], single),
+        "moved": drive.difference(first, subject.logits["single"], single.mask),
     }
 
 
+def _compressed_bytes(cache: Any) -> int:
+    """What a cache holds, without recurrent states and cross-attention, which do not grow."""
+    ours: ArkvCache = getattr(cache, "self_attention_cache", cache)
+    recurrent = [t for layer in ours.layers if _is_recurrent(layer) for t in tensors_of(layer)]
+    return ours.nbytes() - ours.handle.nbytes - sum(t.untyped_storage().nbytes() for t in recurrent)
+
+
+def _is_recurrent(layer: Any) -> bool:
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
 _ROOMY_QUICK: dict[str, Check] = {"identity": _identity, "padded": _padded}
-_ROOMY: dict[str, Check] = {**_ROOMY_QUICK, "chunked": _chunked, "generate": _generate}
+_ROOMY: dict[str, Check] = {**_ROOMY_QUICK, "chunked": _chunked}
 _SMALL: dict[str, Check] = {"evict": _evict}
 
 
-def _is_wrong(column: str, value: Any) -> bool:
-    if column in ("identity", "padded", "chunked"):
-        return value is not None and not value <= TOLERANCE
-    return value is False
+def _cached_sites(report: Report) -> list[Row]:
+    """Attention over a cache of ours; that of an encoder or over it has none."""
+    return [site for site in report.rows if site["source"] == "marker"]
 
 
 def _report(subject: Subject) -> Row:
-    backend = subject.arkv.backend
-    if not backend.sites:
-        return {"sites": 0, "fused": 0}
-    found = subject.arkv.report()
-    reasons = Counter(_stable(site["reason"]) for site in found.rows if not site["fused"])
+    sites: list[Row] = []
+    if subject.arkv.backend.sites:
+        sites = _cached_sites(subject.arkv.report())
+    reasons = Counter(_stable(site["reason"]) for site in sites if not site["fused"])
     return {
-        "sites": len(found.rows),
-        "fused": found.fused,
+        "sites": len(sites),
+        "fused": sum(bool(site["fused"]) for site in sites),
         "reasons": " | ".join(f"{count}x {reason}" for reason, count in sorted(reasons.items())),
     }
 
 
-def _status(row: Row) -> str:
-    for status in ("wrong", "raised", "refused"):
-        if row[status]:
-            return status
-    if row["sites"] and row["sites"] == row["fused"]:
-        return "fused"
-    return "partly" if row["fused"] else "unfused"
-
-
-def _add(row: Row, column: str, *names: str) -> None:
-    row[column] = ", ".join(filter(None, [row[column], *names]))
-
-
 def _stable(reason: str) -> str:
-    """A reason without the names of a graph's nodes, which change with every release."""
-    return re.sub(r"%\w+ : .*?target=(?:[\w.]*\.)?(\w+)\].*?(?=;|, which|$)", r"\1", reason)
+    """A reason without the names of nodes and sizes, which change with every release."""
+    node = r"%\w+ : \[num_users=\d+\] = \w+\[target=(?:[\w.]*\.)?(\w+)\]"
+    arguments = r"(?:\(args = .*?kwargs = \{[^{}]*\}\))?"
+    return re.sub(r"\bs\d+\b", "n", re.sub(node + arguments, r"\1", reason))
 
 
 def _text(error: BaseException) -> str:

@@ -1,7 +1,8 @@
-"""Every causal language model that transformers has, as a tiny one with random weights."""
+"""Every language model that transformers has, as a tiny one with random weights."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,114 +11,59 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from arkv_fx.errors import ModelNotFoundError
+from arkv_fx.zoo.changes import CHANGES
 from arkv_fx.zoo.shrink import shrink
 
-_NAMES: dict[str, str] = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+KINDS: dict[str, Mapping[str, str]] = {
+    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "multimodal": modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    "seq2seq": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "speech": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+}
+"""transformers' lists of language models: class by model type."""
 
-_RECURRENT = "its state is recurrent and of one size: there is no KV cache"
-_TARGET = "a drafting assistant: it reads the cache of another model, and has none of its own"
-NOT_CACHEABLE: dict[str, str] = {
-    "falcon_mamba": _RECURRENT,
-    "mamba": _RECURRENT,
-    "mamba2": _RECURRENT,
-    "rwkv": _RECURRENT,
-    "xlstm": _RECURRENT,
-    "openai-gpt": "transformers runs it without a cache",
-    "xlm": "transformers' XLM keeps no cache of keys and values between calls",
-    "xlnet": "it keeps hidden states (mems), not keys and values",
-    "reformer": "it keeps hidden states and LSH buckets, not keys and values",
-    "gemma4_assistant": _TARGET,
-    "gemma4_unified_assistant": _TARGET,
-}
-"""Architectures that have no KV cache, each with the reason."""
-
-_SHARED: dict[str, Any] = {
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "num_hidden_layers": 4,
-    "num_kv_shared_layers": 2,
-}
-_GEMMA4: dict[str, Any] = {**_SHARED, "global_head_dim": 32}
-_SLIDING: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"]}
-_QWEN4: dict[str, Any] = {
-    "indexer_n_heads": 2,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 16,
-    "indexer_budget": 16,
-    "indexer_compress_ratio": 4,
-    "hc_lowrank": 16,
-}
-_DOTS3: dict[str, Any] = {
-    f"swa_{name}": size
-    for name, size in {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 32,
-        "head_dim": 24,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 16,
-    }.items()
-} | {"num_key_value_heads": 4, "head_dim": 24}
-CHANGES: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1]},
-    "blt": {"encoder_hash_byte_group_vocab": 128},
-    "cohere_compass_text": {
-        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
-    },
-    "cpmant": {"dim_head": 16, "dim_ff": 128},
-    "ctrl": {"dff": 128},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
-    "deepseek_v4": {
-        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}
-    },
-    "dots3_note_text": _DOTS3,
-    "gemma3n_text": _SHARED,
-    "gemma4": {"text_config": _GEMMA4},
-    "gemma4_text": _GEMMA4,
-    "gemma4_unified": {"text_config": _GEMMA4},
-    "gemma4_unified_text": _GEMMA4,
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
-    "hrm_text": {"L_cycles": 1},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "laguna": _SLIDING,
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "longcat_flash": {"head_dim": 8},
-    "moshi": {"sliding_window": 512},  # its own cache has the window, its mask has not
-    "musicgen_decoder": {"num_codebooks": 1},
-    "musicgen_melody_decoder": {"num_codebooks": 1},
-    "nemotron_h": {"n_groups": 1},
-    "qwen4_exp_text": _QWEN4,
-    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "roc_bert": {
-        "pronunciation_embed_dim": 16,
-        "shape_embed_dim": 16,
-        "shape_vocab_size": 128,
-        "pronunciation_vocab_size": 128,
-    },
-    "xmod": {"default_language": "en_XX"},
-    "zaya": {"num_experts_per_tok": 1},
-}
-"""What the names of the attributes do not tell: config values by architecture."""
+LARGEST = 100_000_000  # parameters: what no attribute shrinks would only cost time and memory
 
 
-def architectures() -> list[str]:
-    """The model types that transformers lists as causal language models, sorted."""
-    return sorted(_NAMES)
+def _class_names() -> dict[str, str]:
+    """Class names by architecture. A class that two lists have is of the first."""
+    found: dict[str, str] = {}
+    for kind, classes in KINDS.items():
+        before = set(found.values())
+        for name, class_name in classes.items():
+            if class_name not in before:
+                found[name if kind == "causal" else f"{name}:{kind}"] = class_name
+    return dict(sorted(found.items()))
+
+
+_CLASSES = _class_names()
+
+
+def architectures(kind: str | None = None) -> list[str]:
+    """Names of all architectures, or of those of one of ``KINDS``, sorted.
+
+    A causal language model has the name of its model type; others have their kind behind it, as
+    in ``t5:seq2seq``.
+    """
+    return [name for name in _CLASSES if kind is None or kind_of(name) == kind]
+
+
+def kind_of(name: str) -> str:
+    """Which of ``KINDS`` an architecture is of."""
+    return name.partition(":")[2] or "causal"
 
 
 def tiny_config(name: str) -> PreTrainedConfig:
     """A tiny config of the architecture ``name``: of its decoder where that can stand alone.
 
     Raises:
-        ModelNotFoundError: if transformers lists no such causal language model.
+        ModelNotFoundError: if transformers lists no such language model.
     """
     wanted = _model_class(name).config_class
-    whole: PreTrainedConfig = CONFIG_MAPPING[name]()
+    whole: PreTrainedConfig = CONFIG_MAPPING[name.partition(":")[0]]()
     parts = [value for value in vars(whole).values() if isinstance(value, wanted)]
     config = whole if isinstance(whole, wanted) or not parts else parts[0]
-    values = shrink(config, CHANGES.get(config.model_type))
+    values = shrink(config, CHANGES)
     del values["model_type"]
     return type(config)(**values)
 
@@ -129,29 +75,35 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     the same weights, and the global random state stays as it was.
 
     Raises:
-        ModelNotFoundError: if transformers lists no such causal language model, or it cannot be
-            built here.
+        ModelNotFoundError: if transformers lists no such language model, or it cannot be built
+            here.
     """
     kind = _model_class(name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
+            config = tiny_config(name)
+            with torch.device("meta"):
+                size = sum(p.numel() for p in kind._from_config(config).parameters())
+            if size > LARGEST:
+                raise ValueError(f"it has {size / 1e6:.0f} million parameters after shrinking")
             model: Any = kind._from_config(tiny_config(name), dtype=torch.float32)
-        except (ImportError, ValueError, TypeError, AttributeError, KeyError) as error:
+        except Exception as error:  # there is no end to what a config may refuse
             raise ModelNotFoundError(f"{name} cannot be built: {error}") from error
     _spread(model)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.update(eos_token_id=None, pad_token_id=0, decoder_start_token_id=1)
     ready: PreTrainedModel = model.eval()
     return ready
 
 
 def _model_class(name: str) -> Any:
-    if name not in _NAMES:
+    if name not in _CLASSES:
         raise ModelNotFoundError(
-            f"transformers lists no causal language model {name!r}; `arkv zoo --list` names all"
+            f"transformers lists no language model {name!r}; `arkv zoo --list` names all"
         )
-    return getattr(transformers, _NAMES[name])
+    return getattr(transformers, _CLASSES[name])
 
 
 def _spread(model: torch.nn.Module) -> None:

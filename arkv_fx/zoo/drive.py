@@ -9,37 +9,67 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 PROMPT, STEPS = 40, 6  # longer than the windows of the tiny models
 STEPWISE = (PROMPT, *[1] * STEPS)
 CHUNKED = (17, 16, PROMPT - 33, *[1] * STEPS)
 AT_ONCE = (PROMPT + STEPS,)
-NEW_TOKENS = 8
+SOURCE, HIDDEN = 20, 64  # what an encoder makes
 
 WHOLE_IDS = ("cpmant",)  # these drop the cached prefix of their input themselves
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and mask [B, PROMPT + STEPS] int64; padding is to the left and has id 0."""
+    """Token ids and mask [B, PROMPT + STEPS] int64; padding is to the left and has id 0.
+
+    ``source`` [B, SOURCE, hidden] is what an encoder made of its input, which ``source_mask`` pads
+    then in place of the decoder's tokens.
+    """
 
     ids: Tensor
     mask: Tensor
+    source: Tensor
+    source_mask: Tensor
 
 
-def batches() -> dict[str, Batch]:
-    """A single sequence, and two of which the second is padded."""
+def batches(encoder: bool = False) -> dict[str, Batch]:
+    """A single sequence, and two of which the second is padded (in its source, if it has one)."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 128, (2, PROMPT + STEPS), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, :13] = 0
-    return {"single": Batch(ids[:1], mask[:1]), "padded": Batch(ids * mask, mask)}
+    source = torch.randn(2, SOURCE, HIDDEN, generator=generator)
+    mask, source_mask = torch.ones_like(ids), torch.ones(2, SOURCE, dtype=torch.long)
+    single = Batch(ids[:1], mask[:1], source[:1], source_mask[:1])
+    if encoder:
+        source_mask[1, :7] = 0
+    else:
+        mask[1, :13] = 0
+    return {"single": single, "padded": Batch(ids * mask, mask, source, source_mask)}
+
+
+@dataclass
+class Encoded(ModelOutput):
+    """What an encoder gives to its decoder, with the fields that any of them is asked for."""
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    attention_mask: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    router_probs: tuple[Tensor, ...] | None = None
+
+
+def has_encoder(model: PreTrainedModel) -> bool:
+    """Whether the decoder attends to what an encoder makes."""
+    return bool(model.config.is_encoder_decoder)
 
 
 def own_cache(model: PreTrainedModel) -> Any:
     """The cache that ``generate()`` makes for the model as it is."""
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    return EncoderDecoderCache(cache, DynamicCache()) if has_encoder(model) else cache
 
 
 @torch.no_grad()
@@ -49,37 +79,51 @@ def logits(model: PreTrainedModel, batch: Batch, pieces: Sequence[int], cache: A
     With the ``cache`` None each piece is read as if nothing had come before it, though at its
     place in the sequence.
     """
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    prefix, fixed = ("decoder_", _source(batch)) if has_encoder(model) else ("", {})
+    accepted = inspect.signature(model.forward).parameters
     positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
+    whole = model.config.model_type in WHOLE_IDS and cache is not None
     out: list[Tensor] = []
     start = 0
     for piece in pieces:
         end = start + piece
-        forgets = cache is None
-        whole = model.config.model_type in WHOLE_IDS and not forgets
         inputs: dict[str, Any] = {
-            "input_ids": batch.ids[:, 0 if whole else start : end],
-            "attention_mask": batch.mask[:, start if forgets else 0 : end],
-            "past_key_values": cache,
-            "use_cache": True,
+            f"{prefix}input_ids": batch.ids[:, 0 if whole else start : end],
+            f"{prefix}attention_mask": batch.mask[:, start if cache is None else 0 : end],
+            f"{prefix}position_ids": positions[:, start:end],
         }
-        if takes_positions:
-            inputs["position_ids"] = positions[:, start:end]
-        out.append(model(**inputs).logits)
+        known = {name: value for name, value in inputs.items() if name in accepted}
+        out.append(model(**fixed, **known, past_key_values=cache, use_cache=True).logits)
         start = end
     return torch.cat(out, 1)
 
 
+def _source(batch: Batch) -> dict[str, Any]:
+    encoded = Encoded(last_hidden_state=batch.source, attention_mask=batch.source_mask)
+    return {"encoder_outputs": encoded, "attention_mask": batch.source_mask}
+
+
 @torch.no_grad()
-def generate(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Greedy tokens [B, NEW_TOKENS] after the prompt."""
-    ids, mask = batch.ids[:, :PROMPT], batch.mask[:, :PROMPT]
+def generate(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Greedy tokens [B, STEPS + 1] after the prompt or source, and their logits [B, ., V]."""
+    inputs: dict[str, Any] = _source(batch)
+    if not has_encoder(model):
+        inputs = {
+            "input_ids": batch.ids[:, :PROMPT], "attention_mask": batch.mask[:, :PROMPT],
+        }  # fmt: skip
     call: Any = model.generate
-    out: Tensor = call(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return out[:, PROMPT:]
+    out = call(
+        **inputs, max_new_tokens=STEPS + 1, do_sample=False, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    return out.sequences[:, -STEPS - 1 :], torch.stack(out.logits, 1)
 
 
-def difference(found: Tensor, expected: Tensor, batch: Batch) -> float:
-    """Largest difference at real tokens, relative to the largest logit there; NaN if there is."""
-    real = batch.mask.bool()
-    return float((found - expected)[real].abs().max() / expected[real].abs().max())
+def difference(found: Tensor, expected: Tensor, mask: Tensor | None = None) -> float:
+    """Largest difference at real tokens, relative to the largest logit there; NaN if there is.
+
+    Both are [B, tokens, vocabulary], the mask [B, tokens].
+    """
+    if mask is not None:
+        found, expected = found[mask.bool()], expected[mask.bool()]
+    return float((found - expected).abs().max() / expected.abs().max())

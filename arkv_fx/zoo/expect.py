@@ -12,7 +12,7 @@ import transformers
 from arkv_fx.errors import EvaluationError
 from arkv_fx.evaluation.rows import Row
 
-COLUMNS = ("status", "sites", "fused", "reasons", "wrong", "raised", "refused")
+COLUMNS = ("status", "sites", "fused", "reasons", "wrong", "raised", "refused", "unasked")
 """The columns that are compared: none that is measured, only what was decided."""
 
 Expected = dict[str, dict[str, Any]]

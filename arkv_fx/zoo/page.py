@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from arkv_fx.evaluation.rows import Row
-from arkv_fx.zoo.checks import COLUMNS, CORRECT, NOT_RUN, SMALL, TOLERANCE
-from arkv_fx.zoo.drive import NEW_TOKENS, PROMPT, STEPS
+from arkv_fx.zoo.checks import SMALL
+from arkv_fx.zoo.drive import PROMPT, STEPS
+from arkv_fx.zoo.row import COLUMNS, CORRECT, NOT_RUN, TOLERANCE
 from arkv_fx.zoo.run import summary
 
 SHOWN = (
@@ -37,18 +38,16 @@ def write_page(path: Path, rows: Sequence[Row]) -> None:
 
 def page(rows: Sequence[Row]) -> str:
     """The page as Markdown."""
-    total = summary(rows)
     cached = [row for row in rows if row["status"] not in NOT_RUN]
     return "\n".join(
         [
             "# The zoo",
             "",
-            "Every causal language model of transformers, tiny and with random weights, before and "
-            "after `arkv_fx.transform`. Written by `arkv zoo --page docs/zoo.md` "
+            "Language models of transformers, tiny and with random weights, before and after "
+            "`arkv_fx.transform`. Written by `arkv zoo --page docs/zoo.md` "
             f"(transformers {transformers.__version__}, torch {torch.__version__}, float32, CPU).",
             "",
-            f"**{total['architectures']} architectures: {total['cacheable']} have a KV cache and "
-            f"were built, {total['fused']} of these are fully fused, {total['correct']} correct.**",
+            f"**{sentence(rows)}**",
             "",
             *_LEGEND,
             "",
@@ -70,12 +69,25 @@ def page(rows: Sequence[Row]) -> str:
     )
 
 
+def sentence(rows: Sequence[Row]) -> str:
+    """What a table comes to, by kind of architecture."""
+    parts = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        total = summary([row for row in rows if row["kind"] == kind])
+        parts.append(
+            f"{total['architectures']} {kind} architectures: {total['cacheable']} have a KV cache "
+            f"that runs here, {total['fused']} of these fully fused, {total['correct']} correct"
+        )
+    return "; ".join(parts)
+
+
 _LEGEND = [
-    f"- identity, padded: the largest error of the logits of a {PROMPT}-token prompt and {STEPS} "
-    "single-token steps, relative to the largest logit, with room for every token; batch 1 and a "
-    f"left-padded batch of 2. At most {TOLERANCE:g} is correct.",
-    "- chunked: the same with the prompt in three chunks, where the model itself can.",
-    f"- generate: the same {NEW_TOKENS} greedy tokens, left-padded batch of 2.",
+    f"- identity: the largest error of the logits of a {PROMPT}-token prompt and {STEPS} "
+    "single-token steps, relative to the largest logit, with room for every token. At most "
+    f"{TOLERANCE:g} is correct.",
+    "- padded, generate: the same error in `generate()` of a left-padded batch of 2, and whether "
+    "it gives the same tokens.",
+    "- chunked: the error with the prompt in three chunks, where the model itself can.",
     f"- finite, bounded, repeatable: with {SMALL.budget} tokens kept, logits are finite, bytes "
     "stay what the report says, a second run gives the same logits; moved: what eviction changes.",
     "- graphs, breaks: compiled graphs and graph breaks of the first two columns.",

@@ -6,14 +6,16 @@ import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from arkv_fx.errors import ModelNotFoundError
 from arkv_fx.evaluation.rows import Row
-from arkv_fx.zoo.checks import CORRECT, NOT_RUN, blank, examine
-from arkv_fx.zoo.configs import architectures
+from arkv_fx.zoo.checks import examine
+from arkv_fx.zoo.configs import KINDS, architectures
+from arkv_fx.zoo.row import CORRECT, NOT_RUN, blank
 
 LIMIT_S = 600.0
 
@@ -25,28 +27,35 @@ def run(
     limit_s: float = LIMIT_S,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
-    """A row of ``examine`` for each architecture (all of them without ``names``), in order.
+    """A row of ``examine`` for each architecture, in order.
+
+    A name may be one of ``KINDS``, which stands for all of that kind; without names it is "causal".
 
     A crash, or more than ``limit_s`` seconds, gives a row with status "crashed" and goes on with
     the next architecture in a new process.
 
     Raises:
-        ModelNotFoundError: naming what transformers does not list as a causal language model.
+        ModelNotFoundError: naming what transformers does not list as a language model.
     """
-    known = architectures()
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ModelNotFoundError(
-            f"transformers lists no causal language model {', '.join(map(repr, unknown))}; "
-            "`arkv zoo --list` names all"
-        )
-    chosen = list(names) or known
+    chosen = _chosen(names or ["causal"])
     rows: list[Row] = []
     with _Worker(quick) as worker:
         for number, name in enumerate(chosen, 1):
             progress(f"{name} ({number} of {len(chosen)})")
             rows.append(worker.examine(name, limit_s))
     return rows
+
+
+def _chosen(names: Sequence[str]) -> list[str]:
+    known = architectures()
+    unknown = [name for name in names if name not in known and name not in KINDS]
+    if unknown:
+        raise ModelNotFoundError(
+            f"transformers lists no language model {', '.join(map(repr, unknown))}; give any of "
+            f"{', '.join(KINDS)}, or names that `arkv zoo --list` shows"
+        )
+    chosen = [architectures(name) if name in KINDS else [name] for name in names]
+    return list(dict.fromkeys(chain(*chosen)))
 
 
 def summary(rows: Sequence[Row]) -> dict[str, int]:

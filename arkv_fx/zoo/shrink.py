@@ -35,7 +35,9 @@ SIZES: dict[int, str] = {
     ),
     64: (
         "hidden_size d_model n_embd emb_dim word_embed_proj_dim embedding_size "
-        "input_embedding_size output_embedding_size lru_width"
+        "input_embedding_size output_embedding_size lru_width embed_dim hidden_dim projection_dim "
+        "out_hidden_size text_hidden_size audio_hidden_size cross_hidden_size output_proj_dims "
+        "adapter_in_dim adapter_out_dim adapter_input_size cross_attention_hidden_size"
     ),
     128: (
         "vocab_size vocab_size_per_layer_input decoder_vocab_size intermediate_size ffn_dim "
@@ -63,20 +65,22 @@ LAYERS = (
 _SIZE = {name: size for size, names in SIZES.items() for name in names.split()}
 
 
-def shrink(config: PreTrainedConfig, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def shrink(
+    config: PreTrainedConfig, changes: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """Keyword arguments that make a tiny config of ``config``'s class.
 
     ``config`` is one with default values: a layer of each kind that it has is kept, and what it
-    switches off stays off. ``changes`` come last; those of a part (a text decoder, an image
-    encoder) are a mapping under its name.
+    switches off stays off. ``changes`` are values by model type, which come last; a mapping in
+    them changes the part (text decoder, image encoder) of that name.
     """
-    changes = dict(changes or {})
+    changes = changes or {}
     kept = _one_of_each_kind(config)
     small: dict[str, Any] = {"model_type": config.model_type}
     for name in inspect.signature(type(config).__init__).parameters:
         value: Any = vars(config).get(name)
         if isinstance(value, PreTrainedConfig):
-            small[name] = shrink(value, changes.pop(name, None))
+            small[name] = shrink(value, changes)
         elif name in LAYERS:
             small[name] = len(kept)
         elif name in ALWAYS:
@@ -84,12 +88,28 @@ def shrink(config: PreTrainedConfig, changes: Mapping[str, Any] | None = None) -
         elif name == "sliding_window":
             small[name] = None if value is None else 16
         elif name in _SIZE:
-            small[name] = value if value in (0, 1) else _SIZE[name]
+            small[name] = _like(value, _SIZE[name], config, len(kept))
         elif _per_layer(config, value):
             small[name] = [value[i] for i in kept]
     if "kv_lora_rank" in small:  # latent keys are expanded to all heads
         small["num_key_value_heads"] = small["num_attention_heads"]
-    return {**small, **changes}
+    rope = vars(config).get("rope_parameters")
+    if isinstance(rope, dict) and "mrope_section" in rope:  # its parts make half a head
+        half = int(8 * rope.get("partial_rotary_factor", 1))
+        part = half * 3 // 8
+        small["rope_parameters"] = {**rope, "mrope_section": [half - 2 * part, part, part]}
+    for name, value in changes.get(config.model_type, {}).items():
+        if isinstance(small.get(name), dict) and isinstance(value, Mapping):
+            value = {**small[name], **value}
+        small[name] = value
+    return small
+
+
+def _like(value: Any, size: int, config: PreTrainedConfig, layers: int) -> Any:
+    """``size`` in the form of ``value``: what is off or single stays so, a list remains one."""
+    if isinstance(value, list | tuple):
+        return [size] * (layers if len(value) == _layers(config) else len(value))
+    return value if value in (0, 1) else size
 
 
 def _one_of_each_kind(config: PreTrainedConfig) -> list[int]:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from arkv_fx.cli import app
 from arkv_fx.errors import EvaluationError
 from arkv_fx.zoo import expect, page
-from arkv_fx.zoo.checks import COLUMNS, blank
+from arkv_fx.zoo.row import COLUMNS, blank
 
 
 def row(name: str, **values: Any) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
 
 def test_the_page_and_the_csv_hold_every_architecture(tmp_path: Path) -> None:
     text = page.page(ROWS)
-    assert "**3 architectures: 2 have a KV cache and were built, 1 of these are fully" in text
+    assert "**3 causal architectures: 2 have a KV cache that runs here, 1 of these fully" in text
     assert "| aa | fused | 2 | 2 | 1.23e-07 |  |  | yes |" in text
     assert "- bb: 2x odd attention" in text
     assert "- cc: no cache: recurrent" in text
@@ -92,7 +92,7 @@ def test_the_command(tmp_path: Path) -> None:
     found, expected = tmp_path / "z.json", tmp_path / "e.json"
     expected.write_text(json.dumps({transformers.__version__: {"mamba": {"status": "fused"}}}))
     shown = invoke("mamba", "--json", found, "--page", tmp_path / "z.md")
-    assert "1 architectures: 0 with a KV cache" in shown
+    assert "1 causal architectures: 0 have a KV cache" in shown
     assert json.loads(found.read_text())[0]["status"] == "no cache"
     assert "mamba: no cache" in (tmp_path / "z.md").read_text()
     shown = invoke("mamba", "--expect", expected, code=1)

@@ -15,13 +15,14 @@ from arkv_fx.passes import classify
 from arkv_fx.errors import CacheError, ModelNotFoundError
 from arkv_fx.state.session import PlainLayer, Session
 from arkv_fx.zoo import checks, expect
-from arkv_fx.zoo.checks import COLUMNS, examine
+from arkv_fx.zoo.checks import examine
 from arkv_fx.zoo.configs import architectures
+from arkv_fx.zoo.row import COLUMNS, VISIBLE, blank, is_wrong
 from arkv_fx.zoo.run import _Worker, run, summary
 
 EXPECTED = Path(__file__).parent / "expected.json"
 SAMPLE = (
-    "bert", "bloom", "gemma2", "gpt_oss", "llama", "mamba", "qwen3_5_text", "xglm",
+    "bert", "bloom", "gemma2", "gpt_oss", "llama", "mamba", "qwen3_5_text", "t5:seq2seq",
 )  # fmt: skip
 
 
@@ -61,8 +62,8 @@ def test_a_fused_layer_that_loses_a_token_is_wrong(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Session, "layer", forgets)
     row = examine("llama", quick=True)
-    assert (row["status"], row["wrong"]) == ("wrong", "identity, padded")
-    assert row["fused"] == 2 and row["identity"] > checks.VISIBLE
+    assert (row["status"], row["wrong"]) == ("wrong", "identity, padded, generate")
+    assert row["fused"] == 2 and row["identity"] > VISIBLE
 
 
 def test_an_unfused_layer_that_changes_a_value_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,13 +76,21 @@ def test_an_unfused_layer_that_changes_a_value_is_wrong(monkeypatch: pytest.Monk
     monkeypatch.setattr(PlainLayer, "append", doubles)
     monkeypatch.setattr(classify, "_decide", lambda site, _: site.refuse("for this test"))
     row = examine("gpt2", quick=True)
-    assert (row["status"], row["wrong"]) == ("wrong", "identity, padded")
+    assert (row["status"], row["wrong"]) == ("wrong", "identity, padded, generate")
     assert (row["fused"], row["reasons"]) == (0, "2x for this test")
 
 
+def test_reasons_do_not_hold_names_of_nodes() -> None:
+    reason = (
+        "also read by %out_1 : [num_users=1] = call_function[target=torch._C._nn.sdpa](args = "
+        "(%q, %k), kwargs = {scale: 1.0}); s74 queries for 20 keys"
+    )
+    assert checks._stable(reason) == "also read by sdpa; n queries for 20 keys"
+
+
 def test_nan_is_wrong() -> None:
-    assert checks._is_wrong("identity", float("nan"))
-    assert not checks._is_wrong("chunked", None)
+    assert is_wrong("identity", float("nan"))
+    assert not is_wrong("chunked", None)
 
 
 def test_errors_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +136,14 @@ def test_a_process_that_dies_or_hangs_is_a_row() -> None:
     assert summary([late, dead, after]) == {
         "architectures": 3, "cacheable": 2, "fused": 0, "correct": 0,
     }  # fmt: skip
+
+
+def test_a_kind_stands_for_its_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Worker, "examine", lambda self, name, limit_s: blank(name))
+    rows = run(["seq2seq", "llama", "t5:seq2seq"])
+    assert [row["architecture"] for row in rows] == [*architectures("seq2seq"), "llama"]
+    assert {row["kind"] for row in rows} == {"seq2seq", "causal"}
+    assert {row["kind"] for row in run()} == {"causal"}
 
 
 def test_unknown_names_are_refused_before_anything_runs() -> None:
