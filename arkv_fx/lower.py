@@ -22,7 +22,7 @@ from torch.fx.passes.split_module import split_module
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 from arkv_fx.ops.attention import Knobs
-from arkv_fx.ops.kernels import get_step, usable
+from arkv_fx.ops.kernels import get_direct_step, usable
 from arkv_fx.passes.nodes import example
 from arkv_fx.plan import LayerPlan
 
@@ -131,7 +131,7 @@ def _whole_step(attend: Node, kernel: str, plan: LayerPlan) -> Compiled | None:
     """The decode step as one call where the kernel does all of it: there is nothing to compile."""
     arguments: Any = attend.args
     q, k, v, mask, state, _, scale, softcap, sinks, _ = arguments
-    step = get_step(kernel, plan)
+    step = get_direct_step(kernel, plan)
     if step is None:
         return None
     order = {n: i for i, n in enumerate(attend.graph.find_nodes(op="placeholder"))}
@@ -144,7 +144,7 @@ def _whole_step(attend: Node, kernel: str, plan: LayerPlan) -> Compiled | None:
         q, k, v = (args[i] for i in first)
         here = knobs if sunk is None else replace(knobs, sink_logits=args[sunk])
         seen = None if masked is None else args[masked]
-        return step(q, k, v, seen, [args[i] for i in held], plan, here)
+        return step(q, k, v, seen, [args[i] for i in held], here)
 
     return run
 
