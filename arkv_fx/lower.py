@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +21,13 @@ from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
 from torch.fx.passes.split_module import split_module
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
+from arkv_fx.ops.attend import peek
 from arkv_fx.ops.attention import Knobs
-from arkv_fx.ops.kernels import get_step, usable
+from arkv_fx.ops.kernels import get_direct_step, usable
 from arkv_fx.passes.nodes import example
 from arkv_fx.plan import LayerPlan
 
@@ -36,9 +41,18 @@ SETTINGS = {"reorder_for_locality": False}
 compiled_pieces: dict[Any, Compiled] = {}
 
 
+@lru_cache(maxsize=1)
+def _sources() -> str:
+    """A digest of this package: graphs hold only the names of our operators, not what they do."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def compile_graph(graph: GraphModule, inputs: list[Any]) -> Compiled:
-    """Inductor on the whole graph."""
-    with torch._inductor.config.patch(SETTINGS):
+    """Inductor on the whole graph; its cache gives nothing that another arkv_fx compiled."""
+    tag = torch.compiler.config.cache_key_tag + _sources()
+    settings = torch._inductor.config.patch(SETTINGS)
+    with settings, torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         compiled: Compiled = compile_fx(graph, inputs)  # type: ignore[assignment]
     return compiled
 
@@ -97,10 +111,17 @@ class _Pieces(Interpreter):
         if any(n.op == "call_function" and n.target == self.probe for n in piece.graph.nodes):
             return None
         key = piece_key(piece, args)
-        if key not in self.outputs:
-            self.outputs[key] = super().call_module(target, args, kwargs)
-        out = self.outputs[key]
         attend = next((n for n in piece.graph.nodes if n.target in ATTENTIONS), None)
+        if key not in self.outputs:
+            self.outputs[key] = (
+                super().call_module(target, args, kwargs)
+                if attend is None
+                else _output(attend, args)
+            )
+        out = self.outputs[key]
+        # Sizes that are symbols mean something in this graph only.
+        known = self.local if any(not _is_static(a) for a in args) else compiled_pieces
+        one = False
         if attend is not None:
             arguments: Any = attend.args
             plan = LayerPlan.parse(arguments[5])
@@ -111,14 +132,13 @@ class _Pieces(Interpreter):
                 self._put(target, step)
                 return out
             attend.update_kwarg("kernel", kernel)
-            piece.recompile()
-            if not one:
-                return out
             key = (key, kernel)
-        # Sizes that are symbols mean something in this graph only.
-        known = self.local if any(not _is_static(a) for a in args) else compiled_pieces
+            if not one:
+                known = self.local
         if key not in known:
-            known[key] = compile_graph(piece, list(args))
+            piece.recompile()
+            left = attend is not None and not one
+            known[key] = piece.forward if left else compile_graph(piece, list(args))
         self._put(target, known[key])
         return out
 
@@ -128,11 +148,21 @@ class _Pieces(Interpreter):
         object.__setattr__(self.split, target, function)
 
 
+def _output(attend: Node, args: tuple[Any, ...]) -> Any:
+    """What a piece that attends gives for fakes: what it does to the state has no part in it."""
+    values = dict(zip(attend.graph.find_nodes(op="placeholder"), args, strict=True))
+    arguments: Any = map_arg(attend.args, values.__getitem__)
+    q, k, v, mask, state, plan, scale, softcap, sinks, fresh = arguments
+    knobs = Knobs(scale, softcap, sinks)
+    rows: Any = map_arg(attend.kwargs.get("rows"), values.__getitem__)
+    return peek(q, k, v, mask, state, LayerPlan.parse(plan), knobs, fresh, rows=rows)
+
+
 def _whole_step(attend: Node, kernel: str, plan: LayerPlan) -> Compiled | None:
     """The decode step as one call where the kernel does all of it: there is nothing to compile."""
     arguments: Any = attend.args
     q, k, v, mask, state, _, scale, softcap, sinks, _ = arguments
-    step = get_step(kernel, plan)
+    step = get_direct_step(kernel, plan)
     if step is None or attend.target != ATTEND or attend.kwargs.get("rows"):
         return None
     order = {n: i for i, n in enumerate(attend.graph.find_nodes(op="placeholder"))}
@@ -145,7 +175,7 @@ def _whole_step(attend: Node, kernel: str, plan: LayerPlan) -> Compiled | None:
         q, k, v = (args[i] for i in first)
         here = knobs if sunk is None else replace(knobs, sink_logits=args[sunk])
         seen = None if masked is None else args[masked]
-        return step(q, k, v, seen, [args[i] for i in held], plan, here)
+        return step(q, k, v, seen, [args[i] for i in held], here)
 
     return run
 

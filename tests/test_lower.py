@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.fx import symbolic_trace
 from transformers import PreTrainedModel
 
@@ -100,6 +102,21 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x[..., 1:] * self.factor
+
+
+def test_the_cache_on_disk_is_not_that_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    number = time.time()  # a constant that no cache knows
+
+    def generated() -> int:
+        torch._dynamo.reset()
+        before = counters["inductor"]["fxgraph_cache_miss"]
+        run = torch.compile(lambda x: x * number, backend=lower.compile_graph)
+        assert torch.equal(run(torch.ones(2)), torch.full((2,), number))
+        return counters["inductor"]["fxgraph_cache_miss"] - before
+
+    assert [generated(), generated()] == [1, 0]
+    monkeypatch.setattr(lower, "_sources", lambda: "another")
+    assert [generated(), generated()] == [1, 0]
 
 
 def test_pieces_are_told_apart() -> None:

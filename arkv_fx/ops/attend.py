@@ -61,7 +61,7 @@ def attend(
         [B, Hq, T, Dv] in q's dtype.
     """
     if not rows and k.shape[2] == 1 and (step := get_step(kernel, plan)) is not None:
-        return step(q, k, v, mask, state, plan, knobs)
+        return step(q, k, v, mask, state, knobs)
     # The cache is not differentiated: a graph through it would keep every step alive.
     q, k, v = q.detach(), k.detach(), v.detach()
     held = view(plan, state)

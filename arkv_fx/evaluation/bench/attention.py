@@ -14,7 +14,7 @@ from arkv_fx.evaluation.bench.contest import Entrant, compete
 from arkv_fx.evaluation.bench.layer import attention_step, cold_states, on_states, whole_step
 from arkv_fx.evaluation.bench.measurements import Measurement, dtype_name
 from arkv_fx.evaluation.bench.timing import Call, Rotation, cold_bytes
-from arkv_fx.ops.kernels import get_step, usable
+from arkv_fx.ops.kernels import get_direct_step, usable
 
 CONTEXTS = (4096, 8192, 32768)
 
@@ -39,8 +39,8 @@ def _case(case: Case, options: Options, progress: Callable[[str], None]) -> list
         step = attention_step(case, plan, kernel, options, states)
         call = on_states(step, token, states)
         entrants.append(Entrant(row(f"arkv-{kernel}", held, slots=plan.slots), call))
-        if get_step(kernel, plan) is not None:
-            call = on_states(whole_step(case, plan, kernel, options), token, states)
+        if get_direct_step(kernel, plan) is not None:
+            call = on_states(whole_step(case, plan, kernel, options, states), token, states)
             entrants.append(Entrant(row(f"arkv-{kernel} step", held, slots=plan.slots), call))
     data = Rotation(lambda: words(held, options.device), held, cold)
     entrants.append(Entrant(row("bound", held, slots=plan.slots), lambda: data().sum()))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
-from arkv_fx.evaluation.bench.cases import Case, Options, copy_of, filled
+from arkv_fx.evaluation.bench.cases import Case, Options, copy_of, filled, new_token
 from arkv_fx.evaluation.bench.timing import Call, Rotation, cold_bytes, compiled
 from arkv_fx.lower import SETTINGS
 from arkv_fx.ops.attention import Knobs, group
-from arkv_fx.ops.kernels import STEPS, get_kernel, get_step
+from arkv_fx.ops.kernels import STEPS, get_direct_step, get_kernel
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.session import LayerState
 from arkv_fx.state.view import View, view
@@ -47,9 +47,17 @@ def attention_step(
 
 def plain_step(case: Case, plan: LayerPlan, kernel: str) -> Step:
     """``arkv::attend``: the same and the update of scores, ring and tiers; not compiled."""
-    if (step := get_step(kernel, plan)) is not None:
-        knobs = Knobs(case.scale)
-        return lambda q, k, v, state: step(q, k, v, None, state, plan, knobs)
+    knobs = Knobs(case.scale)
+    if get_direct_step(kernel, plan) is not None:
+        # Graphs make one for each layer; a state stands for a layer here.
+        steps: dict[int, Any] = {}
+
+        def direct(q: Tensor, k: Tensor, v: Tensor, state: list[Tensor]) -> Any:
+            if id(state) not in steps:
+                steps[id(state)] = get_direct_step(kernel, plan)
+            return steps[id(state)](q, k, v, None, state, knobs)
+
+        return direct
     text, scale = plan.to_json(), case.scale
 
     def run(q: Tensor, k: Tensor, v: Tensor, state: list[Tensor]) -> Any:
@@ -64,14 +72,20 @@ def as_graphs_call_it(
     run: Callable[..., Any], plan: LayerPlan, kernel: str, options: Options
 ) -> Callable[..., Any]:
     """``run``, made of ``plain_step``, compiled unless the kernel has whole steps."""
-    if get_step(kernel, plan) is not None:
+    if get_direct_step(kernel, plan) is not None:
         return run
     return compiled(run, options.backend, SETTINGS, dynamic=False)
 
 
-def whole_step(case: Case, plan: LayerPlan, kernel: str, options: Options) -> Step:
-    """``plain_step`` as graphs call it."""
-    return as_graphs_call_it(plain_step(case, plan, kernel), plan, kernel, options)
+def whole_step(
+    case: Case, plan: LayerPlan, kernel: str, options: Options, states: Rotation[LayerState]
+) -> Step:
+    """``plain_step`` as graphs call it; each of ``states`` has had its first token."""
+    step = as_graphs_call_it(plain_step(case, plan, kernel), plan, kernel, options)
+    if get_direct_step(kernel, plan) is not None:
+        for copy in states.copies:
+            step(*new_token(case, options), copy.tensors)
+    return step
 
 
 def cold_states(case: Case, plan: LayerPlan, options: Options) -> Rotation[LayerState]:

@@ -28,7 +28,7 @@ def _case(case: Case, options: Options, progress: Callable[[str], None]) -> list
     for kernel in usable(options.device):
         parts = {
             "attention": attention_step(case, plan, kernel, options, states),
-            "step": whole_step(case, plan, kernel, options),
+            "step": whole_step(case, plan, kernel, options, states),
         }
         for part, step in parts.items():
             row = replace(empty, method=f"arkv-{kernel} {part}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from arkv_fx.errors import UnknownOptionError
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.formats import Codec
-from arkv_fx.ops.kernels.cpp import attend_cpp, available, encode_cpp, knows, step_cpp
+from arkv_fx.ops.kernels.cpp import attend_cpp, available, encode_cpp, make_direct_step, make_step
 from arkv_fx.ops.kernels.cpp.arguments import codecs
 from arkv_fx.ops.kernels.inductor import attend_one
 from arkv_fx.ops.kernels.reference import attend_columns, encode_rows
@@ -27,8 +27,8 @@ from arkv_fx.plan import LayerPlan
 from arkv_fx.state.view import View
 
 __all__ = [
-    "ENCODERS", "KERNELS", "STEPS", "Encoder", "Kernel", "Step", "WholeStep", "get_kernel",
-    "get_step", "usable",
+    "ENCODERS", "KERNELS", "STEPS", "Encoder", "Kernel", "Step", "WholeStep",
+    "get_direct_step", "get_kernel", "get_step", "usable",
 ]  # fmt: skip
 
 
@@ -84,24 +84,31 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
-Step = Callable[[Tensor, Tensor, Tensor, Tensor | None, Sequence[Tensor], LayerPlan, Knobs], Tensor]
+class Step(Protocol):
+    """A whole decode step of layers of one plan in one call."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: Sequence[Tensor],
+        knobs: Knobs,
+    ) -> Tensor:  # fmt: skip
+        """Return and do what ``arkv_fx.ops.attend.attend`` does with one new token."""
 
 
 @dataclass(frozen=True)
 class WholeStep:
-    """A decode step in one call, for the plans that it ``knows``.
+    """What makes whole steps of a plan, None for one that it does not know.
 
-    ``step(q, k, v, mask, state, plan, knobs)`` returns and does what ``arkv_fx.ops.attend.attend``
-    does with one new token.
+    ``traced`` makes them of operators; ``direct`` for real tensors outside of any tracing, and for
+    one layer each: they may remember what they have seen.
     """
 
-    knows: Callable[[LayerPlan], bool]
-    step: Step
+    traced: Callable[[LayerPlan], Step | None]
+    direct: Callable[[LayerPlan], Step | None]
 
 
-# Whole decode steps by the name of the kernel whose attention they hold. Optional: where there is
-# none, or it does not know the plan, plain torch updates the state after the kernel's attention.
-STEPS: dict[str, WholeStep] = {"cpp": WholeStep(knows, step_cpp)}
+# By the name of the kernel whose attention they hold. Optional: without, plain torch updates the
+# state after the kernel's attention.
+STEPS: dict[str, WholeStep] = {"cpp": WholeStep(make_step, make_direct_step)}
 
 
 # What makes the codes of a prompt, by the name of the kernel that decodes after it; for all others
@@ -111,8 +118,12 @@ ENCODERS: dict[str, Encoder] = {"reference": encode_rows, "cpp": encode_cpp}
 
 def get_step(kernel: str, plan: LayerPlan) -> Step | None:
     """The whole decode step of a kernel, None if it has none that knows the plan."""
-    found = STEPS.get(kernel)
-    return found.step if found is not None and found.knows(plan) else None
+    return STEPS[kernel].traced(plan) if kernel in STEPS else None
+
+
+def get_direct_step(kernel: str, plan: LayerPlan) -> Step | None:
+    """The same for one layer of a compiled graph, called with real tensors."""
+    return STEPS[kernel].direct(plan) if kernel in STEPS else None
 
 
 def get_kernel(name: str) -> Kernel:

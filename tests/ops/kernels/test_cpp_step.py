@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +21,8 @@ import arkv_fx.ops.update as update
 from arkv_fx.errors import KernelError
 from arkv_fx.ops.attend import attend
 from arkv_fx.ops.attention import Knobs
-from arkv_fx.ops.kernels import STEPS
-from arkv_fx.ops.kernels.cpp import available, knows, step_cpp
+from arkv_fx.ops.kernels import Step
+from arkv_fx.ops.kernels.cpp import available, make_direct_step, make_step
 from arkv_fx.ops.scores import SCORES, MassScore
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.view import Segment, View, view
@@ -68,6 +69,12 @@ class Case(kernel_cases.Case):
 
     def plan(self) -> LayerPlan:  # type: ignore[override]
         return super().plan(*self.score)
+
+
+def step_of(plan: LayerPlan, make: Callable[[LayerPlan], Step | None] = make_step) -> Step:
+    step = make(plan)
+    assert step is not None
+    return step
 
 
 Call = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -180,10 +187,15 @@ def check(
     """
     torch.set_num_threads(case.threads)
     plan, compared, different = case.plan(), 0, 0
+    told = other(plan) if other else plan
+    step, direct = step_of(told), step_of(told, make_direct_step)
     for layer, call, knobs in history(case):
         state = [t.clone() for t in layer.state.tensors]
-        before = view(plan, [t.clone() for t in state])
-        out = step_cpp(*call, state, other(plan) if other else plan, knobs)
+        before = [t.clone() for t in state]
+        out = step(*call, state, knobs)
+        twin = [t.clone() for t in before]
+        assert torch.equal(direct(*call, twin, knobs), out), "the direct step's output"
+        assert all(torch.equal(*pair) for pair in zip(twin, state, strict=True)), "its state"
         expected, doubtful = advance(
             layer.state.tensors, call, plan, knobs, "reference", MARGIN[case.dtype]
         )
@@ -191,7 +203,7 @@ def check(
         # Values are of order one, and a sum of few columns may cancel.
         close("output", expected, out, TOLERANCE[case.dtype], size=0.3)
         if broken:
-            broken(view(plan, state), before)
+            broken(view(plan, state), view(plan, before))
         sure = torch.ones(len(case.pad), case.heads, dtype=torch.bool)
         if doubtful is not None:
             sure = ~doubtful
@@ -282,7 +294,7 @@ def test_attend_takes_it() -> None:
     """For one token, and only with the kernel and the scores that it is for."""
     layer, call, knobs = next(history(Case()))
     state = [t.clone() for t in layer.state.tensors]
-    expected = step_cpp(*call, state, layer.plan, knobs)
+    expected = step_of(layer.plan)(*call, state, knobs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(update, "_rank", None)  # not needed any more
         out = attend(*call, layer.state.tensors, layer.plan, knobs, False, "cpp")
@@ -297,16 +309,12 @@ class Better(MassScore):
 
 
 def test_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert STEPS["cpp"].knows is knows
     for score in ALL_SCORES:
-        assert knows(Case(score=score).plan())
-    assert not knows(Case(score=("paper", ())).plan())
+        assert make_step(Case(score=score).plan())
     monkeypatch.setitem(SCORES, "better", Better)
-    assert not knows(Case(score=("better", ())).plan())
     for name in ("paper", "better"):
         layer, call, knobs = next(history(Case(score=(name, ()))))
-        with pytest.raises(KernelError, match="does not know the score"):
-            step_cpp(*call, layer.state.tensors, layer.plan, knobs)
+        assert make_step(layer.plan) is None and make_direct_step(layer.plan) is None
         attend(*call, layer.state.tensors, layer.plan, knobs, False, "cpp")
         assert (layer.state.view().seen == 21).all()
 
@@ -315,7 +323,9 @@ def test_other_devices_and_dtypes() -> None:
     layer, (q, k, v, mask), knobs = next(history(Case()))
     for wrong in (q.to("meta"), q.double(), q.bfloat16()):
         with pytest.raises(KernelError, match="choose the kernel 'reference'"):
-            step_cpp(wrong, k, v, mask, layer.state.tensors, layer.plan, knobs)
+            step_of(layer.plan)(wrong, k, v, mask, layer.state.tensors, knobs)
+        with pytest.raises(KernelError, match="choose the kernel 'reference'"):
+            step_of(layer.plan, make_direct_step)(wrong, k, v, mask, layer.state.tensors, knobs)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -324,10 +334,10 @@ def test_other_devices_and_dtypes() -> None:
 def test_what_is_not_finite_is_flagged(number: float, where: str, dtype: torch.dtype) -> None:
     layer, (q, k, v, mask), knobs = next(history(Case(pad=(0, 0), dtype=dtype)))
     (k if where == "k" else v)[1, 1, 0, 13] = number
-    step_cpp(q, k, v, mask, layer.state.tensors, layer.plan, knobs)
+    step_of(layer.plan)(q, k, v, mask, layer.state.tensors, knobs)
     assert layer.state.view().bad.tolist() == [0, 1]
     *_, (q, k, v, mask) = (call for _, call, _ in history(Case(pad=(0, 0), dtype=dtype)))
-    step_cpp(q, k, v, mask, layer.state.tensors, layer.plan, knobs)
+    step_of(layer.plan)(q, k, v, mask, layer.state.tensors, knobs)
     assert layer.state.view().bad.tolist() == [0, 1], "the flag stays"
 
 
@@ -338,14 +348,79 @@ def test_noncontiguous_tensors_and_broadcast_masks() -> None:
     strided = mask.repeat_interleave(2, -1)[..., ::2]
     for call in ((q, k, v, mask), (*(x.mT.contiguous().mT for x in (q, k, v)), strided)):
         state = [t.clone() for t in layer.state.tensors]
-        results.append([step_cpp(*call, state, layer.plan, knobs), *state])
+        results.append([step_of(layer.plan)(*call, state, knobs), *state])
     one = mask[:1, :1].expand(mask.shape)
     for call in ((q, k, v, mask[:1, :1]), (q, k, v, one), (q, k, v, one.contiguous())):
         state = [t.clone() for t in layer.state.tensors]
-        results.append([step_cpp(*call, state, layer.plan, knobs), *state])
+        results.append([step_of(layer.plan)(*call, state, knobs), *state])
     for group in (results[:2], results[2:]):
         for other in group[1:]:
             assert all(torch.equal(*pair) for pair in zip(group[0], other, strict=True))
+
+
+# The step past the dispatcher
+
+
+def test_the_direct_step_reads_addresses_anew() -> None:
+    """Beam search replaces tensors, another sequence has its own, and two may take turns."""
+    layer, (q, k, v, _), knobs = next(history(Case(pad=(0, 0, 0))))
+    direct, step = step_of(layer.plan, make_direct_step), step_of(layer.plan)
+    state, other = layer.state, copy.deepcopy(layer.state)
+    for rows in (None, [2, 0, 0], [1, 1, 2], [1], None):
+        if rows is not None:
+            state.select(torch.tensor(rows))
+        for held in (state, other, other):
+            part = tuple(x[: held.batch] for x in (q, k, v))
+            twin = [t.clone() for t in held.tensors]
+            out = direct(*part, None, held.tensors, knobs)
+            assert torch.equal(out, step(*part, None, twin, knobs))
+            assert all(torch.equal(*pair) for pair in zip(twin, held.tensors, strict=True))
+
+
+def test_the_direct_step_takes_strided_and_watched_tensors() -> None:
+    layer, call, knobs = next(history(Case(pad=(0, 0), dtype=torch.bfloat16)))
+    results = []
+    for make in (make_step, make_direct_step):
+        q, k, v = (x.mT.contiguous().mT.requires_grad_() for x in call[:3])
+        state = [t.clone() for t in layer.state.tensors]
+        out = step_of(layer.plan, make)(q, k, v, None, state, knobs)
+        assert not out.requires_grad
+        results.append([out, *state])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+Break = Callable[[list[Tensor]], list[Tensor]]
+WRONG: dict[str, Break] = {
+    "other batch": lambda s: [t[:1] for t in s],
+    "other dtype": lambda s: [t.to(torch.int16) if t.dtype == torch.int8 else t for t in s],
+    "fewer": lambda s: s[:-1],
+    "strided": lambda s: [t.mT.contiguous().mT if t.dim() == 4 else t for t in s],
+    "elsewhere": lambda s: [t.to("meta") for t in s],
+    "other slots": lambda s: [t[:, :, :-1].contiguous() if t.dim() == 4 else t for t in s],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_direct_step_refuses_another_state(name: str) -> None:
+    layer, (q, k, v, _), knobs = next(history(Case(pad=(0, 0))))
+    step, state = step_of(layer.plan, make_direct_step), layer.state.tensors
+    for _ in range(2):
+        step(q, k, v, None, state, knobs)
+        with pytest.raises(KernelError, match="not those of its plan"):
+            step(q, k, v, None, WRONG[name](state), knobs)
+
+
+def test_the_direct_step_refuses_other_shapes() -> None:
+    layer, (q, k, v, _), knobs = next(history(Case(pad=(0, 0))))
+    step, state = step_of(layer.plan, make_direct_step), layer.state.tensors
+    for _ in range(2):
+        step(q, k, v, None, state, knobs)
+        for call in (
+            (q[:, 1:], k, v), (q[..., 1:].contiguous(), k, v), (q, k[:, :1].contiguous(), v),
+            (q, k, v[..., 1:].contiguous()), (q[:1], k[:1], v[:1]), (q, torch.cat([k, k], 2), v),
+        ):  # fmt: skip
+            with pytest.raises(KernelError, match="not those of its plan"):
+                step(*(x.contiguous() for x in call), None, state, knobs)
 
 
 # A long run
@@ -393,7 +468,7 @@ def test_a_long_run_conserves_tokens(case: Case) -> None:
 def test_operator_is_well_formed(case: Case) -> None:
     layer, call, knobs = next(history(case))
     operator = torch.ops.arkv_cpu.step.default
-    args = recorded(operator, lambda: step_cpp(*call, layer.state.tensors, layer.plan, knobs))
+    args = recorded(operator, lambda: step_of(layer.plan)(*call, layer.state.tensors, knobs))
     torch.library.opcheck(operator, args)
 
 
@@ -409,7 +484,7 @@ def test_it_compiles_as_one_graph(case: Case) -> None:
         )
         return out + 0
 
-    expected = step_cpp(*call, state, layer.plan, knobs)
+    expected = step_of(layer.plan)(*call, state, knobs)
     pointers = [t.data_ptr() for t in layer.state.tensors]
     out = torch.compile(decode, fullgraph=True)(call, layer.state.tensors)
     assert torch.equal(out, expected)

@@ -10,7 +10,7 @@ import torch
 from arkv_fx.errors import UnknownOptionError
 from arkv_fx.ops.formats import CODECS, FORMATS, Format
 from arkv_fx.ops.formats.native import Native
-from arkv_fx.ops.kernels import KERNELS, STEPS, get_kernel, usable
+from arkv_fx.ops.kernels import KERNELS, get_direct_step, get_kernel, get_step, usable
 from arkv_fx.ops.kernels.cpp import available
 from arkv_fx.ops.kernels.triton import CODECS as TRITON_CODECS
 from arkv_fx.plan import LayerPlan, Tier
@@ -35,11 +35,11 @@ def test_the_fastest_kernel_that_knows_the_formats_is_taken(
     monkeypatch.setitem(FORMATS, "own", Format("own", Own(), Own()))
     for name in set(FORMATS) - {"own"}:
         assert usable(CPU, plan(name))[0] == "cpp"
-        assert STEPS["cpp"].knows(plan(name))
+        assert get_step("cpp", plan(name)) and get_direct_step("cpp", plan(name))
     assert usable(CPU, plan("own"))[0] == "inductor"
     assert usable(CUDA, plan("own"))[0] == "inductor"
-    assert not STEPS["cpp"].knows(plan("own"))
-    assert not STEPS["cpp"].knows(plan("int8", score="paper"))
+    for unknown in (plan("own"), plan("int8", score="paper")):
+        assert get_step("cpp", unknown) is None and get_direct_step("cpp", unknown) is None
 
 
 def test_every_codec_has_its_triton_form() -> None:

@@ -2,12 +2,14 @@
 
 Three operators, which Inductor takes as external calls: ``arkv_cpu::attend`` is the attention of
 one token, ``arkv_cpu::step`` the whole decode step, ``arkv_cpu::encode`` makes the codes of a
-prompt's tokens. They are compiled at first use, see ``build``.
+prompt's tokens. ``direct`` calls the step without its operator. All are compiled at first use, see
+``build``.
 """
 
 from arkv_fx.ops.kernels.cpp.attend import attend_cpp
 from arkv_fx.ops.kernels.cpp.build import available
+from arkv_fx.ops.kernels.cpp.direct import make_direct_step
 from arkv_fx.ops.kernels.cpp.encode import encode_cpp
-from arkv_fx.ops.kernels.cpp.step import knows, step_cpp
+from arkv_fx.ops.kernels.cpp.step import make_step
 
-__all__ = ["attend_cpp", "available", "encode_cpp", "knows", "step_cpp"]
+__all__ = ["attend_cpp", "available", "encode_cpp", "make_direct_step", "make_step"]

@@ -28,18 +28,18 @@ def number(codec: Codec, native: torch.dtype) -> int | None:
 
 @lru_cache(maxsize=256)
 def codecs(plan: LayerPlan) -> list[int] | None:
-    """Per segment, the numbers of the keys' and the values' codec, and 1 if keys are centred.
+    """Per segment, the numbers of the keys' and the values' codec, 1 if keys are centred, slots.
 
     None if there is a codec or a dtype that the library does not know.
     """
     out: list[int] = []
-    for index, (fmt, _) in enumerate(plan.segments()):
+    for index, (fmt, slots) in enumerate(plan.segments()):
         for codec in (fmt.key, fmt.value):
             found = number(codec, plan.dtype)
             if found is None:
                 return None
             out.append(found)
-        out.append(int(index > 0 and fmt.key.centred))
+        out += [int(index > 0 and fmt.key.centred), slots]
     return out
 
 

@@ -12,7 +12,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 typedef std::optional<Tensor> Maybe;
-typedef std::vector<Tensor>::const_iterator Next;
+typedef char* const* Addresses;
 
 template <class T>
 T* data(const Tensor& t) {
@@ -24,6 +24,8 @@ template <class T>
 T* data(const Maybe& t) {
   return t ? data<T>(*t) : nullptr;
 }
+
+Tensor plain(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 int64_t type_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();
@@ -38,49 +40,66 @@ Mask mask_of(const Maybe& mask) {
           stride(0), stride(1), stride(3)};
 }
 
-Stored stored(int64_t codec, Next& tensor) {
-  Stored s{codec, data<char>(*tensor++)};
-  if (codec >= FP8) s.scale = data<uint16_t>(*tensor++);
-  if (rotated(codec)) s.zero = data<uint8_t>(*tensor++);
+std::vector<char*> addresses_of(const std::vector<Tensor>& tensors) {
+  std::vector<char*> out;
+  for (const Tensor& t : tensors) out.push_back(data<char>(t));
+  return out;
+}
+
+Stored stored(int64_t codec, Addresses& field) {
+  Stored s{codec, *field++};
+  if (codec >= FP8) s.scale = (uint16_t*)*field++;
+  if (rotated(codec)) s.zero = (uint8_t*)*field++;
   return s;
 }
 
-// What attend and step take; `tensor` then stands behind the segments' fields.
-Call call_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& position,
-             const Maybe& mask, const Maybe& sink, const Tensor& pos, Next& tensor,
-             const std::vector<int64_t>& codecs, double scale, double softcap, int64_t sliding) {
+// The sizes of a call and its new token; the rest is left to whoever calls.
+Call call_of(const Tensor& q, const Tensor& k, const Tensor& v) {
   Call call{};
   call.batch = k.size(0), call.heads = k.size(1), call.k_dim = k.size(3), call.v_dim = v.size(3);
-  call.groups = q.size(1) / call.heads, call.slots = pos.size(2), call.dtype = type_of(q);
-  call.sliding = sliding, call.scale = scale, call.softcap = softcap;
-  call.q = data<char>(q), call.position = data<int32_t>(position);
-  call.mask = mask_of(mask), call.sink = data<float>(sink);
-  STD_TORCH_CHECK(type_of(k) == call.dtype && type_of(v) == call.dtype &&
-                      pos.size(0) == call.batch && pos.size(1) == call.heads,
-                  "arkv_cpu: q, k, v and the state must agree in dtype, batch and heads");
-  int64_t start = 0;
-  for (size_t i = 0; i < codecs.size(); i += 3) {
-    Segment s{tensor->size(2), codecs[i + 2], data<int32_t>(pos) + start};
-    s.k = stored(codecs[i], tensor), s.v = stored(codecs[i + 1], tensor);
-    start += s.slots;
+  call.groups = q.size(1) / call.heads, call.dtype = type_of(q);
+  STD_TORCH_CHECK(type_of(k) == call.dtype && type_of(v) == call.dtype,
+                  "arkv_cpu: q, k and v must agree in dtype");
+  call.q = data<char>(q), call.k = data<char>(k), call.v = data<char>(v);
+  return call;
+}
+
+// Whether positions are those of the segments of this call.
+void check_positions(const Call& call, const Tensor& pos) {
+  STD_TORCH_CHECK(pos.size(0) == call.batch && pos.size(1) == call.heads &&
+                      pos.size(2) == call.slots,
+                  "arkv_cpu: the state must agree with k and the plan in batch, heads and slots");
+}
+
+// `n` numbers as arguments.py has them in `codecs`, and where the segments' fields lie.
+void add_segments(Call& call, const int64_t* codecs, int64_t n, int32_t* pos, Addresses& field) {
+  call.slots = 0;
+  for (const int64_t* c = codecs; c < codecs + n; c += 4) {
+    Segment s{c[3], c[2], pos + call.slots};
+    s.k = stored(c[0], field), s.v = stored(c[1], field);
+    call.slots += s.slots;
     if (s.slots) call.segment.push_back(s);
   }
-  const Stored key{call.dtype, data<char>(k)}, value{call.dtype, data<char>(v)};
+  const Stored key{call.dtype, call.k}, value{call.dtype, call.v};
   call.segment.push_back({1, 0, nullptr, key, value});
   // Another thread is worth its start from about fifty microseconds of work on.
   const int64_t columns = call.slots + 1;
   const int64_t work = call.batch * call.heads * call.groups * columns * (call.k_dim + call.v_dim);
   call.threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + (work >> 20));
-  return call;
 }
 
 std::tuple<Tensor, Tensor> attend(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& position, const Maybe& mask,
     const Maybe& sink, const Maybe& centre, const Tensor& pos, const std::vector<Tensor>& fields,
     const std::vector<int64_t>& codecs, double scale, double softcap, int64_t sliding) {
-  Next tensor = fields.begin();
-  Call call = call_of(q, k, v, position, mask, sink, pos, tensor, codecs, scale, softcap, sliding);
-  call.centre = data<float>(centre);
+  Call call = call_of(q, k, v);
+  const std::vector<char*> held = addresses_of(fields);
+  Addresses field = held.data();
+  add_segments(call, codecs.data(), codecs.size(), data<int32_t>(pos), field);
+  check_positions(call, pos);
+  call.sliding = sliding, call.scale = scale, call.softcap = softcap;
+  call.position = data<int32_t>(position), call.centre = data<float>(centre);
+  call.mask = mask_of(mask), call.sink = data<float>(sink);
   const int64_t columns = call.slots + 1;
   Tensor out = torch::stable::new_empty(
       q, {call.batch, call.heads, call.groups, 1, call.v_dim}, ScalarType::Float);
@@ -97,30 +116,38 @@ std::tuple<Tensor, Tensor> attend(
 }
 
 // `state` as LayerPlan.specs() orders it, `options` and `weights` as step.py.
-Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& mask,
-            const Maybe& sink, const std::vector<Tensor>& state,
-            const std::vector<int64_t>& codecs, const std::vector<int64_t>& options,
-            const std::vector<double>& weights, double scale, double softcap) {
-  const int64_t sinks = options[0], sliding = options[1];
+void run_step(Call& call, Addresses state, const int64_t* codecs, int64_t n,
+              const int64_t* options, const double* weights) {
   Score score{};
   score.has_mass = options[3], score.has_norm = options[4], score.has_novelty = options[5];
   score.use_age = options[6], score.log2_decay = weights[0], score.margin = weights[1];
-  Next tensor = state.begin();
   State held{};
-  held.count = data<int32_t>(*tensor++), held.seen = data<int32_t>(*tensor++);
-  held.bad = data<int32_t>(*tensor++);
-  if (score.has_novelty) held.key_sum = data<float>(*tensor++);
-  float* centre = options[2] ? data<float>(*tensor++) : nullptr;
-  const Tensor& pos = *tensor++;
-  held.pos = data<int32_t>(pos);
-  if (score.has_mass) held.stats.mass = data<float>(*tensor++);
-  if (score.has_norm) held.stats.norm = data<uint16_t>(*tensor++);
-  if (score.has_novelty) held.stats.novelty = data<int16_t>(*tensor++);
-  Call call = call_of(q, k, v, state[1], mask, sink, pos, tensor, codecs, scale, softcap, sliding);
-  call.centre = centre;
+  held.count = (int32_t*)*state++, held.seen = (int32_t*)*state++, held.bad = (int32_t*)*state++;
+  if (score.has_novelty) held.key_sum = (float*)*state++;
+  if (options[2]) call.centre = (float*)*state++;
+  held.pos = (int32_t*)*state++;
+  if (score.has_mass) held.stats.mass = (float*)*state++;
+  if (score.has_norm) held.stats.norm = (uint16_t*)*state++;
+  if (score.has_novelty) held.stats.novelty = (int16_t*)*state++;
+  add_segments(call, codecs, n, held.pos, state);
+  call.position = held.seen, call.sliding = options[1], call.out_dtype = call.dtype;
+  Step(call, held, score, options[0]).run();
+}
+
+Tensor step(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v, const Maybe& mask,
+            const Maybe& sink, const std::vector<Tensor>& state,
+            const std::vector<int64_t>& codecs, const std::vector<int64_t>& options,
+            const std::vector<double>& weights, double scale, double softcap) {
+  const Tensor q = plain(any_q), k = plain(any_k), v = plain(any_v);
+  Call call = call_of(q, k, v);
+  for (size_t i = 0; i < codecs.size(); i += 4) call.slots += codecs[i + 3];
+  check_positions(call, state[3 + options[2] + options[5]]);
+  call.mask = mask_of(mask), call.sink = data<float>(sink);
+  call.scale = scale, call.softcap = softcap;
   Tensor out = torch::stable::new_empty(q, {call.batch, q.size(1), 1, call.v_dim});
-  call.out = data<char>(out), call.out_dtype = call.dtype;
-  Step(call, held, score, sinks).run();
+  call.out = data<char>(out);
+  run_step(call, addresses_of(state).data(), codecs.data(), codecs.size(), options.data(),
+           weights.data());
   return out;
 }
 
@@ -136,8 +163,9 @@ void encode_vectors(const Tensor& x, const Tensor& rows, const Maybe& centre, in
   bool inside = true;
   for (int64_t i = 0; i < n; i++) inside &= from.rows[i] < length;
   STD_TORCH_CHECK(inside, "arkv_cpu: a row outside its tensor");
-  Next tensor = fields.begin();
-  const Stored to = stored(codec, tensor);
+  const std::vector<char*> held = addresses_of(fields);
+  Addresses field = held.data();
+  const Stored to = stored(codec, field);
   // As in call_of; a vector's element costs some nanoseconds.
   const int64_t most = 1 + (n * from.D >> 15);
   encode_all(from, to, n, std::min<int64_t>(torch::stable::get_num_threads(), most));
@@ -150,3 +178,16 @@ STABLE_TORCH_LIBRARY_IMPL(arkv_cpu, CPU, m) {
 }
 
 }  // namespace
+
+// The step past torch's dispatcher, see direct.py: of contiguous tensors, without mask and sinks.
+// `sizes` are heads, k_dim, v_dim, dtype and the number of codecs.
+extern "C" void arkv_step(const int64_t* sizes, const int64_t* codecs, const int64_t* options,
+                          const double* weights, int64_t batch, int64_t groups, double scale,
+                          double softcap, char* q, char* k, char* v, Addresses state, char* out) {
+  Call call{};
+  call.batch = batch, call.groups = groups;
+  call.heads = sizes[0], call.k_dim = sizes[1], call.v_dim = sizes[2], call.dtype = sizes[3];
+  call.q = q, call.k = k, call.v = v, call.out = out;
+  call.scale = scale, call.softcap = softcap;
+  run_step(call, state, codecs, sizes[4], options, weights);
+}

@@ -24,6 +24,7 @@ struct Call {
   int64_t threads, batch, heads, groups, k_dim, v_dim, dtype, sliding;
   int64_t slots;            // of one head, in all segments
   const char* q;            // [B, H, G, Dk]
+  char *k, *v;              // [B, H, Dk], [B, H, Dv]
   const int32_t* position;  // [B]
   Mask mask;                // its columns by position, the new token's last
   const float* sink;        // [H * G]

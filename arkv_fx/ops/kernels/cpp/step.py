@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from arkv_fx.errors import KernelError
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.kernels.cpp.arguments import check, codecs, library, readable, sink
 from arkv_fx.ops.kernels.cpp.build import load
@@ -17,6 +16,9 @@ from arkv_fx.ops.scores.combined import CombinedScore
 from arkv_fx.ops.scores.mass import MassScore, log2_of
 from arkv_fx.ops.scores.novelty import NoveltyScore
 from arkv_fx.plan import LayerPlan
+
+if TYPE_CHECKING:
+    from arkv_fx.ops.kernels import Step
 
 
 class Constants(NamedTuple):
@@ -32,8 +34,7 @@ class Constants(NamedTuple):
     weights: list[float]
 
 
-@lru_cache(maxsize=256)
-def _constants(plan: LayerPlan) -> Constants | None:
+def constants_of(plan: LayerPlan) -> Constants | None:
     """None if the plan is none that the operator knows."""
     policy, numbers = plan.policy(), codecs(plan)
     # Not their subclasses, which may rank otherwise.
@@ -48,33 +49,31 @@ def _constants(plan: LayerPlan) -> Constants | None:
     return Constants(numbers, options, [log2_of(decay), margin])
 
 
-def knows(plan: LayerPlan) -> bool:
-    """Whether the operator computes this plan's formats and score."""
-    return _constants(plan) is not None
+@lru_cache(maxsize=256)
+def make_step(plan: LayerPlan) -> Step | None:
+    """See ``Step``, None for a plan that the operator does not know; accurate as ``attend_cpp``.
 
-
-def step_cpp(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: Sequence[Tensor], plan: LayerPlan,
-    knobs: Knobs,
-) -> Tensor:  # fmt: skip
-    """See ``WholeStep``; the accuracy is that of ``attend_cpp``.
-
-    Raises:
-        KernelError: for tensors elsewhere than on a CPU or of another dtype; for a plan that is not
-            known; without a compiler.
+    The step raises ``KernelError`` for tensors elsewhere than on a CPU or of another dtype, and
+    without a compiler.
     """
-    check(q, plan)
-    constants = _constants(plan)
+    constants = constants_of(plan)
     if constants is None:
-        raise KernelError(
-            f"the C++ step does not know the score {plan.score!r} or a format of this layer; "
-            "choose the kernel 'reference'"
+        return None
+    operator, dtype = torch.ops.arkv_cpu.step.default, plan.dtype
+
+    # One call per layer and token, each time on a cold cache: every look at a tensor counts, and
+    # the operator sees for itself to what can wait until it is needed.
+    def step(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: Sequence[Tensor], knobs: Knobs
+    ) -> Tensor:
+        if not q.is_cpu or q.dtype != dtype:
+            check(q, plan)
+        out: Tensor = operator(
+            q, k, v, readable(mask), sink(knobs), state, *constants, knobs.scale, knobs.softcap
         )
-    q, k, v = q.detach().contiguous(), k.detach().contiguous(), v.detach().contiguous()
-    out: Tensor = torch.ops.arkv_cpu.step.default(
-        q, k, v, readable(mask), sink(knobs), state, *constants, knobs.scale, knobs.softcap
-    )
-    return out
+        return out
+
+    return step
 
 
 library.define(
@@ -91,6 +90,7 @@ def _step(
     """Loads the library and runs what takes its place, as for ``attend``.
 
     Args:
+        q: of any strides, as are k and v.
         state: contiguous, in the order of ``LayerPlan.specs``; updated in place.
         codecs: as well as ``options`` and ``weights``, see ``Constants``.
 
@@ -113,4 +113,5 @@ def _fake(
 
 
 library.impl("step", _step, "CompositeExplicitAutograd")
+library.impl("step", torch.library.fallthrough_kernel, "Autograd")  # it is not differentiated
 torch.library.register_fake("arkv_cpu::step", _fake, lib=library)
