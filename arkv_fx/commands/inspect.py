@@ -32,6 +32,7 @@ from arkv_fx.commands.common import (
 from arkv_fx.config import ArkvConfig
 from arkv_fx.config import preset as preset_
 from arkv_fx.evaluation.rows import table
+from arkv_fx.models import PACKAGED
 from arkv_fx.transform import Transformed, transform
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -82,7 +83,9 @@ def calibrate(
 
 
 def report(
-    model: Annotated[str, typer.Argument(help="smollm2, a transformers id or a local folder.")],
+    model: Annotated[
+        str, typer.Argument(help=f"{', '.join(PACKAGED)}, a transformers id or a local folder.")
+    ],
     compression: Compression = None,
     context: Context = None,
     budget: Budget = None,
