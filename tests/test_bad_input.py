@@ -16,6 +16,7 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     DynamicCache,
+    EncoderDecoderCache,
     PreTrainedModel,
 )
 
@@ -37,6 +38,7 @@ from arkv_fx.ops.attend import attend
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.plan import LayerPlan, Tier
 from arkv_fx.state.session import LayerState, check_finite
+from arkv_fx.zoo.configs import tiny_model
 
 ROOMY = ArkvConfig(budget=128, tiers=("native",))
 IDS = torch.arange(1, 13)[None]
@@ -400,16 +402,27 @@ def test_transform_and_restore_are_strict() -> None:
         restore(model)
 
 
-def test_an_encoder_decoder_is_refused() -> None:
-    """Its two attentions per layer would share one cache."""
+def test_an_encoder_decoder_answers_as_before() -> None:
+    """Its self-attention is compressed, its cross-attention keeps the encoder's keys."""
     config = BartConfig(
         vocab_size=128, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=0,
     )  # fmt: skip
     model = BartForConditionalGeneration(config).eval()
-    with pytest.raises(TransformError, match=r"encoder"):
-        transform(model, ROOMY, compile="eager")
-    assert not hasattr(model, "arkv")
+    expected = model.generate(IDS, max_new_tokens=6, do_sample=False)
+    transform(model, ROOMY, compile="eager")
+    out = model.generate(
+        IDS, max_new_tokens=6, do_sample=False, return_dict_in_generate=True
+    )  # fmt: skip
+    assert torch.equal(out.sequences, expected)
+    assert list(out.past_key_values.self_attention_cache.session.layers) == [0]
+    rows = {row["path"]: row["fused"] for row in model.arkv.report().rows}
+    assert rows == {
+        "model.decoder.layers.0.self_attn": True,
+        "model.decoder.layers.0.encoder_attn": False,
+    }
+    with pytest.raises(CacheError, match="got a EncoderDecoderCache"):
+        model(IDS, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
 
 
 def test_a_copy_of_a_transformed_model_is_refused(model: PreTrainedModel) -> None:
@@ -426,12 +439,22 @@ def test_torch_compile_around_a_transformed_model_is_harmless(model: PreTrainedM
 
 def test_a_model_with_attention_of_its_own_is_right_and_says_so() -> None:
     """Nothing is compressed: the report must not be silent about it."""
-    model = transformed(num_hidden_layers=1, attn_implementation="eager")
-    expected = small().generate(IDS, max_new_tokens=4, do_sample=False)
+    model = tiny_model("doge")  # its mask is computed from the cached values
+    expected = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    transform(model, ROOMY, compile="eager")
     assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), expected)
     report = model.arkv.report()
-    assert report.fused == 0 and len(report.rows) == 1
-    assert "scaled_dot_product_attention" in report.rows[0]["reason"]
+    assert report.fused == 0 and len(report.rows) == 2
+    assert all("what the cache returns is also read by" in row["reason"] for row in report.rows)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+def test_other_implementations_of_attention_are_compressed_too(implementation: str) -> None:
+    expected = small().generate(IDS, max_new_tokens=4, do_sample=False)
+    model = transformed(num_hidden_layers=1, attn_implementation=implementation)
+    assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), expected)
+    assert model.arkv.report().fused == 1
+    assert model.config._attn_implementation == implementation
 
 
 def test_restore_gives_back_the_same_bytes() -> None:
