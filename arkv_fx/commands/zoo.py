@@ -15,6 +15,7 @@ from arkv_fx.zoo import expect as expect_
 from arkv_fx.zoo import page as page_
 from arkv_fx.zoo import run as run_
 from arkv_fx.zoo.configs import KINDS, architectures
+from arkv_fx.zoo.row import worst_first
 
 
 def zoo(
@@ -35,30 +36,40 @@ def zoo(
     limit: Annotated[float, typer.Option(min=1, help="Seconds for one architecture.")] = (
         run_.LIMIT_S
     ),
-    list: Annotated[bool, typer.Option("--list", help="Only name the architectures.")] = False,
+    names: Annotated[bool, typer.Option("--list", help="Only name the architectures.")] = False,
 ) -> None:
     """Transform a tiny model of each architecture and compare it with the model as it was."""
-    if list:
+    if names:
         out.print("\n".join(architectures()), highlight=False)
         return
     if quick and expect:
         raise ConfigError("--quick leaves out what --expect compares: give one of them")
     if update_expectations and not expect:
         raise ConfigError("--update-expectations writes to the file of --expect: give that too")
+    expected = None
+    if expect and update_expectations and expect.exists():
+        expect_.read(expect)  # a damaged file must not waste the hours that follow
+    elif expect and not update_expectations:
+        expected = expect_.load(expect)
+    found: list[Row] = []
     with spinner() as progress:
-        found = run_.run(name or (), quick=quick, limit_s=limit, progress=progress)
-    if csv:
-        page_.write_csv(csv, found)
+        for row in run_.run(name or (), quick=quick, limit_s=limit, progress=progress):
+            found.append(row)
+            if csv:  # all takes an hour or two: keep what there is
+                page_.write_csv(csv, found)
     if json:
         rows_.write(json, found)
     if page:
         page_.write_page(page, found)
     _show(found)
-    if expect:
-        _compare(expect, found, update_expectations)
+    if expect and expected is None:
+        expect_.update(expect, found)
+    elif expect and expected is not None:
+        _compare(expect, expect_.mismatches(found, expected))
 
 
 def _show(found: list[Row]) -> None:
+    found = sorted(found, key=worst_first)
     shown = [{c: row[c] for c in page_.SHOWN} for row in found]
     out.print(rows_.table("The zoo", shown))
     for row in found:
@@ -67,15 +78,11 @@ def _show(found: list[Row]) -> None:
     out.print(page_.sentence(found), markup=False, highlight=False, soft_wrap=True)
 
 
-def _compare(path: Path, found: list[Row], update: bool) -> None:
-    if update:
-        expect_.update(path, found)
-        return
-    lines = expect_.mismatches(found, expect_.load(path))
-    for line in lines:
+def _compare(path: Path, mismatches: list[str]) -> None:
+    for line in mismatches:
         err.print(line, markup=False, highlight=False, soft_wrap=True)
-    if lines:
+    if mismatches:
         raise EvaluationError(
-            f"{len(lines)} values differ from {path}; if that is right, run the same with "
+            f"{len(mismatches)} values differ from {path}; if that is right, run the same with "
             "--update-expectations"
         )

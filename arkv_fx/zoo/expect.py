@@ -24,7 +24,7 @@ def load(path: Path) -> Expected:
     Raises:
         EvaluationError: if the file cannot be read or says nothing about this transformers.
     """
-    versions = _read(path)
+    versions = read(path)
     if transformers.__version__ not in versions:
         raise EvaluationError(
             f"{path}: expects nothing of transformers {transformers.__version__}, only of "
@@ -56,7 +56,7 @@ def update(path: Path, rows: Sequence[Row]) -> None:
     Raises:
         EvaluationError: if the file exists and cannot be read.
     """
-    versions = _read(path) if path.exists() else {}
+    versions = read(path) if path.exists() else {}
     known = versions.setdefault(transformers.__version__, {})
     for row in rows:
         known[row["architecture"]] = {column: row[column] for column in COLUMNS}
@@ -64,7 +64,12 @@ def update(path: Path, rows: Sequence[Row]) -> None:
     path.write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")
 
 
-def _read(path: Path) -> dict[str, Expected]:
+def read(path: Path) -> dict[str, Expected]:
+    """Everything in the file, by version of transformers.
+
+    Raises:
+        EvaluationError: if it cannot be read.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

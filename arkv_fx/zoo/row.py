@@ -30,11 +30,16 @@ the checks that the model itself fails before it is transformed.
 TEXTS = ("reasons", "wrong", "raised", "refused", "unasked", "error")
 """The columns that are texts: "" where there is nothing to say, lists as in "padded, generate"."""
 
-NOT_RUN = ("no cache", "not built", "no reference")
-"""The statuses of what has no cache, or that transformers itself cannot run with one here."""
+WRONG = ("wrong", "crashed", "raised", "blind")
+CORRECT = ("refused", "unfused", "partly", "fused")
+NOT_RUN = ("no reference", "not built", "no cache")
+"""The statuses, worst first. The first four are failures; the next compute nothing wrong, "refused"
+if a check ended in an error that says what to do; the last have no cache that runs here."""
 
-CORRECT = ("fused", "partly", "unfused", "refused")
-"""The statuses in which nothing wrong was computed; "refused" if any check was."""
+
+def worst_first(row: Row) -> tuple[int, str]:
+    """A key to sort rows by."""
+    return (*WRONG, *CORRECT, *NOT_RUN).index(row["status"]), row["architecture"]
 
 
 def blank(name: str) -> Row:

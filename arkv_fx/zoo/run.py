@@ -26,24 +26,21 @@ def run(
     quick: bool = False,
     limit_s: float = LIMIT_S,
     progress: Callable[[str], None] = lambda _: None,
-) -> list[Row]:
-    """A row of ``examine`` for each architecture, in order.
+) -> Iterator[Row]:
+    """Yield a row of ``examine`` for each architecture, in order.
 
     A name may be one of ``KINDS``, which stands for all of that kind; without names it is "causal".
-
-    A crash, or more than ``limit_s`` seconds, gives a row with status "crashed" and goes on with
-    the next architecture in a new process.
+    A crash, or more than ``limit_s`` seconds, gives a row with status "crashed", and the next
+    architecture a new process.
 
     Raises:
-        ModelNotFoundError: naming what transformers does not list as a language model.
+        ModelNotFoundError: before any row, naming what transformers does not list.
     """
     chosen = _chosen(names or ["causal"])
-    rows: list[Row] = []
     with _Worker(quick) as worker:
         for number, name in enumerate(chosen, 1):
             progress(f"{name} ({number} of {len(chosen)})")
-            rows.append(worker.examine(name, limit_s))
-    return rows
+            yield worker.examine(name, limit_s)
 
 
 def _chosen(names: Sequence[str]) -> list[str]:

@@ -140,7 +140,7 @@ def test_a_process_that_dies_or_hangs_is_a_row() -> None:
 
 def test_a_kind_stands_for_its_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Worker, "examine", lambda self, name, limit_s: blank(name))
-    rows = run(["seq2seq", "llama", "t5:seq2seq"])
+    rows = list(run(["seq2seq", "llama", "t5:seq2seq"]))
     assert [row["architecture"] for row in rows] == [*architectures("seq2seq"), "llama"]
     assert {row["kind"] for row in rows} == {"seq2seq", "causal"}
     assert {row["kind"] for row in run()} == {"causal"}
@@ -148,4 +148,4 @@ def test_a_kind_stands_for_its_architectures(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_unknown_names_are_refused_before_anything_runs() -> None:
     with pytest.raises(ModelNotFoundError, match="'llamma', 'gtp2'"):
-        run(["llama", "llamma", "gtp2"])
+        next(run(["llama", "llamma", "gtp2"]))
