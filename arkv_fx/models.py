@@ -100,25 +100,6 @@ def load(
     return model.to(device).eval(), tokenizer
 
 
-def skeleton(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model without weights, on the meta device, in eval mode.
-
-    `name` is what `load` takes, or a `config.json`; only the configuration is read.
-
-    Raises:
-        ModelNotFoundError: if there is no such configuration, or it is no causal language model's.
-    """
-    source = str(_packaged_folder(name)) if name in PACKAGED else name
-    try:
-        config = AutoConfig.from_pretrained(source)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"cannot read the model {name!r}: {error}") from error
-    ready: PreTrainedModel = model.eval()
-    return ready
-
-
 def random_model(arch: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Build a tiny float32 causal language model with random weights, in eval mode.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -32,7 +32,7 @@ from arkv_fx.commands.common import (
 from arkv_fx.config import ArkvConfig
 from arkv_fx.config import preset as preset_
 from arkv_fx.evaluation.rows import table
-from arkv_fx.models import PACKAGED, skeleton
+from arkv_fx.models import PACKAGED
 from arkv_fx.transform import Transformed, transform
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -92,18 +92,14 @@ def report(
     preset: Preset = "default",
     calibration: CalibrationFile = None,
     dtype: DTypeOption = DType.float32,
+    device: Device = "cpu",
     json: AsJson = False,
 ) -> None:
-    """Will it work on my model, and what will I save? Every attention, rewritten or why not.
-
-    No weights are read: a config.json will do. (A calibration needs the weights it was made with.)
-    """
+    """Will it work on my model, and what will I save? Every attention, rewritten or why not."""
     config = configure(preset, compression, budget, context or ArkvConfig.context)
-    network: Any = skeleton(model, getattr(torch, dtype))
-    if calibration is not None:  # it belongs to certain weights
-        network, _ = load(model, dtype)
+    network, _ = load(model, dtype, device)
     transform(network, config, load_calibration(calibration), compile="eager")
-    transformed: Transformed = network.arkv
+    transformed: Transformed = network.arkv  # type: ignore[assignment]
     found = transformed.report()
     if json:
         total = {"context": found.context, "bytes": found.nbytes, "full_bytes": found.full_nbytes}

@@ -54,9 +54,7 @@ def check_finite(layers: Iterable[tuple[int, LayerState]]) -> None:
     """
     layers = list(layers)
     flags = [state.tensors[2] for _, state in layers]
-    if (
-        not flags or flags[0].is_meta or not torch.cat(flags).any()
-    ):  # one look for all layers: it waits for the device
+    if not flags or not torch.cat(flags).any():  # one look for all layers: it waits for the device
         return
     for layer, state in layers:
         bad = state.tensors[2]
