@@ -57,18 +57,6 @@ def test_fed_states_are_those_of_a_prefill_alone(arch: str) -> None:
     assert contest.graphs == 1  # traced once for all methods and lengths
 
 
-def test_attention_that_is_not_rewritten_keeps_everything_in_every_cache() -> None:
-    model = random_model("llama", attn_implementation="eager", num_hidden_layers=1)
-    expected = model(torch.cat([IDS, NEXT], 1)).logits[:, -1]
-    with Contest(model, CONFIGS) as contest:
-        _, caches = contest.prefill(IDS)
-        for name, cache in caches.items():
-            torch.testing.assert_close(
-                contest.step(name, NEXT, cache), expected, rtol=1e-3, atol=1e-4
-            )
-            assert cache.session.plain[0].tensors[0].shape[-2] == 91
-
-
 def test_the_model_is_restored_after_an_error() -> None:
     model = random_model("llama")
     small = {"tiny": ArkvConfig(bytes=100)}
