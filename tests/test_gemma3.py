@@ -100,6 +100,7 @@ def test_sliding_layers_keep_their_window_and_global_ones_the_budget(setup: Setu
         assert state.plan.sliding == (0 if layer in FULL else WINDOW)
         assert state.plan.slots == (budget if layer in FULL else WINDOW)
         assert int((pos >= 0).sum()) == state.plan.slots, "slots are left empty"
-        if layer not in FULL:
-            assert int(pos.min()) == PROMPT + STEPS - WINDOW, "a token of the window is gone"
+        if layer not in FULL:  # the next query will see itself and one token less than a window
+            window = set(range(PROMPT + STEPS - WINDOW + 1, PROMPT + STEPS))
+            assert window <= set(pos.flatten().tolist()), "a token of the window is gone"
     assert TOLERANCE < difference(found, setup.expected) < 0.3  # it evicts, and still works
