@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from arkv_fx.errors import TransformError
-from arkv_fx.passes.nodes import example
+from arkv_fx.passes.nodes import example, is_symbol
 
 
 class _Forward(nn.Module):
@@ -79,7 +79,7 @@ class Captured:
         for node in self.graph.graph.find_nodes(op="placeholder"):
             value = example(node)
             if node.name in self.leaves and isinstance(value, Tensor):
-                dims = [i for i, size in enumerate(value.shape) if _is(size, tokens)]
+                dims = [i for i, size in enumerate(value.shape) if is_symbol(size, tokens)]
                 if dims:
                     found[self.leaves[node.name]] = dims
         return found
@@ -88,7 +88,7 @@ class Captured:
         """The number of tokens that the graph was traced with."""
         for node in self.graph.graph.find_nodes(op="placeholder"):
             for size in getattr(example(node), "shape", ()):
-                if _is(size, tokens):
+                if is_symbol(size, tokens):
                     return int(size.node.hint)
         return 0
 
@@ -194,7 +194,3 @@ def _captured(
         }
     graph.recompile()
     return Captured(graph, held, leaves, plain, in_spec, program.call_spec.out_spec, bounds)
-
-
-def _is(size: Any, tokens: Any) -> bool:
-    return isinstance(size, torch.SymInt) and size.node.expr == tokens

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from arkv_fx.passes.absorb_cat import number_layers, turned, unturned
+from arkv_fx.passes.absorb_cat import turned, unturned
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.layout import VIEWS
-from arkv_fx.passes.nodes import arguments, example, op_name, same_size, shape
+from arkv_fx.passes.nodes import arguments, example, op_name, same_size, shape, whole_index
 from arkv_fx.passes.readers import foreign_reader
 from arkv_fx.passes.site import Site
 from torch.fx import GraphModule, Node
@@ -38,7 +38,6 @@ def run(graph: GraphModule, context: Context) -> None:
     for site in context.sites:
         if not site.source:
             _match(site, context.first)
-    number_layers(context.sites)
 
 
 def _match(site: Site, first: bool) -> None:
@@ -167,12 +166,8 @@ def _parse(write: Node, base: Node) -> _Write | str:
 
 
 def _place(node: Node, new: Node, index: Any, unknown: str) -> _Write | str:
-    index = index if isinstance(index, tuple) else (index,)
-    if Ellipsis in index:
-        at = index.index(Ellipsis)
-        index = (*index[:at], *[slice(None)] * (5 - len(index)), *index[at + 1 :])
     found = None
-    for dim, entry in enumerate(index):
+    for dim, entry in enumerate(whole_index(index, 4)):
         if isinstance(entry, slice) and (entry.start or 0) == 0 and entry.step in (None, 1):
             if entry.stop is None or dim == 0:
                 continue

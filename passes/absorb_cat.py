@@ -10,10 +10,8 @@ and the graph's output, since that use would read nothing.
 
 from __future__ import annotations
 
-import re
-
 from arkv_fx.passes.context import Context
-from arkv_fx.passes.nodes import example, op_name, same_size, shape
+from arkv_fx.passes.nodes import example, op_name, same_size, shape, spread
 from arkv_fx.passes.readers import foreign_reader
 from arkv_fx.passes.site import Site
 from torch.fx import GraphModule, Node
@@ -24,7 +22,6 @@ def run(graph: GraphModule, context: Context) -> None:
     for site in context.sites:
         if not site.source:
             _match(site)
-    number_layers(context.sites)
 
 
 def _match(site: Site) -> None:
@@ -93,25 +90,13 @@ def _is_returned(node: Node) -> bool:
     return node.op != "placeholder" and any(user.op == "output" for user in node.users)
 
 
-def number_layers(sites: list[Site]) -> None:
-    """Number absorbed caches by the last number in their modules' paths, or as they come."""
-    absorbed = [site for site in sites if site.source in ("cat", "buffer")]
-    numbers = [re.findall(r"\d+", site.path)[-1:] for site in absorbed]
-    unique = all(numbers) and len({n[0] for n in numbers}) == len(numbers)
-    for site, number in zip(absorbed, numbers, strict=True):
-        site.layer = int(number[0]) if unique else site.ordinal
-
-
 def unturned(node: Node) -> tuple[Node, int]:
     """What ``node`` [B, H, T, D] is held as, and the dimension that counts tokens there.
 
     ``x.transpose(1, 2)`` is held as x [B, T, H, D].
     """
-    given = list(node.args[1:])
-    if len(given) == 1 and isinstance(given[0], list | tuple):
-        given = list(given[0])
     name, source = op_name(node), node.args[0] if node.args else None
-    positive = [i % 4 for i in given if isinstance(i, int)]
+    positive = [i % 4 for i in spread(node.args[1:]) if isinstance(i, int)]
     if isinstance(source, Node) and len(shape(source) or ()) == 4:
         if name in ("transpose", "swapaxes", "swapdims") and sorted(positive) == [1, 2]:
             return source, 1
@@ -132,13 +117,10 @@ def turned(new: Node, token_dim: int) -> Node:
 
 def _past_and_new(node: Node, dim_of_tokens: int) -> tuple[Node | None, Node, bool] | None:
     """(past, new, past is empty) if ``node`` is cat([past, new]) along tokens."""
-    if op_name(node) != "cat":
+    if op_name(node) != "cat" or not _joins(node, dim_of_tokens):
         return None
     parts = node.args[0] if node.args else node.kwargs.get("tensors")
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     if not isinstance(parts, list | tuple) or len(parts) != 2:
-        return None
-    if dim not in (dim_of_tokens, dim_of_tokens - 4):
         return None
     past, new = parts
     if not isinstance(past, Node) or not isinstance(new, Node) or len(shape(new) or ()) != 4:

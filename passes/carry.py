@@ -8,12 +8,21 @@ an operation that it does not know to treat tokens alike, nor one in which the t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from arkv_fx.passes.heads import Emitter
 from arkv_fx.passes.layout import VIEWS
-from arkv_fx.passes.nodes import arguments, example, op_name, same_size, shape
+from arkv_fx.passes.nodes import (
+    arguments,
+    example,
+    op_name,
+    same_size,
+    shape,
+    spread,
+    whole_index,
+)
 from arkv_fx.passes.readers import SIZES
 from arkv_fx.passes.site import Site
 from torch.fx import Node
@@ -23,6 +32,7 @@ POINTWISE = {
     "sigmoid", "silu", "gelu", "relu", "tanh", "to", "_to_copy", "type_as", "float", "contiguous",
     "clone", "copy_", "detach", "iadd", "imul",
 }  # fmt: skip
+SPLITS = {"split", "chunk", "tensor_split", "split_with_sizes", "unbind"}
 PER_VECTOR = {"linear", "layer_norm", "rms_norm"}
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten"}
 MADE = {"new_empty", "new_zeros", "empty_like", "zeros_like"}
@@ -44,33 +54,39 @@ def made_of(marker: Node, stops: Sequence[Node]) -> list[Node]:
 _SCALARS = (int, float, torch.SymInt, torch.SymFloat)
 
 
-def obstacle(marker: Node, site: Site, stops: Sequence[Node]) -> str:
+def obstacle(site: Site) -> str:
     """Why the site's keys and values cannot be computed from slots, "" if they can."""
     axes: dict[Node, int] = {}
-    for node in made_of(marker, stops):
-        if not isinstance(example(node), torch.Tensor):
-            if op_name(node) not in (
-                "split",
-                "chunk",
-                "tensor_split",
-                "split_with_sizes",
-                "unbind",
-            ):
-                return f"what the cache returns is read by {node.format_node()}"
-            source = axes.get(node.args[0])  # type: ignore[arg-type]
-            dim = arguments(node, ["input", "size", "dim"]).get("dim", 0)
-            if source is None or not isinstance(dim, int) or dim % _rank(node.args[0]) == source:
-                return _mixed(node)
-            axes[node] = source
-            continue
-        axis = _axis(node, marker, axes)
-        if axis is None:
-            return _mixed(node)
-        axes[node] = axis
+    for node in site.rows:
+        if reason := _follow(node, axes):
+            return reason
     for x in (site.k, site.v):
         if axes.get(x) != 2:
             return "keys or values are not made of what the cache returns"
     return ""
+
+
+def _follow(node: Node, axes: dict[Node, int]) -> str:
+    """Note which dimension of the next node counts tokens, or say why it has none."""
+    axis: int | None
+    if isinstance(example(node), torch.Tensor):
+        axis = _axis(node, axes)
+    elif op_name(node) not in SPLITS:
+        return f"what the cache returns is read by {node.format_node()}"
+    else:
+        axis = axes.get(node.args[0])  # type: ignore[arg-type]
+        dim = arguments(node, ["input", "size", "dim"]).get("dim", 0)
+        if axis is not None and (not isinstance(dim, int) or dim % _rank(node.args[0]) == axis):
+            axis = None
+    if axis is None:
+        return _mixed(node)
+    axes[node] = axis
+    return ""
+
+
+def _is_output(node: Node) -> bool:
+    """Whether ``node`` is one of the marker's two outputs."""
+    return bool(node.args) and op_name(node.args[0]) == "kv_update"
 
 
 def _mixed(node: Node) -> str:
@@ -84,11 +100,11 @@ def _rank(node: Any) -> int:
     return len(shape(node) or ())
 
 
-def _axis(node: Node, marker: Node, axes: dict[Node, int]) -> int | None:
+def _axis(node: Node, axes: dict[Node, int]) -> int | None:
     """Which dimension of ``node`` counts tokens, None if that cannot be told."""
     name, sizes = op_name(node), shape(node) or ()
     inputs = [n for n in node.all_input_nodes if n in axes]
-    if node.args and node.args[0] is marker:
+    if _is_output(node):
         return 2
     if name == "getitem" and not isinstance(example(node.args[0]), torch.Tensor):
         return axes.get(node.args[0])  # type: ignore[arg-type]
@@ -128,23 +144,18 @@ def _axis(node: Node, marker: Node, axes: dict[Node, int]) -> int | None:
         a, b = (i % rank for i in node.args[1:3])  # type: ignore[operator]
         return int({a: b, b: a}.get(first, first))
     if name == "permute":
-        order = node.args[1:] if isinstance(node.args[1], int) else node.args[1]
-        return [i % rank for i in order].index(first)  # type: ignore[union-attr, operator]
+        return [i % rank for i in spread(node.args[1:])].index(first)
     if name == "unsqueeze":
         at = int(arguments(node, ["input", "dim"])["dim"]) % (rank + 1)
         return first + (at <= first)
     if name == "expand":
         return first + len(sizes) - rank
     if name == "repeat":
-        counts = node.args[1:] if isinstance(node.args[1], int) else node.args[1]
         at = first + len(sizes) - rank
-        return at if same_size(counts[at], 1) else None  # type: ignore[index]
+        return at if same_size(spread(node.args[1:])[at], 1) else None
     if name == "repeat_interleave":
-        return (
-            first
-            if arguments(node, ["input", "n", "dim"]).get("dim") in _but(first, rank)
-            else None
-        )
+        dim = arguments(node, ["input", "n", "dim"]).get("dim")
+        return first if dim in _but(first, rank) else None
     if name in ("cat", "concat"):
         given = arguments(node, ["tensors", "dim"])
         same = {axes.get(n) for n in given["tensors"]}
@@ -161,30 +172,18 @@ def _but(axis: int, rank: int) -> list[int]:
 
 def _reshaped(before: Sequence[Any], axis: int, after: Sequence[Any]) -> int | None:
     """The one dimension of the same size with as many numbers in front of it."""
-    ahead = _product(before[:axis])
+    ahead = prod(before[:axis])
     for i, size in enumerate(after):
-        if same_size(size, before[axis]) and same_size(_product(after[:i]), ahead):
+        if same_size(size, before[axis]) and same_size(prod(after[:i]), ahead):
             return i
     return None
 
 
-def _product(sizes: Sequence[Any]) -> Any:
-    out: Any = 1
-    for size in sizes:
-        out = out * size
-    return out
-
-
 def _indexed(index: Any, axis: int, rank: int) -> int | None:
     """Where an axis goes that a tensor's index leaves whole."""
-    index = index if isinstance(index, tuple) else (index,)
-    whole = slice(None, None, None)
-    if Ellipsis in index:
-        at = index.index(Ellipsis)
-        missing = rank - sum(i is not None for i in index) + 1
-        index = (*index[:at], *[whole] * missing, *index[at + 1 :])
+    whole = slice(None)
     at, out = 0, 0
-    for entry in (*index, *[whole] * rank):
+    for entry in (*whole_index(index, rank), *[whole] * rank):
         if entry is None:
             out += 1
             continue
@@ -198,39 +197,31 @@ def _indexed(index: Any, axis: int, rank: int) -> int | None:
     return None
 
 
-def replay(
-    site: Site, stops: Sequence[Node], columns: Sequence[Node], emit: Emitter
-) -> tuple[Node, Node]:
+def replay(site: Site, columns: Sequence[Node], emit: Emitter) -> tuple[Node, Node]:
     """Copy the computation of the site's keys and values, over columns instead of all tokens."""
-    marker = site.cache_nodes[0]
     copies: dict[Node, Node] = {}
     axes: dict[Node, int] = {}
-    for node in _needed(made_of(marker, stops), site):
-        value = example(node)
-        if node.args and node.args[0] is marker:
-            copies[node], axes[node] = columns[int(node.args[1])], 2  # type: ignore[arg-type]
-            continue
-        if isinstance(value, torch.Tensor):
-            axis = _axis(node, marker, axes)
-            assert axis is not None
-            axes[node] = axis
+    for node in _needed(site):
+        reason = _follow(node, axes)
+        assert not reason
+        if _is_output(node):
+            copies[node] = columns[int(node.args[1])]  # type: ignore[arg-type]
         else:
-            axes[node] = axes[node.args[0]]  # type: ignore[index]
-        copies[node] = _copy(node, copies, axes, emit)
+            copies[node] = _copy(node, copies, axes, emit)
     return copies[site.k], copies[site.v]
 
 
-def _needed(nodes: list[Node], site: Site) -> list[Node]:
-    """Those of ``nodes`` that the site's keys and values depend on, writes into them included."""
+def _needed(site: Site) -> list[Node]:
+    """The rows that the site's keys and values depend on, writes into them included."""
     wanted: set[Node] = set()
     more = {site.k, site.v}
     while not more <= wanted:
         wanted |= more
-        for node in nodes:
+        for node in site.rows:
             writes = op_name(node).endswith("_") and not wanted.isdisjoint(_viewed(node.args[0]))
             if node in wanted or writes:
-                more |= {node, *(n for n in node.all_input_nodes if n in nodes)}
-    return [node for node in nodes if node in wanted]
+                more |= {node, *(n for n in node.all_input_nodes if n in site.rows)}
+    return [node for node in site.rows if node in wanted]
 
 
 def _viewed(node: Any) -> list[Node]:

@@ -6,6 +6,8 @@ attention over many new tokens.
 
 from __future__ import annotations
 
+import re
+
 import torch
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.heads import mask_reason
@@ -18,6 +20,7 @@ from arkv_fx.plan import plan_layer
 
 def run(graph: GraphModule, context: Context) -> None:
     """Set ``plan`` on every site that will be rewritten and ``reason`` on every other."""
+    _number_layers(context.sites)
     for site in context.sites:
         if site.source and (site.source, site.layer) in context.left_alone:
             site.refuse("it was left alone in an earlier graph, so its tokens are not in our state")
@@ -29,6 +32,15 @@ def run(graph: GraphModule, context: Context) -> None:
     for site in context.fused:
         if other := alone.get(site.cache_key):
             site.refuse(f"another attention over its cache was left alone: {other.reason}")
+
+
+def _number_layers(sites: list[Site]) -> None:
+    """Number absorbed caches by the last number in their modules' paths, or as they come."""
+    absorbed = [site for site in sites if site.source in ("cat", "buffer")]
+    numbers = [re.findall(r"\d+", site.path)[-1:] for site in absorbed]
+    unique = all(numbers) and len({n[0] for n in numbers}) == len(numbers)
+    for site, number in zip(absorbed, numbers, strict=True):
+        site.layer = int(number[0]) if unique else site.ordinal
 
 
 def _decide(site: Site, context: Context) -> None:
@@ -70,7 +82,7 @@ def _decide(site: Site, context: Context) -> None:
     # Extents of the state are numbers: a symbolic batch is specialised here, one graph each.
     site.batch, site.heads = int(k[0]), int(k[1])
     # What is computed from the cache may mix heads, so all heads of a token are kept together.
-    folded = site.heads if site.rows is not None else 1
+    folded = site.heads if site.rows else 1
     if site.layer is not None and site.layer < len(context.sliding):
         site.sliding = context.sliding[site.layer]
     found = context.calibration.row(site.layer) if context.calibration is not None else None

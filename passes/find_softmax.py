@@ -19,11 +19,9 @@ from arkv_fx.passes.layout import Axis, Dims, advance, names, source_of
 from arkv_fx.passes.nodes import arguments, constant, example, module_path, op_name, shape
 from arkv_fx.passes.products import Product, product
 from arkv_fx.passes.readers import SIZES
-from arkv_fx.passes.site import Bias, Site
+from arkv_fx.passes.site import HIDES, Bias, Site
 from torch.fx import GraphModule, Node
 
-# A logit of this or less gets no probability beside one that is not masked.
-HIDES = -1e4
 ADDS = {"add", "iadd", "add_", "sub", "isub", "sub_"}
 SCALES = {"mul", "imul", "mul_", "div", "truediv", "itruediv", "div_"}
 
@@ -175,16 +173,20 @@ def _along_rows(softmax: Node, logits: _Logits) -> Dims:
     dim = arguments(softmax, ["input", "dim"]).get("dim")
     if not isinstance(dim, int) or dim % rank != rank - 1:
         logits.reason = logits.reason or f"the softmax runs over dimension {dim}, not over the keys"
-    sizes = shape(softmax) or ()
-    return (*logits.layout, (Axis("tokens", sizes[-2]),), (Axis("keys", sizes[-1]),))
+    return _dims(softmax, logits.layout)
+
+
+def _dims(node: Node, layout: Dims) -> Dims:
+    """The dimensions of logits or probabilities with that layout."""
+    sizes = shape(node) or ()
+    return (*layout, (Axis("tokens", sizes[-2]),), (Axis("keys", sizes[-1]),))
 
 
 def _follow(step: Node, before: Node, logits: _Logits) -> None:
     """Take one step between the product and the softmax into account."""
     name = op_name(step)
     if source_of(step) is before:
-        sizes = shape(before) or ()
-        dims = (*logits.layout, (Axis("tokens", sizes[-2]),), (Axis("keys", sizes[-1]),))
+        dims = _dims(before, logits.layout)
         moved = advance(step, dims)
         if moved is None or len(moved) < 2 or names(moved[-2:]) != names(dims[-2:]):
             logits.reason = f"{step.format_node()} mixes the axes of the logits"

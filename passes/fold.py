@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from arkv_fx.passes.nodes import example
+from arkv_fx.passes.site import HIDES
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 LARGEST = 8192
 """A mask is looked at with at most so many tokens."""
-HIDDEN = -1e4
-"""An additive mask hides at or below this: whatever the logits are, nothing is left of them."""
 
 
 def is_constant(node: Node, constants: Mapping[str, Tensor]) -> bool:
@@ -57,7 +56,7 @@ def what_is_shown(mask: Tensor, factor: float, drop: bool) -> tuple[Tensor, bool
     if mask.dtype == torch.bool:
         return ~mask if drop else mask, False
     added = mask * factor
-    shown = added > HIDDEN
+    shown = added > HIDES
     return shown, bool(added[shown].any())
 
 

@@ -17,56 +17,60 @@ from torch.fx import GraphModule, Node
 
 def run(graph: GraphModule, context: Context) -> None:
     """Set ``source="marker"`` and the new tokens of every site that reads a marker."""
-    reached = {
-        node: carry.made_of(node, context.products)
-        for node in graph.graph.nodes
-        if op_name(node) == "kv_update"
-    }
+    markers = [node for node in graph.graph.nodes if op_name(node) == "kv_update"]
+    made: dict[Node, list[Node]] = {}
+    if not all(_is_direct(site) for site in context.sites):  # it takes a look at the whole graph
+        made = {marker: carry.made_of(marker, context.products) for marker in markers}
     for site in context.sites:
-        marker = _marker_behind(site, reached)
+        marker = _marker_behind(site, made)
         if marker is not None:
-            _match(site, marker, context)
+            _match(site, marker, made, context)
     groups: dict[Node, list[Site]] = {}
     for site in context.sites:
         if site.source == "marker":
             groups.setdefault(site.cache_nodes[0], []).append(site)
     for marker, sites in groups.items():
         _check_readers(marker, sites, context)
-    for node in graph.graph.nodes:
-        if op_name(node) == "kv_update" and node not in groups:
-            context.sites.append(_unclaimed(node, len(context.sites)))
+    for marker in markers:
+        if marker not in groups:
+            context.sites.append(_unclaimed(marker, len(context.sites)))
 
 
-def _marker_behind(site: Site, reached: dict[Node, list[Node]]) -> Node | None:
+def _is_direct(site: Site) -> bool:
+    """Whether keys and values are the two outputs of one marker."""
+    marker = _marker(site.k, 0)
+    return marker is not None and _marker(site.v, 1) is marker
+
+
+def _marker_behind(site: Site, made: dict[Node, list[Node]]) -> Node | None:
     """The last marker that keys or values are made of."""
     direct = _marker(site.k, 0) or _marker(site.v, 1)
-    found = [m for m, nodes in reached.items() if site.k in nodes or site.v in nodes]
+    found = [m for m, nodes in made.items() if site.k in nodes or site.v in nodes]
     return direct or (found[-1] if found else None)
 
 
-def _match(site: Site, marker: Node, context: Context) -> None:
+def _match(site: Site, marker: Node, made: dict[Node, list[Node]], context: Context) -> None:
     site.source, site.cache_nodes = "marker", [marker]
     site.new_k, site.new_v, site.handle, site.layer = marker.args[:4]  # type: ignore[assignment]
     if not isinstance(site.layer, int):
         site.refuse("the layer index is not a constant")
-    if _marker(site.k, 0) is marker and _marker(site.v, 1) is marker:
+    if _is_direct(site):
         return
-    site.rows = (site.k, site.v)
+    site.rows = made[marker]
     if context.stand_in is not None:
         site.refuse("layers whose keys are computed from what is cached are not measured alone")
         return
-    if reason := carry.obstacle(marker, site, context.products):
+    if reason := carry.obstacle(site):
         site.refuse(reason)
 
 
 def _check_readers(marker: Node, sites: list[Site], context: Context) -> None:
     """Only the last of the attentions updates the state; nothing else may read the cache."""
     allowed = [node for site in sites for node in site.products]
-    if any(site.rows for site in sites):
-        for site in sites:  # one state, so one way to keep it
-            site.rows = (site.k, site.v)
-        allowed = [*carry.made_of(marker, context.products), *allowed]
-    reader = foreign_reader(marker, allowed)
+    rows = next((site.rows for site in sites if site.rows), [])
+    for site in sites:  # one state, so one way to keep it
+        site.rows = rows
+    reader = foreign_reader(marker, [*rows, *allowed])
     for site in sites:
         if reader is not None:
             site.refuse(

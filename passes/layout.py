@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from arkv_fx.passes.nodes import arguments, example, op_name, same_size, shape
+from arkv_fx.passes.nodes import (
+    arguments,
+    example,
+    op_name,
+    same_size,
+    shape,
+    spread,
+    whole_index,
+)
 from torch.fx import Node
 
 
@@ -122,12 +130,10 @@ def _regroup(dims: Dims, sizes: Sequence[Any]) -> Dims | None:
 
 
 def _permute(node: Node, dims: Dims) -> Dims | None:
-    order = list(node.args[1:]) or [node.kwargs.get("dims")]
-    if len(order) == 1 and isinstance(order[0], list | tuple):
-        order = list(order[0])
+    order = spread(node.args[1:] or [node.kwargs.get("dims")])
     if not all(isinstance(i, int) for i in order):
         return None
-    return tuple(dims[i] for i in order)  # type: ignore[index]
+    return tuple(dims[i] for i in order)
 
 
 def _transpose(node: Node, dims: Dims) -> Dims | None:
@@ -164,9 +170,7 @@ def _expand(node: Node, dims: Dims) -> Dims | None:
 
 def _repeat(node: Node, dims: Dims) -> Dims | None:
     """``x.repeat``: whole copies one behind the other."""
-    counts = list(node.args[1:])
-    if len(counts) == 1 and isinstance(counts[0], list | tuple):
-        counts = list(counts[0])
+    counts = spread(node.args[1:])
     if not all(isinstance(c, int) for c in counts):
         return None
     dims = ((),) * (len(counts) - len(dims)) + dims
@@ -189,19 +193,12 @@ def _repeat_interleave(node: Node, dims: Dims) -> Dims | None:
 
 def _index(node: Node, dims: Dims) -> Dims | None:
     """``x[:, :, None]``: new axes and whole ones only."""
-    index = node.args[1]
-    index = index if isinstance(index, tuple) else (index,)
-    whole = slice(None, None, None)
-    if Ellipsis in index:
-        at = index.index(Ellipsis)
-        missing = len(dims) - sum(i is not None for i in index) + 1
-        index = (*index[:at], *[whole] * missing, *index[at + 1 :])
     rest = list(dims)
     out: list[tuple[Axis, ...]] = []
-    for entry in index:
+    for entry in whole_index(node.args[1], len(dims)):
         if entry is None:
             out.append(())
-        elif entry == whole and rest:
+        elif entry == slice(None) and rest:
             out.append(rest.pop(0))
         else:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,24 @@ def arguments(node: Node, names: list[str]) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
+def spread(values: Sequence[Any]) -> list[Any]:
+    """Arguments that may be given one by one or as one list: ``permute(0, 2, 1)``."""
+    given = list(values)
+    if len(given) == 1 and isinstance(given[0], list | tuple):
+        given = list(given[0])
+    return given
+
+
+def whole_index(index: Any, rank: int) -> tuple[Any, ...]:
+    """A tensor's index as a tuple, with the dimensions of size ``rank`` that ``...`` stands for."""
+    given = index if isinstance(index, tuple) else (index,)
+    if Ellipsis not in given:
+        return given
+    at = given.index(Ellipsis)
+    missing = rank + 1 - sum(i is not None for i in given)
+    return (*given[:at], *[slice(None)] * missing, *given[at + 1 :])
+
+
 def module_path(node: Node) -> str:
     """Dotted path of the module that a node was traced in, "" if unknown."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -59,6 +78,11 @@ def same_size(a: Any, b: Any) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return str(a) == str(b)
+
+
+def is_symbol(size: Any, symbol: Any) -> bool:
+    """Whether an extent is just this symbol."""
+    return isinstance(size, torch.SymInt) and size.node.expr == symbol
 
 
 def constant(value: Any) -> float | None:

@@ -23,13 +23,7 @@ import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 
 def run(graph: GraphModule, context: Context) -> None:
     """Insert placeholders and operators, replace the uses of the old attention."""
-    stops = context.products
-    computed = [
-        node
-        for site in context.fused
-        if site.rows is not None
-        for node in carry.made_of(site.cache_nodes[0], stops)
-    ]
+    computed = [node for site in context.fused for node in site.rows]
     states: dict[tuple[str, int | None], list[Node]] = {}
     starts: dict[tuple[str, int | None], Node] = {}
     for site in context.fused:
@@ -51,7 +45,7 @@ def run(graph: GraphModule, context: Context) -> None:
                 like = example(site.new_k)
                 start.meta = {"example_value": like.new_empty((), dtype=torch.int64, device="cpu")}
                 starts[key] = start
-        _replace(graph, site, states[key], starts.get(key), stops, context)
+        _replace(graph, site, states[key], starts.get(key), context)
     # Not eliminate_dead_code: a user's graph may hold impure nodes that FX does not know of.
     for site in context.fused:
         _erase_dead(graph, [site.node])
@@ -77,7 +71,6 @@ def _replace(
     site: Site,
     state: list[Node],
     start: Node | None,
-    stops: list[Node],
     context: Context,
 ) -> None:
     assert site.plan is not None
@@ -90,11 +83,11 @@ def _replace(
     assert site.new_k is not None and site.new_v is not None
     new_k, new_v = k, v = site.new_k, site.new_v
     rows: dict[str, Any] = {}
-    if site.rows is not None:
+    if site.rows:
         new_k, new_v = heads.fold(new_k, emit), heads.fold(new_v, emit)
         found = emit(torch.ops.arkv.columns.default, new_k, new_v, state, plan, site.fresh)
         pair = [heads.unfold(emit(operator.getitem, found, i), site.heads, emit) for i in range(2)]
-        k, v = carry.replay(site, stops, pair, emit)
+        k, v = carry.replay(site, pair, emit)
         rows = {"rows": [k, v]}
     arguments = (
         q, new_k, new_v, mask, state, plan, float(scale), site.softcap, sinks, site.fresh

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.fold import is_constant
-from arkv_fx.passes.nodes import arguments, example, op_name, shape
+from arkv_fx.passes.nodes import arguments, example, is_symbol, op_name, shape
 from arkv_fx.passes.rewrite import placeholder
 from torch.fx import GraphModule, Node
 
@@ -54,7 +54,7 @@ def offset_input(graph: GraphModule, context: Context) -> Node:
 
 def counts(node: Node, tokens: Any) -> bool:
     """Whether ``node`` is 0, 1, .. T - 1."""
-    if op_name(node) != "arange" or not _is(_extent(node, 0), tokens):
+    if op_name(node) != "arange" or not is_symbol(_extent(node, 0), tokens):
         return False
     numbers = list(node.args)
     start = numbers[0] if len(numbers) > 1 else node.kwargs.get("start", 0)
@@ -68,8 +68,8 @@ def first_rows(node: Node, tokens: Any) -> int | None:
         return None
     given = arguments(node, SLICE)
     dim = given.get("dim", 0)
-    whole = _is(_extent(given["x"], dim), tokens)
-    if whole or not _is(_extent(node, dim), tokens):
+    whole = is_symbol(_extent(given["x"], dim), tokens)
+    if whole or not is_symbol(_extent(node, dim), tokens):
         return None
     return dim if (given.get("start") or 0, given.get("step", 1)) == (0, 1) else None
 
@@ -91,7 +91,3 @@ def _take_rows(graph: GraphModule, node: Node, dim: int, offset: Node) -> None:
 def _extent(node: Any, dim: int) -> Any:
     sizes = shape(node) or ()
     return sizes[dim] if -len(sizes) <= dim < len(sizes) else None
-
-
-def _is(extent: Any, tokens: Any) -> bool:
-    return isinstance(extent, torch.SymInt) and extent.node.expr == tokens

@@ -12,6 +12,9 @@ from torch.fx import Node
 
 from arkv_fx.plan import LayerPlan
 
+HIDES = -1e4
+"""A logit of this or less is masked: whatever the others are, nothing is left of it."""
+
 
 @dataclass(frozen=True)
 class Bias:
@@ -39,10 +42,10 @@ class Site:
     (batch), "1" (kv heads) and "copies". ``past`` are the model's own past keys and values, whose
     dimension ``token_dim`` counts tokens; into a buffer the new tokens are written from
     ``start`` on, or at ``positions``.
-    ``rows`` are keys and values as the attention reads them where they are more than an expansion
-    of what is cached; ``last`` is False where another attention over the same cache follows.
-    ``products`` are the nodes that read keys and values. ``reason`` says why it was left alone, ""
-    while it is a candidate or fused.
+    ``rows`` is what the model computes from its cache, in order, where keys and values are more
+    than an expansion of what is cached; ``last`` is False where another attention over the same
+    cache follows. ``products`` are the nodes that read keys and values. ``reason`` says why it was
+    left alone, "" while it is a candidate or fused.
     """
 
     node: Node
@@ -75,7 +78,7 @@ class Site:
     heads: int = 0
     plan: LayerPlan | None = None
     cache_nodes: list[Node] = field(default_factory=list)
-    rows: tuple[Node, Node] | None = None
+    rows: list[Node] = field(default_factory=list)
     last: bool = True
     products: list[Node] = field(default_factory=list)
 

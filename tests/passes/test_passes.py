@@ -284,7 +284,7 @@ def test_keys_and_values_may_be_computed_from_the_cache() -> None:
 
 
 def test_a_computation_that_is_not_copied_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carry, "replay", lambda site, stops, columns, emit: columns)
+    monkeypatch.setattr(carry, "replay", lambda site, columns, emit: columns)
     with pytest.raises(AssertionError, match="not close"):
         check_output(cached(lambda x: x * 2), HEADS)
 
