@@ -18,7 +18,7 @@ from arkv_fx.layers import (
     tensors_of,
     windows,
 )
-from arkv_fx.state.session import Session
+from arkv_fx.state.session import Session, check_finite
 
 
 class ArkvCache(Cache):
@@ -84,6 +84,29 @@ class ArkvCache(Cache):
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Position of the next query."""
         return self.get_seq_length(layer_idx)
+
+    def require(self, owner: Any) -> None:
+        """Refuse to go on with another model's sequence, or with one that a failed step left.
+
+        ``owner`` is the ``model.arkv`` that the cache is used with.
+
+        Raises:
+            CacheError: saying which.
+            NonFiniteError: if that is what stopped the step.
+        """
+        if self.model_id != id(owner):
+            raise CacheError(
+                f"this ArkvCache belongs to {self.session.owner}, not to {owner.name}: keys of one "
+                "model mean nothing to another; make one with ArkvCache(model)"
+            )
+        if self.session.tokens != self.seen:
+            # NaN says more than the step that it stopped.
+            check_finite(self.session.layers.items())
+            raise CacheError(
+                f"the cache counts {self.seen} tokens and its states do not: a step was "
+                "interrupted or failed, or the cache was copied with copy.copy; start a new one "
+                "(copy.deepcopy makes an independent copy)"
+            )
 
     def end_step(self) -> None:
         """All layers have had the step's tokens."""

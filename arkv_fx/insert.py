@@ -25,7 +25,6 @@ from arkv_fx.errors import CacheError, TransformError, UnknownOptionError
 from arkv_fx.insert_program import Program, build
 from arkv_fx.report import Report
 from arkv_fx.self_check import ROOMY, SAMPLE, self_check, stretched
-from arkv_fx.state.session import check_finite
 
 FEWEST_COLUMNS = 256
 """Room for so many tokens in a bias by position, at first."""
@@ -96,20 +95,9 @@ class Inserted:
                 f"cache is a {type(cache).__name__}; pass arkv_fx.ArkvCache(model), or no cache "
                 "for the full forward"
             )
-        if cache.model_id != id(self):
-            raise CacheError(
-                f"this ArkvCache belongs to {cache.session.owner}, not to {self.name}: keys of one "
-                "model mean nothing to another; make one with ArkvCache(model)"
-            )
+        cache.require(self)
         if self.model.training:
             raise CacheError("the cache is not differentiated: call model.eval() or pass no cache")
-        if cache.session.tokens != cache.seen:
-            check_finite(cache.session.layers.items())
-            raise CacheError(
-                f"the cache counts {cache.seen} tokens and its states do not: a step was "
-                "interrupted or failed, or the cache was copied with copy.copy; start a new one "
-                "(copy.deepcopy makes an independent copy)"
-            )
 
     def _find(self, leaves: list[Any], spec: TreeSpec) -> int:
         """The graph for a call, captured if it is the first of its kind."""

@@ -23,11 +23,13 @@ from arkv_fx.interface import closed_replaced
 from arkv_fx.layers import cached_layers, kept_whole, text_config, windows
 from arkv_fx.passes.context import Probe, StandIn
 from arkv_fx.report import Report
-from arkv_fx.state.session import check_finite
 
 # Each batch size, a mask or none, one token or many: a model in real use needs more graphs than
 # Dynamo's default allows, and falling back to eager would leave the cache behind.
 RECOMPILE_LIMIT = 64
+_NAMES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+# Arguments whose second dimension counts tokens.
+GROWING = (*_NAMES, *(f"decoder_{name}" for name in _NAMES))
 
 
 class Transformed:
@@ -44,6 +46,7 @@ class Transformed:
     ) -> None:
         self.name = f"{type(model).__name__}#{id(model):x}"
         self.config, self.calibration = config, calibration
+        self.text_config = text_config(model)
         layers = cached_layers(model)
         self.windows = windows(layers)
         self.backend = ArkvBackend(
@@ -94,11 +97,7 @@ class Transformed:
                 kwargs["use_cache"] = False
             return self._call((), kwargs)
         cache = _ours(cache)
-        if cache.model_id != id(self):
-            raise CacheError(
-                f"this ArkvCache belongs to {cache.session.owner}, not to {self.name}: keys of one "
-                "model mean nothing to another; make one with ArkvCache(model)"
-            )
+        cache.require(self)
         if self.model.training:
             raise CacheError(
                 "the cache is not differentiated: call model.eval() or use_cache=False"
@@ -106,18 +105,10 @@ class Transformed:
         if self.mask_name in kwargs:
             kwargs[self.mask_name] = self._needed_mask(cache, kwargs)
         self._mark_lengths(kwargs)
-        if cache.session.tokens != cache.seen:
-            # NaN says more than the step that it stopped.
-            check_finite(cache.session.layers.items())
-            raise CacheError(
-                f"the cache counts {cache.seen} tokens and its states do not: a step was "
-                "interrupted or failed, or the cache was copied with copy.copy; start a new one "
-                "(copy.deepcopy makes an independent copy)"
-            )
         cache.session.active = True
         calls = self.backend.calls
         try:
-            with torch.no_grad(), closed_replaced(text_config(self.model)):
+            with torch.no_grad(), closed_replaced(self.text_config):
                 out = self._call((), kwargs)
         finally:
             cache.session.active = False
@@ -173,9 +164,9 @@ class Transformed:
             and kwargs.get("position_ids") is not None
             # An attention that is not rewritten has its padding in its cache.
             and not cache.session.plain
-            and not getattr(text_config(self.model), "alibi", False)
+            and not getattr(self.text_config, "alibi", False)
             # Chunks of attention are counted from the first token that is no padding.
-            and not getattr(text_config(self.model), "attention_chunk_size", None)
+            and not getattr(self.text_config, "attention_chunk_size", None)
             and before.shape[1] == cache.seen == mask.shape[1] - 1
             and torch.equal(before, mask[:, :-1])
             and bool(mask[:, -1].all())
@@ -185,8 +176,7 @@ class Transformed:
 
     def _mark_lengths(self, kwargs: dict[str, Any]) -> None:
         """Let one graph serve prompts of every length."""
-        names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-        for name in [*names, *(f"decoder_{name}" for name in names)]:
+        for name in GROWING:
             x = kwargs.get(name)
             if isinstance(x, Tensor) and x.dim() >= 2 and x.shape[1] > 1:
                 torch._dynamo.maybe_mark_dynamic(x, 1)
