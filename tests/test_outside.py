@@ -11,30 +11,14 @@ from arkv_fx.passes import shift_positions
 from models_outside.alibi_gpt import AlibiGPT
 from models_outside.encoder_decoder import Transformer
 from models_outside.nano_gpt import GPT, GPTConfig
+from models_outside.sample import ROOMY, TOLERANCE, TOTAL, VOCABULARY, ids, random_weights
 from torch import Tensor, nn
 
 from arkv_fx import ArkvCache, ArkvConfig, restore, transform
 from arkv_fx.errors import CacheError, TransformError, UnknownOptionError
 
-ROOMY = ArkvConfig(budget=64, tiers=("native",))
-TOLERANCE = 1e-4
 Call = Callable[[nn.Module, Tensor, dict[str, Any]], Tensor]
-VOCABULARY, TOTAL = 97, 40
 PROMPT, CHUNK = 20, 5
-
-
-def random_weights(model: nn.Module) -> nn.Module:
-    """Weights with which attention is far from uniform."""
-    generator = torch.Generator().manual_seed(1)
-    for p in model.parameters():
-        if p.dim() > 1:
-            p.data.normal_(std=0.4, generator=generator)
-    return model.eval()
-
-
-def ids(batch: int, length: int = TOTAL, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCABULARY, (batch, length), generator=generator)
 
 
 def nano_gpt() -> tuple[nn.Module, Call]:

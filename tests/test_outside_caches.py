@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models_outside import gpt_fast, x_transformers
+from models_outside.sample import ROOMY, TOLERANCE, TOTAL, ids, random_weights
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -15,9 +16,7 @@ from arkv_fx import ArkvConfig, transform
 from arkv_fx.backend import ArkvBackend
 from arkv_fx.errors import AbsorbedCacheError
 
-ROOMY = ArkvConfig(budget=64, tiers=("native",))
-TOLERANCE = 1e-4
-TOTAL, LENGTHS = 40, [20, 5, *[1] * 15]
+LENGTHS = [20, 5, *[1] * 15]
 
 
 @pytest.fixture(autouse=True)
@@ -25,19 +24,6 @@ def no_graphs_of_the_last_test() -> Iterator[None]:
     with torch.no_grad():
         yield
     torch._dynamo.reset()
-
-
-def random_weights(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    for p in model.parameters():
-        if p.dim() > 1:
-            p.data.normal_(std=0.4, generator=generator)
-    return model.eval()
-
-
-def ids(batch: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 97, (batch, TOTAL), generator=generator)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

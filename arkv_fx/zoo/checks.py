@@ -20,7 +20,13 @@ from arkv_fx.errors import ArkvError, ModelNotFoundError
 from arkv_fx.evaluation.rows import Row
 from arkv_fx.layers import tensors_of
 from arkv_fx.report import Report
-from arkv_fx.transform import Transformed, new_cache, restore, transform
+from arkv_fx.transform import (
+    Transformed,
+    is_encoder_decoder,
+    new_cache,
+    restore,
+    transform,
+)
 from arkv_fx.zoo import drive
 from arkv_fx.zoo.changes import NOT_CACHEABLE
 from arkv_fx.zoo.configs import tiny_model
@@ -72,7 +78,7 @@ def _examine(name: str, row: Row, quick: bool) -> str:
     """Fill the row in and return the status."""
     try:
         model = tiny_model(name)
-        subject = Subject(model, drive.batches(drive.has_encoder(model)))
+        subject = Subject(model, drive.batches(is_encoder_decoder(model)))
     except (ModelNotFoundError, RuntimeError) as error:
         row["error"] = _text(error)
         return "not built"

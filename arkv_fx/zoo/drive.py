@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from arkv_fx.transform import is_encoder_decoder
+
 PROMPT, STEPS = 40, 6  # longer than the windows of the tiny models
 STEPWISE = (PROMPT, *[1] * STEPS)
 CHUNKED = (17, 16, PROMPT - 33, *[1] * STEPS)
@@ -61,15 +63,10 @@ class Encoded(ModelOutput):
     router_probs: tuple[Tensor, ...] | None = None
 
 
-def has_encoder(model: PreTrainedModel) -> bool:
-    """Whether the decoder attends to what an encoder makes."""
-    return bool(model.config.is_encoder_decoder)
-
-
 def own_cache(model: PreTrainedModel) -> Any:
     """The cache that ``generate()`` makes for the model as it is."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    return EncoderDecoderCache(cache, DynamicCache()) if has_encoder(model) else cache
+    return EncoderDecoderCache(cache, DynamicCache()) if is_encoder_decoder(model) else cache
 
 
 @torch.no_grad()
@@ -79,7 +76,7 @@ def logits(model: PreTrainedModel, batch: Batch, pieces: Sequence[int], cache: A
     With the ``cache`` None each piece is read as if nothing had come before it, though at its
     place in the sequence.
     """
-    prefix, fixed = ("decoder_", _source(batch)) if has_encoder(model) else ("", {})
+    prefix, fixed = ("decoder_", _source(batch)) if is_encoder_decoder(model) else ("", {})
     accepted = inspect.signature(model.forward).parameters
     positions = (batch.mask.cumsum(-1) - 1).clamp(min=0)
     whole = model.config.model_type in WHOLE_IDS and cache is not None
@@ -107,7 +104,7 @@ def _source(batch: Batch) -> dict[str, Any]:
 def generate(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Greedy tokens [B, STEPS + 1] after the prompt or source, and their logits [B, ., V]."""
     inputs: dict[str, Any] = _source(batch)
-    if not has_encoder(model):
+    if not is_encoder_decoder(model):
         inputs = {
             "input_ids": batch.ids[:, :PROMPT], "attention_mask": batch.mask[:, :PROMPT],
         }  # fmt: skip
