@@ -17,6 +17,11 @@ from arkv_fx.zoo import run as run_
 from arkv_fx.zoo.configs import KINDS, architectures
 from arkv_fx.zoo.row import worst_first
 
+# What a terminal is wide enough for; `wrong` names the checks that the other columns are of.
+SHOWN = (
+    "architecture", "status", "sites", "fused", "identity", "padded", "graphs", "breaks", "wrong",
+)  # fmt: skip
+
 
 def zoo(
     name: Annotated[
@@ -54,23 +59,23 @@ def zoo(
     found: list[Row] = []
     with spinner() as progress:
         for row in run_.run(name or (), quick=quick, limit_s=limit, progress=progress):
-            found.append(row)
-            if csv:  # all takes an hour or two: keep what there is
+            found.append(row)  # all take an hour or two: what there is, is kept
+            if csv:
                 page_.write_csv(csv, found)
-    if json:
-        rows_.write(json, found)
-    if page:
-        page_.write_page(page, found)
+            if json:
+                rows_.write(json, found)
+            if page:
+                page_.write_page(page, found)
+            if expect and expected is None:
+                expect_.update(expect, [row])
     _show(found)
-    if expect and expected is None:
-        expect_.update(expect, found)
-    elif expect and expected is not None:
+    if expect and expected is not None:
         _compare(expect, expect_.mismatches(found, expected))
 
 
 def _show(found: list[Row]) -> None:
     found = sorted(found, key=worst_first)
-    shown = [{c: row[c] for c in page_.SHOWN} for row in found]
+    shown = [{c: row[c] for c in SHOWN} for row in found]
     out.print(rows_.table("The zoo", shown))
     for row in found:
         if said := row["error"] or row["reasons"]:

@@ -83,7 +83,7 @@ def _examine(name: str, row: Row, quick: bool) -> str:
         row["error"] = _text(error)
         return "not built"
     try:
-        row |= _as_it_was(subject, quick)
+        row |= _as_it_was(subject)
     except Exception as error:
         row["error"] = _text(error)
         return "no reference"
@@ -95,7 +95,7 @@ def _examine(name: str, row: Row, quick: bool) -> str:
     return status_of(row)
 
 
-def _as_it_was(subject: Subject, quick: bool) -> Row:
+def _as_it_was(subject: Subject) -> Row:
     """Answers of the model with its own cache, and what that and its loss change."""
     model, single = subject.model, subject.batches["single"]
     expected = drive.logits(model, single, STEPWISE, drive.own_cache(model))
@@ -107,7 +107,7 @@ def _as_it_was(subject: Subject, quick: bool) -> Row:
         subject.tokens, subject.logits["padded"] = drive.generate(model, subject.batches["padded"])
     except Exception:
         unasked.append("padded")
-    if not quick and not _reads_chunks(subject):
+    if not _reads_chunks(subject):
         unasked.append("chunked")
     return {
         "own": drive.difference(expected, at_once, single.mask),

@@ -75,8 +75,8 @@ def sentence(rows: Sequence[Row]) -> str:
     for kind in dict.fromkeys(row["kind"] for row in rows):
         total = summary([row for row in rows if row["kind"] == kind])
         parts.append(
-            f"{total['architectures']} {kind} architectures: {total['cacheable']} have a KV cache "
-            f"that runs here, {total['fused']} of these fully fused, {total['correct']} correct"
+            f"{kind}: {total['cacheable']} of {total['architectures']} have a KV cache that runs "
+            f"here, {total['fused']} are fully fused, {total['correct']} correct"
         )
     return "; ".join(parts)
 

@@ -71,7 +71,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
 
 def test_the_page_and_the_csv_hold_every_architecture(tmp_path: Path) -> None:
     text = page.page(ROWS)
-    assert "**3 causal architectures: 2 have a KV cache that runs here, 1 of these fully" in text
+    assert "**causal: 2 of 3 have a KV cache that runs here, 1 are fully fused, 2 correct**" in text
     assert "| aa | fused | 2 | 2 | 1.23e-07 |  |  | yes |" in text
     assert "- bb: 2x odd attention" in text
     assert "- cc: no cache: recurrent" in text
@@ -92,7 +92,7 @@ def test_the_command(tmp_path: Path) -> None:
     found, expected = tmp_path / "z.json", tmp_path / "e.json"
     expected.write_text(json.dumps({transformers.__version__: {"mamba": {"status": "fused"}}}))
     shown = invoke("mamba", "--json", found, "--page", tmp_path / "z.md")
-    assert "1 causal architectures: 0 have a KV cache" in shown
+    assert "causal: 0 of 1 have a KV cache" in shown
     assert json.loads(found.read_text())[0]["status"] == "no cache"
     assert "mamba: no cache" in (tmp_path / "z.md").read_text()
     shown = invoke("mamba", "--expect", expected, code=1)
