@@ -11,7 +11,7 @@ and the graph's output, since that use would read nothing.
 from __future__ import annotations
 
 from arkv_fx.passes.context import Context
-from arkv_fx.passes.nodes import example, op_name, same_size, shape, spread
+from arkv_fx.passes.nodes import example, numbers, op_name, same_size, shape
 from arkv_fx.passes.readers import foreign_reader
 from arkv_fx.passes.site import Site
 from torch.fx import GraphModule, Node
@@ -96,7 +96,7 @@ def unturned(node: Node) -> tuple[Node, int]:
     ``x.transpose(1, 2)`` is held as x [B, T, H, D].
     """
     name, source = op_name(node), node.args[0] if node.args else None
-    positive = [i % 4 for i in spread(node.args[1:]) if isinstance(i, int)]
+    positive = [i % 4 for i in numbers(node, "dims") or ()]
     if isinstance(source, Node) and len(shape(source) or ()) == 4:
         if name in ("transpose", "swapaxes", "swapdims") and sorted(positive) == [1, 2]:
             return source, 1

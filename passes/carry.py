@@ -17,10 +17,10 @@ from arkv_fx.passes.layout import VIEWS
 from arkv_fx.passes.nodes import (
     arguments,
     example,
+    numbers,
     op_name,
     same_size,
     shape,
-    spread,
     whole_index,
 )
 from arkv_fx.passes.readers import SIZES
@@ -141,18 +141,22 @@ def _axis(node: Node, axes: dict[Node, int]) -> int | None:
     if name in RESHAPES:
         return _reshaped(shape(inputs[0]) or (), first, sizes)
     if name in ("transpose", "swapaxes"):
-        a, b = (i % rank for i in node.args[1:3])  # type: ignore[operator]
-        return int({a: b, b: a}.get(first, first))
+        given = arguments(node, ["input", "dim0", "dim1"])
+        a, b = given.get("dim0"), given.get("dim1")
+        if not isinstance(a, int) or not isinstance(b, int):
+            return None
+        return {a % rank: b % rank, b % rank: a % rank}.get(first, first)
     if name == "permute":
-        return [i % rank for i in spread(node.args[1:])].index(first)
+        order = numbers(node, "dims")
+        return [d % rank for d in order].index(first) if order is not None else None
     if name == "unsqueeze":
         at = int(arguments(node, ["input", "dim"])["dim"]) % (rank + 1)
         return first + (at <= first)
     if name == "expand":
         return first + len(sizes) - rank
     if name == "repeat":
-        at = first + len(sizes) - rank
-        return at if same_size(spread(node.args[1:])[at], 1) else None
+        at, counts = first + len(sizes) - rank, numbers(node, "repeats")
+        return at if counts is not None and counts[at] == 1 else None
     if name == "repeat_interleave":
         dim = arguments(node, ["input", "n", "dim"]).get("dim")
         return first if dim in _but(first, rank) else None

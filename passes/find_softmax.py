@@ -233,7 +233,7 @@ def _add(step: Node, before: Node, other: Any, logits: _Logits) -> None:
 
 
 def _is_own_maximum(other: Any, logits: Node) -> bool:
-    if op_name(other) in ("getattr", "getitem"):  # .values of max(dim=-1, keepdim=True)
+    if op_name(other) in ("values", "getitem"):  # .values of max(dim=-1, keepdim=True)
         other = other.args[0]
     return op_name(other) in ("max", "amax") and other.args[0] is logits
 

@@ -84,10 +84,13 @@ def unfold(x: Node, heads: int, emit: Emitter) -> Node:
 
 
 def sinks(site: Site, emit: Emitter) -> Node | None:
-    """One extra logit per query head [Hq], None if there is none."""
-    if site.sinks is None or len(shape(site.sinks) or ()) == 1:
+    """One extra logit per query head [Hq], in the order of ``queries``; None if there is none."""
+    heads = tuple(axis for dim in site.layout for axis in _present(dim) if axis.name != "0")
+    order = _order((heads,))
+    if site.sinks is None or order == [*range(len(heads))]:
         return site.sinks
-    return emit("reshape", site.sinks, -1)
+    apart = emit("reshape", site.sinks, *(int(axis.size) for axis in heads))
+    return emit("reshape", emit("permute", apart, *order), -1)
 
 
 def mask(site: Site, emit: Emitter) -> Node | None:

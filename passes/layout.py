@@ -16,10 +16,10 @@ from typing import Any
 from arkv_fx.passes.nodes import (
     arguments,
     example,
+    numbers,
     op_name,
     same_size,
     shape,
-    spread,
     whole_index,
 )
 from torch.fx import Node
@@ -41,7 +41,7 @@ CASTS = {"to", "_to_copy", "type_as", "float", "type"}
 
 VIEWS = RESHAPES | SAME | CASTS | {
     "permute", "transpose", "swapaxes", "swapdims", "unsqueeze", "expand", "expand_as",
-    "broadcast_to", "repeat", "repeat_interleave", "getitem",
+    "broadcast_to", "repeat", "repeat_interleave", "getitem", "mT",
 }  # fmt: skip
 
 
@@ -130,10 +130,8 @@ def _regroup(dims: Dims, sizes: Sequence[Any]) -> Dims | None:
 
 
 def _permute(node: Node, dims: Dims) -> Dims | None:
-    order = spread(node.args[1:] or [node.kwargs.get("dims")])
-    if not all(isinstance(i, int) for i in order):
-        return None
-    return tuple(dims[i] for i in order)
+    order = numbers(node, "dims")
+    return tuple(dims[i] for i in order) if order is not None else None
 
 
 def _transpose(node: Node, dims: Dims) -> Dims | None:
@@ -144,6 +142,10 @@ def _transpose(node: Node, dims: Dims) -> Dims | None:
     out = list(dims)
     out[first], out[second] = out[second], out[first]
     return tuple(out)
+
+
+def _matrix_transpose(node: Node, dims: Dims) -> Dims:
+    return (*dims[:-2], dims[-1], dims[-2])
 
 
 def _unsqueeze(node: Node, dims: Dims) -> Dims | None:
@@ -170,8 +172,8 @@ def _expand(node: Node, dims: Dims) -> Dims | None:
 
 def _repeat(node: Node, dims: Dims) -> Dims | None:
     """``x.repeat``: whole copies one behind the other."""
-    counts = spread(node.args[1:])
-    if not all(isinstance(c, int) for c in counts):
+    counts = numbers(node, "repeats")
+    if counts is None:
         return None
     dims = ((),) * (len(counts) - len(dims)) + dims
     return tuple(
@@ -217,4 +219,5 @@ _STEPS = {
     "repeat": _repeat,
     "repeat_interleave": _repeat_interleave,
     "getitem": _index,
+    "mT": _matrix_transpose,
 }

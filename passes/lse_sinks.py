@@ -25,9 +25,16 @@ def find(logits: Node, output: Node) -> tuple[Node, Node] | None:
                 return None
         elif name in ("mul", "imul") and sinks is not None:
             return (node, sinks) if output in node.args and list(output.users) == [node] else None
-        elif name not in _PLAIN | {"sigmoid"}:
+        elif name not in _PLAIN | {"sigmoid"} and not _adds_axes(node):
             return None
     return None
+
+
+def _adds_axes(node: Node) -> bool:
+    """``x[..., None]``."""
+    index = node.args[1] if op_name(node) == "getitem" else ()
+    whole = (None, Ellipsis, slice(None))
+    return isinstance(index, tuple) and bool(index) and all(entry in whole for entry in index)
 
 
 def _per_head(node: object) -> Node | None:

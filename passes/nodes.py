@@ -19,6 +19,8 @@ def op_name(node: Any) -> str:
     if node.op != "call_function":
         return ""
     target = node.target
+    if target is getattr:
+        return str(node.args[1])  # `x.mT` reads like `x.mT()`
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.split("::")[-1]
     if isinstance(target, torch._ops.OpOverloadPacket):
@@ -50,6 +52,15 @@ def spread(values: Sequence[Any]) -> list[Any]:
     if len(given) == 1 and isinstance(given[0], list | tuple):
         given = list(given[0])
     return given
+
+
+def numbers(node: Node, name: str) -> list[int] | None:
+    """The ints that a tensor's method takes behind it, or by ``name``; None if not all are known.
+
+    ``x.permute(0, 2, 1)``, ``x.permute((0, 2, 1))`` and ``x.permute(dims=(0, 2, 1))``.
+    """
+    given = spread(node.args[1:] or [node.kwargs.get(name)])
+    return given if all(isinstance(value, int) for value in given) else None
 
 
 def whole_index(index: Any, rank: int) -> tuple[Any, ...]:

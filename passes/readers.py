@@ -8,7 +8,7 @@ from arkv_fx.passes.layout import VIEWS
 from arkv_fx.passes.nodes import op_name
 from torch.fx import Node
 
-SIZES = {"size", "dim", "numel", "getattr", "sym_size"}
+SIZES = {"size", "dim", "numel", "sym_size", "shape", "ndim", "dtype", "device"}
 
 
 def foreign_reader(tensor: Node, allowed: Iterable[Node], *, output: bool = False) -> Node | None:
