@@ -7,10 +7,12 @@ import hashlib
 import inspect
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from arkv_fx.backend import ArkvBackend
@@ -76,11 +78,15 @@ class Transformed:
     def report(self) -> Report:
         """Every attention site seen so far: fused or not and why, slots and bytes.
 
-        A model that has not run yet is run once on a few tokens.
+        A model that has not run yet is run once on a few tokens; one without weights
+        (``arkv_fx.models.skeleton``) is only traced.
         """
         if not self.backend.sites and "input_ids" in self.parameters:
-            device = next(self.model.parameters()).device
-            self.model(torch.zeros(1, 8, dtype=torch.long, device=device))
+            weight = next(self.model.parameters())
+            with weight.fake_mode if isinstance(weight, FakeTensor) else nullcontext():
+                ids = torch.zeros(1, 8, dtype=torch.long, device=weight.device)
+                both = {"decoder_input_ids": ids} if is_encoder_decoder(self.model) else {}
+                self.model(ids, **both)
         return Report.of(self.backend.sites, self.config)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -143,7 +149,7 @@ class Transformed:
         if self.model.training or (use is None and _only_looks_ahead(self.model)):
             return False
         if use is None:
-            use = getattr(getattr(self.model, "config", None), "use_cache", False)
+            use = getattr(self.text_config, "use_cache", False)
         return bool(use)
 
     def _needed_mask(self, cache: ArkvCache, kwargs: dict[str, Any]) -> Any:
