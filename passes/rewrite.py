@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from arkv_fx.passes import carry, heads
 from arkv_fx.passes.context import Context
-from arkv_fx.passes.nodes import example, shape
+from arkv_fx.passes.nodes import example, op_name, shape
+from arkv_fx.passes.readers import SIZES
 from arkv_fx.passes.site import Site
 from torch.fx import GraphModule, Node
 
@@ -58,11 +60,22 @@ def run(graph: GraphModule, context: Context) -> None:
     # Not eliminate_dead_code: a user's graph may hold impure nodes that FX does not know of.
     for site in context.fused:
         _erase_dead(graph, [site.node])
-    for node in dict.fromkeys(reversed(computed)):  # writes into what is dead, too
+    # Writes into what is dead, too, and sizes that nobody asks for any more.
+    for node in reversed(_with_sizes(graph, computed)):
         if not node.users and not node._erased:
             graph.graph.erase_node(node)
     for site in context.fused:
         _erase_dead(graph, [n for n in site.cache_nodes if not n._erased])
+
+
+def _with_sizes(graph: GraphModule, computed: Sequence[Node]) -> list[Node]:
+    """The nodes and whatever is only a size of them, in order."""
+    found = set(computed)
+    for node in graph.graph.nodes:
+        size = op_name(node) in SIZES or isinstance(example(node), int | torch.SymInt)
+        if size and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return [node for node in graph.graph.nodes if node in found]
 
 
 def placeholder(graph: GraphModule, name: str) -> Node:

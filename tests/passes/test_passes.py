@@ -677,5 +677,5 @@ def test_a_broken_graph_does_not_pass(
 def test_a_rewrite_that_does_nothing_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = tuple(p for p in pipeline.PASSES if p is not rewrite.run)
     monkeypatch.setattr(pipeline, "PASSES", passes)
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"1 operators .* but 0 attend"):
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="but 0 attend"):
         capture(cached(lift), *tensors(6))
