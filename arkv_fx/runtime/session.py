@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from arkv_fx.errors import EngineError
 from arkv_fx.runtime.sampling import Sampling
-from arkv_fx.runtime.sidecar import Sidecar, TensorInfo, read_sidecar
+from arkv_fx.runtime.sidecar import Sidecar, read_sidecar
+from arkv_fx.runtime.tensors import empty, from_numpy, to_numpy
 
 Tokens = NDArray[np.int64]
 Logits = NDArray[np.float32]
-
-# numpy's dtype of the same width, and the number of the dtype in onnx.proto where numpy has none.
-_DTYPES: dict[str, tuple[Any, int | None]] = {
-    "int32": (np.int32, None),
-    "int8": (np.int8, None),
-    "float32": (np.float32, None),
-    "float16": (np.float16, None),
-    "bfloat16": (np.uint16, 16),
-    "float8_e4m3fn": (np.uint8, 17),
-}
 
 
 class OnnxSession:
@@ -50,23 +41,34 @@ class OnnxSession:
 
     def reset(self) -> None:
         """Forget the sequences."""
-        self._state = [self._empty(t) for t in self.sidecar.tensors]
+        self._state = [empty(self._runtime, t) for t in self.sidecar.tensors]
         self._next = np.zeros(self.batch, np.int64)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the state: codes, scales, scores, positions and all."""
-        return sum(
-            int(np.prod(t.shape)) * np.dtype(_DTYPES[t.dtype][0]).itemsize
-            for t in self.sidecar.tensors
-        )
+        return sum(t.nbytes for t in self.sidecar.tensors)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """The state by its input names; bfloat16 and float8 as the bytes that they are."""
         return {
-            t.input: _bytes_of(value, t)
+            t.input: to_numpy(value, t)
             for t, value in zip(self.sidecar.tensors, self._state, strict=True)
         }
+
+    def set_state(self, state: Mapping[str, NDArray[Any]], tokens: ArrayLike) -> None:
+        """Go on from what ``state()`` gave (prefix reuse), now or in another process.
+
+        Args:
+            tokens: [B] how many tokens of each sequence it has seen, padding not counted.
+
+        Raises:
+            EngineError: if tensors are missing or are not of the shape and dtype of the graph's.
+        """
+        self._state = [
+            from_numpy(self._runtime, state.get(t.input), t) for t in self.sidecar.tensors
+        ]
+        self._next = np.asarray(tokens, np.int64).reshape(self.batch)
 
     def prefill(self, ids: ArrayLike, mask: ArrayLike | None = None) -> Logits:
         """Begin new sequences.
@@ -194,13 +196,6 @@ class OnnxSession:
         found: Logits = logits.numpy()[:, -1].astype(np.float32)
         return found
 
-    def _empty(self, info: TensorInfo) -> Any:
-        dtype, number = _DTYPES[info.dtype]
-        filled = np.full(info.shape, info.fill, dtype)
-        if number is None:
-            return self._runtime.OrtValue.ortvalue_from_numpy(filled)
-        return self._runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(filled, number)
-
     def _open(self, name: str, threads: int) -> Any:
         path = self.sidecar.graph(name)
         options = self._runtime.SessionOptions()
@@ -212,19 +207,6 @@ class OnnxSession:
             )
         except Exception as error:  # its errors have no common class
             raise EngineError(f"{path}: ONNX Runtime cannot run it: {error}") from error
-
-
-def _bytes_of(value: Any, info: TensorInfo) -> NDArray[Any]:
-    """An OrtValue as numpy; what numpy has no dtype for, as bytes of the same width."""
-    dtype, number = _DTYPES[info.dtype]
-    if number is None:
-        found: NDArray[Any] = value.numpy()
-        return found
-    import ctypes
-
-    size = int(np.prod(info.shape)) * np.dtype(dtype).itemsize
-    raw = ctypes.string_at(value.data_ptr(), size)
-    return np.frombuffer(raw, dtype).reshape(info.shape)
 
 
 def _onnxruntime() -> Any:

@@ -12,23 +12,13 @@ from typing import Any
 
 from arkv_fx.errors import EngineError
 from arkv_fx.runtime.graph_file import GraphFile, read_graph_file
+from arkv_fx.runtime.tensors import TensorInfo
 
 FILE = "arkv.json"
 VERSION = 1
 METADATA = "arkv"
 """The key under which a graph's file carries the same."""
 OPSET = 21
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A state tensor: its names going in and coming out, [layers, batch, ...] or [batch, ...]."""
-
-    input: str
-    output: str
-    shape: tuple[int, ...]
-    dtype: str
-    fill: int
 
 
 @dataclass(frozen=True)
