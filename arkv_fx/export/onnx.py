@@ -93,20 +93,24 @@ def _translate(graph: Graph) -> ir.Model:
         exporter.setLevel(level)
     assert program is not None
     model = program.model
+    _name_weights(model, graph)
     fold_constants(model)
     RemoveUnusedNodesPass()(model)
     for node in model.graph:  # what PyTorch noted for its own error reports: most of the file
         node.metadata_props.clear()
-    _name_weights(model, graph)
     return model
 
 
 def _name_weights(model: ir.Model, graph: Graph) -> None:
-    """Call each weight what the model calls it."""
+    """Call each weight what the model calls it, also when folding will have transposed it."""
     held = model.graph.initializers
     for attribute, name in graph.weights.items():
         if attribute in held:
-            held[attribute].name = name
+            value = held[attribute]
+            value.name = name
+            for index, use in enumerate(value.uses()):
+                if use.node.op_type == "Transpose":
+                    use.node.outputs[0].name = f"{name}.T" + (f".{index}" if index else "")
 
 
 def share_weights(models: Sequence[ir.Model], folder: Path) -> None:

@@ -7,12 +7,12 @@ down to it; the losers come down to the next tier, and those of the last tier ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from arkv_fx.ops.kernels import ENCODERS, WRITERS, Encoder
+from arkv_fx.ops.kernels import ENCODERS, WRITERS, Encoder, Writer
 from arkv_fx.ops.kernels.reference import encode_rows, gather
 from arkv_fx.ops.scores import Stats
 from arkv_fx.state.view import Segment, View
@@ -108,15 +108,19 @@ def _choose_moves(held: View, new: Arrivals, updated: Stats) -> list[Move]:
 
 
 def _move_tokens(
-    held: View, k: Tensor, v: Tensor, moves: list[Move], writer: Encoder | None
+    held: View, k: Tensor, v: Tensor, moves: list[Move], writer: Writer | None
 ) -> None:
     """Write new keys and values [B, Hkv, 1, D] and what they displace, every tensor once."""
     dims = (held.plan.k_dim, held.plan.v_dim)
     for step, move in enumerate(moves):
         at = _at(move.slot)
-        leaving = move.segment.keys_and_values(at, dims) if step + 1 < len(moves) else None
+        leaving = None
+        if step + 1 < len(moves):
+            leaving = (
+                _read(move, writer, dims) if writer else move.segment.keys_and_values(at, dims)
+            )
         if writer is not None:
-            _write(move, k, v, writer)
+            _write(move, k, v, writer.store)
         else:
             old = [f[at] for _, fields in move.segment.parts() for f in fields]
             for (field, code), was in zip(_codes(move.segment, k, v), old, strict=True):
@@ -124,8 +128,16 @@ def _move_tokens(
         if leaving is not None:
             wins = move.wins[:, :, None, None]
             # What leaves the ring is no token unless it was displaced, so nothing looks at it.
-            k = torch.where(wins, leaving[0][:, :, None], k.float())
-            v = torch.where(wins, leaving[1][:, :, None], v.float())
+            k = torch.where(wins, leaving[0].reshape(k.shape), k.float())
+            v = torch.where(wins, leaving[1].reshape(v.shape), v.float())
+
+
+def _read(move: Move, writer: Writer, dims: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The holders [B, Hkv, 1, D] of a move's slots, as numbers."""
+    k, v = (
+        [writer.take(field, move.slot) for field in fields] for _, fields in move.segment.parts()
+    )
+    return replace(move.segment, k=k, v=v).keys_and_values(..., dims)
 
 
 def _write(move: Move, k: Tensor, v: Tensor, writer: Encoder) -> None:

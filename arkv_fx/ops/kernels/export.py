@@ -26,6 +26,13 @@ def encode_selected(
         field.copy_(_select(rows[..., None] >= 0, code.to(field.dtype), field))
 
 
+def take_slot(field: Tensor, slot: Tensor) -> Tensor:
+    """One row [B, Hkv, 1, W] of a storage tensor [B, Hkv, C, W] for each head; slot [B, Hkv]."""
+    if field.dtype == torch.float8_e4m3fn:  # cannot be gathered, but its numbers can
+        return to_e4m3(gather(widen(field), slot[..., None]))
+    return gather(field, slot[..., None])
+
+
 def _select(taken: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """``new`` where ``taken``; by way of float32, exactly, in dtypes that cannot be selected."""
     if old.dtype == torch.bfloat16:
