@@ -207,7 +207,7 @@ def merge_many(
         stats = {n: torch.cat([t, out.stats[n]], -1) for n, t in tier.stats.items()}
         rank = _rank(held, pos, stats, now, last)
         best = rank.argsort(dim=-1, descending=True, stable=True)
-        winners, losers = best.split([tier.slots, best.shape[-1] - tier.slots], -1)
+        winners, losers = best[..., : tier.slots], best[..., tier.slots :]
         below = None
         if fresh:  # there is nothing in the tier that could come down
             below = _pick(out, (losers - tier.slots).clamp(min=0))
