@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from arkv_fx.export import onnx, torch_program
-from arkv_fx.export.programs import Programs
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -27,5 +22,3 @@ TARGETS: Mapping[str, Target] = {
     "onnx": Target(onnx.write),
     "torch": Target(torch_program.write),
 }
-
-Writer = Callable[[Path, Programs, dict[str, Any], Progress], None]
