@@ -8,6 +8,7 @@ from arkv_fx.commands import evaluate
 from arkv_fx.commands.bench import bench
 from arkv_fx.commands.common import Group
 from arkv_fx.commands.doctor import doctor
+from arkv_fx.commands.export import export
 from arkv_fx.commands.generate import generate
 from arkv_fx.commands.inspect import calibrate, report
 from arkv_fx.commands.zoo import zoo
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (generate, calibrate, report, bench, doctor, zoo):
+for command in (generate, calibrate, report, export, bench, doctor, zoo):
     app.command()(command)
 app.add_typer(evaluate.app, name="eval")
 

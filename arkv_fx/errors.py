@@ -51,3 +51,11 @@ class KernelError(ArkvError):
 
 class EvaluationError(ArkvError, ValueError):
     """A text, a prompt or a file of results does not fit the measurement asked for."""
+
+
+class ExportError(ArkvError):
+    """A model cannot be exported without losing something; nothing has been written."""
+
+
+class EngineError(ArkvError):
+    """An exported folder is damaged, incomplete, of another version, or used wrongly."""

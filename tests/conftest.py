@@ -14,8 +14,9 @@ sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("ops", "state
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 
-# Each compilation logs a trace for tools; pytest would format and keep all of it.
-logging.getLogger("torch.__trace").propagate = False
+# Each compilation logs a trace for tools; pytest would format and keep all of it (it adds handlers
+# to loggers that do not propagate).
+logging.getLogger("torch.__trace").disabled = True
 
 settings.register_profile(
     "arkv",

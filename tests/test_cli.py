@@ -99,6 +99,28 @@ def test_eval_passkey(model: str, tmp_path: Path) -> None:
     assert [row["total"] for row in json.loads(out.read_text())] == [1, 1]
 
 
+def test_export_then_generate_by_onnx_runtime(model: str, prompt: str, tmp_path: Path) -> None:
+    folder, out = tmp_path / "engine", tmp_path / "g.json"
+    result = run("export", model, "--out", folder, "--budget", "64")
+    assert "decode.onnx" in result.stdout
+    engine = ["generate", "--engine", folder, "--prompt-file", prompt]
+    result = run(*engine, "--max-new-tokens", "6", "--json", out)
+    row = json.loads(out.read_text())
+    assert (row["prompt_tokens"], row["new_tokens"]) == (len(PROMPT) * 4, 6)
+    assert row["text"].strip() in result.stdout
+    assert row["bytes"] == json.loads((folder / "arkv.json").read_text())["state_bytes"]
+    fails(*engine, "--budget", "64", says="--budget: an engine has the cache")
+    fails("export", model, "--out", folder, says="not an empty folder")
+    fails("generate", "--engine", tmp_path, "--prompt-file", prompt, says="no arkv.json")
+
+
+def test_export_refuses_what_it_cannot_write(model: str, tmp_path: Path) -> None:
+    command = ["export", model, "--out", tmp_path / "e"]
+    fails(*command, "--target", "tflite", says="unknown target 'tflite'")
+    fails(*command, "--tier", "k4v3", says="cannot be exported")
+    assert not list(tmp_path.iterdir())
+
+
 def test_report_as_text(model: str) -> None:
     assert "2 of 2 attention sites fused" in run("report", model, "--budget", "64").stdout
 
@@ -147,7 +169,9 @@ def test_doctor() -> None:
 
 def test_commands_are_listed() -> None:
     shown = run("--help").stdout
-    assert all(name in shown for name in ("generate", "calibrate", "report", "eval", "doctor"))
+    assert all(
+        name in shown for name in ("generate", "calibrate", "report", "eval", "export", "doctor")
+    )
 
 
 def fails(*args: str, says: str) -> None:

@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from arkv_fx.cache import ArkvCache
@@ -37,6 +37,7 @@ from arkv_fx.commands.common import (
     write_json,
 )
 from arkv_fx.errors import EvaluationError
+from arkv_fx.runtime import OnnxSession
 from arkv_fx.transform import transform
 
 COMPILE_WORTHWHILE = 512
@@ -58,28 +59,32 @@ def generate(
     dtype: DTypeOption = DType.float32,
     device: Device = "cpu",
     chat: Annotated[bool, typer.Option(help="Put the prompt into the chat template.")] = False,
+    engine: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of `arkv export`, run by ONNX Runtime in place of --model; sizes and "
+            "formats are those it was exported with."
+        ),
+    ] = None,
     json: JsonFile = None,
 ) -> None:
     """Continue a prompt, greedily; --context is the prompt's length unless given."""
     text = read_text(prompt_file)
+    if engine is not None:
+        chosen = {"compression": compression, "budget": budget, "calibration": calibration}
+        _refuse_with_engine([name for name, value in chosen.items() if value is not None])
+        _run_engine(engine, text, max_new_tokens, chat, json)
+        return
     network, tokenizer = load(model, dtype, device)
     ids = encode(tokenizer, text, chat).to(network.device)
     config = configure(preset, compression, budget, context or ids.shape[1])
     lowering = compile or _lowering(network.device, max_new_tokens)
     transform(network, config, load_calibration(calibration), compile=lowering)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=err,
-        transient=True,
-    ) as progress:
+    with _progress() as progress:
         task = progress.add_task("compile", total=max_new_tokens)
         _warm_up(network, ids)
         clock = _Clock(lambda done: progress.update(task, description="generate", completed=done))
         cache, new = _run(network, ids, max_new_tokens, clock)
-    answer = str(tokenizer.decode(new, skip_special_tokens=True))
     row = {
         "model": model,
         "dtype": str(dtype),
@@ -87,10 +92,69 @@ def generate(
         "new_tokens": len(new),
         **clock.rates(ids.shape[1]),
         **_sizes(cache),
-        "text": answer,
+        "text": str(tokenizer.decode(new, skip_special_tokens=True)),
     }
+    _show(row, json)
+
+
+def _run_engine(folder: Path, text: str, tokens: int, chat: bool, json: Path | None) -> None:
+    """The same by ONNX Runtime."""
+    session = OnnxSession(folder)
+    tokenizer = load_tokenizer(folder, session.sidecar.content.get("tokenizer"))
+    ids = encode(tokenizer, text, chat)
+    if session.batch != 1:
+        raise EvaluationError(f"{folder}: its graphs take {session.batch} prompts at once, not one")
+    new: list[int] = []
+    with _progress() as progress:
+        task = progress.add_task("generate", total=tokens)
+        clock = _Clock(lambda done: progress.update(task, completed=done))
+        clock.put(ids)
+        for token in session.stream(ids.numpy(), tokens):
+            clock.put(ids)
+            new.append(int(token[0]))
+    stop = new[-1:] if new[-1] in session.sidecar.eos else []
+    row = {
+        "engine": str(folder),
+        "prompt_tokens": ids.shape[1],
+        "new_tokens": len(new),
+        **clock.rates(ids.shape[1]),
+        "bytes": session.nbytes,
+        "text": str(tokenizer.decode(new[: len(new) - len(stop)], skip_special_tokens=True)),
+    }
+    _show(row, json)
+
+
+def _refuse_with_engine(given: list[str]) -> None:
+    if given:
+        names = ", ".join(f"--{name}" for name in given)
+        raise EvaluationError(f"{names}: an engine has the cache that it was exported with")
+
+
+def load_tokenizer(folder: Path, name: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer in an exported folder.
+
+    Raises:
+        EvaluationError: if there is none.
+    """
+    if name is None:
+        raise EvaluationError(f"{folder} was exported without a tokenizer")
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder / name)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{folder / name}: cannot be read as a tokenizer: {error}") from error
+    return found
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=err, transient=True,
+    )  # fmt: skip
+
+
+def _show(row: dict[str, Any], json: Path | None) -> None:
     write_json(json, row)
-    out.print(answer, markup=False, highlight=False)
+    out.print(row["text"], markup=False, highlight=False)
     err.print(_summary(row), highlight=False)
 
 
@@ -176,10 +240,12 @@ def _sizes(cache: ArkvCache) -> dict[str, Any]:
 
 def _summary(row: dict[str, Any]) -> str:
     decode = row["decode_tokens_per_second"]
+    full = ""
+    if "full_bytes" in row:
+        full = f", full {row['full_bytes'] / 2**20:.2f} MiB ({row['compression']:.2f}x)"
     return (
         f"{row['prompt_tokens']} + {row['new_tokens']} tokens; "
         f"prefill {row['prefill_tokens_per_second']:.1f} tokens/s, "
         f"decode {f'{decode:.1f}' if decode else '-'} tokens/s; "
-        f"cache {row['bytes'] / 2**20:.2f} MiB, full {row['full_bytes'] / 2**20:.2f} MiB "
-        f"({row['compression']:.2f}x)"
+        f"cache {row['bytes'] / 2**20:.2f} MiB{full}"
     )

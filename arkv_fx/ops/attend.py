@@ -7,6 +7,7 @@ of call differ only in how many tokens come (one: ``decode``; many: ``prefill`` 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -62,32 +63,62 @@ def attend(
     """
     if not rows and k.shape[2] == 1 and (step := get_step(kernel, plan)) is not None:
         return step(q, k, v, mask, state, knobs)
+    held = view(plan, state)
+    out, seen = look(q, k, v, mask, held, knobs, fresh, kernel, rows)
+    settle(held, seen, fresh, kernel)
+    return out
+
+
+@dataclass
+class Seen:
+    """What one attention leaves to be done: its update of the state, for a batch of any size.
+
+    ``new`` are the new tokens, ``updated`` the statistics of all columns and ``layer`` the score's
+    sums after the step; ``finite`` [B] bool says whether keys and values are numbers, ``padded``
+    whether there was a mask.
+    """
+
+    new: Arrivals
+    updated: Stats
+    layer: Stats
+    finite: Tensor
+    padded: bool
+
+
+def look(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, held: View, knobs: Knobs, fresh: bool,
+    kernel: str = "reference", rows: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Seen]:  # fmt: skip
+    """The first half of ``attend``: its result, and the update that ``settle`` makes."""
     # The cache is not differentiated: a graph through it would keep every step alive.
     q, k, v = q.detach(), k.detach(), v.detach()
-    held = view(plan, state)
-    length = k.shape[2]
+    plan = held.plan
     new, query_pos = _arrivals(k, v, mask, held)
-    valid = new.valid
     extremes = [f((1, 2, 3)) for x in (k, v) for f in (x.amax, x.amin)]  # NaN passes through both
     finite = torch.isfinite(torch.stack(extremes)).all(0)
     layer = dict(held.layer)
-    new.stats = plan.policy().arrive(k, v, valid, layer)
-    alone = fresh and length != 1
+    new.stats = plan.policy().arrive(k, v, new.valid, layer)
+    alone = fresh and k.shape[2] != 1
     out, seen = _run(q, new, mask, held, knobs, query_pos, alone, kernel, rows)
     columns = _gather_stats(held, new, alone)
     updated = plan.policy().observe(columns, seen)
+    return out.flatten(1, 2).to(q.dtype), Seen(new, updated, layer, finite, mask is not None)
+
+
+def settle(held: View, seen: Seen, fresh: bool, kernel: str = "reference") -> None:
+    """The second half of ``attend``: the update of the state, in place."""
+    new, length = seen.new, seen.new.k.shape[2]
     if held.centre is not None:
-        _centre(held, held.centre, new, mask is not None)
+        _centre(held, held.centre, new, seen.padded)
     if length == 1:
-        exchange_one(held, new, updated)
+        exchange_one(held, new, seen.updated, kernel)
     else:
-        merge_many(held, new, updated, fresh, kernel)
-    for name, total in layer.items():
+        merge_many(held, new, seen.updated, fresh, kernel)
+    for name, total in seen.layer.items():
         held.layer[name].copy_(total)
-    held.count.add_(valid.sum(-1, dtype=torch.int32))
+    held.count.add_(new.valid.sum(-1, dtype=torch.int32))
     held.seen.add_(length)
-    held.bad.copy_(held.bad | (~finite).to(torch.int32))
-    return out.flatten(1, 2).to(q.dtype)
+    held.bad.copy_(held.bad | (~seen.finite).to(torch.int32))
 
 
 def peek(
@@ -152,7 +183,8 @@ def _valid(mask: Tensor | None, batch: int, length: int, device: torch.device) -
         return torch.ones(batch, length, dtype=torch.bool, device=device)
     # A restride makes Inductor write the mask out before its diagonal is read: inlined, the lookups
     # of transformers' padding masks do not compile there (index checks before their index).
-    mask = mask.as_strided(mask.size(), mask.stride(), mask.storage_offset())
+    if not torch.compiler.is_exporting():
+        mask = mask.as_strided(mask.size(), mask.stride(), mask.storage_offset())
     own = allowed(mask[..., -length:]).diagonal(dim1=-2, dim2=-1).any(1)
     return own.expand(batch, length)
 

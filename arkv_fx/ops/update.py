@@ -7,12 +7,12 @@ down to it; the losers come down to the next tier, and those of the last tier ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from arkv_fx.ops.kernels import ENCODERS, Encoder
+from arkv_fx.ops.kernels import ENCODERS, WRITERS, Encoder, Writer
 from arkv_fx.ops.kernels.reference import encode_rows, gather
 from arkv_fx.ops.scores import Stats
 from arkv_fx.state.view import Segment, View
@@ -54,14 +54,15 @@ class Move:
     wins: Tensor
 
 
-def exchange_one(held: View, new: Arrivals, updated: Stats) -> None:
+def exchange_one(held: View, new: Arrivals, updated: Stats, kernel: str = "reference") -> None:
     """The decode step: the new token takes its ring slot, the token there goes down the tiers.
 
     Args:
         updated: statistics of all columns [B, Hkv, N] (ring, tiers, new token) after the step.
+        kernel: whose writer stores the tokens, see ``arkv_fx.ops.kernels.WRITERS``.
     """
     moves = _choose_moves(held, new, updated)
-    _move_tokens(held, new.k, new.v, moves)
+    _move_tokens(held, new.k, new.v, moves, WRITERS.get(kernel))
 
 
 def _choose_moves(held: View, new: Arrivals, updated: Stats) -> list[Move]:
@@ -106,20 +107,48 @@ def _choose_moves(held: View, new: Arrivals, updated: Stats) -> list[Move]:
     return moves
 
 
-def _move_tokens(held: View, k: Tensor, v: Tensor, moves: list[Move]) -> None:
+def _move_tokens(
+    held: View, k: Tensor, v: Tensor, moves: list[Move], writer: Writer | None
+) -> None:
     """Write new keys and values [B, Hkv, 1, D] and what they displace, every tensor once."""
     dims = (held.plan.k_dim, held.plan.v_dim)
     for step, move in enumerate(moves):
         at = _at(move.slot)
-        old = [f[at] for _, fields in move.segment.parts() for f in fields]
-        leaving = move.segment.keys_and_values(at, dims) if step + 1 < len(moves) else None
-        for (field, code), was in zip(_codes(move.segment, k, v), old, strict=True):
-            field.index_put_(at, torch.where(move.wins[..., None], code.squeeze(2), was))
+        leaving = None
+        if step + 1 < len(moves):
+            leaving = (
+                _read(move, writer, dims) if writer else move.segment.keys_and_values(at, dims)
+            )
+        if writer is not None:
+            _write(move, k, v, writer.store)
+        else:
+            old = [f[at] for _, fields in move.segment.parts() for f in fields]
+            for (field, code), was in zip(_codes(move.segment, k, v), old, strict=True):
+                field.index_put_(at, torch.where(move.wins[..., None], code.squeeze(2), was))
         if leaving is not None:
             wins = move.wins[:, :, None, None]
             # What leaves the ring is no token unless it was displaced, so nothing looks at it.
-            k = torch.where(wins, leaving[0][:, :, None], k.float())
-            v = torch.where(wins, leaving[1][:, :, None], v.float())
+            k = torch.where(wins, leaving[0].reshape(k.shape), k.float())
+            v = torch.where(wins, leaving[1].reshape(v.shape), v.float())
+
+
+def _read(move: Move, writer: Writer, dims: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The holders [B, Hkv, 1, D] of a move's slots, as numbers."""
+    k, v = (
+        [writer.take(field, move.slot) for field in fields] for _, fields in move.segment.parts()
+    )
+    return replace(move.segment, k=k, v=v).keys_and_values(..., dims)
+
+
+def _write(move: Move, k: Tensor, v: Tensor, writer: Encoder) -> None:
+    """One token [B, Hkv, 1, D] into its slot, if it takes one."""
+    segment = move.segment
+    index = torch.arange(segment.slots, device=k.device)
+    rows = torch.where((index == move.slot[..., None]) & move.wins[..., None], 0, -1)
+    for (codec, fields), x, centre in zip(
+        segment.parts(), (k, v), (segment.centre, None), strict=True
+    ):
+        writer(codec, x, rows, centre, fields)
 
 
 def _weakest(rank: Tensor) -> Tensor:
@@ -178,7 +207,7 @@ def merge_many(
         stats = {n: torch.cat([t, out.stats[n]], -1) for n, t in tier.stats.items()}
         rank = _rank(held, pos, stats, now, last)
         best = rank.argsort(dim=-1, descending=True, stable=True)
-        winners, losers = best.split([tier.slots, best.shape[-1] - tier.slots], -1)
+        winners, losers = best[..., : tier.slots], best[..., tier.slots :]
         below = None
         if fresh:  # there is nothing in the tier that could come down
             below = _pick(out, (losers - tier.slots).clamp(min=0))

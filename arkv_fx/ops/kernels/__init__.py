@@ -19,6 +19,7 @@ from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.formats import Codec
 from arkv_fx.ops.kernels.cpp import attend_cpp, available, encode_cpp, make_direct_step, make_step
 from arkv_fx.ops.kernels.cpp.arguments import codecs
+from arkv_fx.ops.kernels.export import encode_selected, take_slot
 from arkv_fx.ops.kernels.inductor import attend_one
 from arkv_fx.ops.kernels.reference import attend_columns, encode_rows
 from arkv_fx.ops.kernels.triton import CODECS as TRITON_CODECS
@@ -27,7 +28,7 @@ from arkv_fx.plan import LayerPlan
 from arkv_fx.state.view import View
 
 __all__ = [
-    "ENCODERS", "KERNELS", "STEPS", "Encoder", "Kernel", "Step", "WholeStep",
+    "ENCODERS", "KERNELS", "STEPS", "WRITERS", "Encoder", "Kernel", "Step", "WholeStep", "Writer",
     "get_direct_step", "get_kernel", "get_step", "usable",
 ]  # fmt: skip
 
@@ -81,6 +82,7 @@ KERNELS: dict[str, Kernel] = {
     "inductor": attend_one,
     "cpp": attend_cpp,
     "triton": attend_triton,
+    "export": attend_columns,
 }
 
 
@@ -113,7 +115,25 @@ STEPS: dict[str, WholeStep] = {"cpp": WholeStep(make_step, make_direct_step)}
 
 # What makes the codes of a prompt, by the name of the kernel that decodes after it; for all others
 # it is the reference.
-ENCODERS: dict[str, Encoder] = {"reference": encode_rows, "cpp": encode_cpp}
+ENCODERS: dict[str, Encoder] = {
+    "reference": encode_rows, "cpp": encode_cpp, "export": encode_selected,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Writer:
+    """How a decode step reads and writes slots where that is no indexing.
+
+    ``take(field, slot)`` gives the row [B, Hkv, 1, W] of a storage tensor at slot [B, Hkv] int64;
+    ``store`` puts a vector, as that of row 0, into slots.
+    """
+
+    take: Callable[[Tensor, Tensor], Tensor]
+    store: Encoder
+
+
+# By the name of the kernel that attends in the same graph; for all others it is indexing.
+WRITERS: dict[str, Writer] = {"export": Writer(take_slot, encode_selected)}
 
 
 def get_step(kernel: str, plan: LayerPlan) -> Step | None:

@@ -1,0 +1,108 @@
+"""The two graphs of a model as ``ExportedProgram``s, which every target starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from arkv_fx.calibration import Calibration
+from arkv_fx.config import ArkvConfig
+from arkv_fx.errors import ExportError
+from arkv_fx.export.capture import PROMPT, Captured, capture
+from arkv_fx.export.formats import ExportPlan
+from arkv_fx.export.groups import Group, group_layers
+from arkv_fx.export.step import Step, arguments
+
+PAST, PRESENT = "past_key_values", "present"
+
+
+@dataclass
+class Graph:
+    """One graph with the names and sample values of what goes in, and the names of what comes out.
+
+    ``weights`` says which parameter of the model is behind a buffer's name.
+    """
+
+    name: str
+    program: ExportedProgram
+    inputs: dict[str, Tensor]
+    outputs: list[str]
+    weights: dict[str, str]
+
+
+@dataclass
+class Programs:
+    """A prompt's graph, a decoded token's and the state that goes between them.
+
+    ``least`` is the smallest number of tokens that the prompt's graph takes.
+    """
+
+    prefill: Graph
+    decode: Graph
+    groups: list[Group]
+    batch: int
+    least: int
+
+    @property
+    def graphs(self) -> list[Graph]:
+        """Both."""
+        return [self.prefill, self.decode]
+
+
+def make_programs(
+    model: nn.Module, config: ArkvConfig, calibration: Calibration | None, batch: int
+) -> Programs:
+    """Capture, give the state names, and export; the model is left as it was.
+
+    Raises:
+        ExportError: if anything would be lost.
+    """
+    prompt, token = capture(model, config, calibration, batch)
+    plans = [ExportPlan.of(s.plan, s.row()["path"]) for s in prompt.sites if s.plan is not None]
+    if [s.plan for s in token.sites] != [s.plan for s in prompt.sites]:
+        raise ExportError(
+            f"{type(model).__name__}: its prompt and its steps do not cache the same layers"
+        )
+    groups = group_layers(plans, batch)
+    least = max(plan.window for plan in plans) + 1
+    device = next(model.parameters()).device
+    ids = torch.zeros(batch, least + PROMPT, dtype=torch.long, device=device)
+    given = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(ids.shape[1], device=device).expand_as(ids).contiguous(),
+    }
+    one = {"input_ids": ids[:, :1].clone(), "position_ids": ids[:, :1].clone()}
+    for group in groups:
+        tensors = (x.to(device) for x in group.empty())
+        one.update(zip(group.names(PAST), tensors, strict=True))
+    outputs = ["logits", *(name for group in groups for name in group.names(PRESENT))]
+    free = {name: {1: Dim("tokens", min=least)} for name in arguments(True)}
+    return Programs(
+        _graph("prefill", Step(model, prompt, groups, True), given, outputs, free, prompt),
+        _graph("decode", Step(model, token, groups, False), one, outputs, None, token),
+        groups, batch, least,
+    )  # fmt: skip
+
+
+def _graph(
+    name: str, step: Step, inputs: dict[str, Tensor], outputs: list[str],
+    free: dict[str, Any] | None, captured: Captured,
+) -> Graph:  # fmt: skip
+    step.eval()
+    shapes = (tuple(free[n] for n in inputs),) if free else None
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                step, tuple(inputs.values()), dynamic_shapes=shapes, strict=False
+            )
+    except torch._dynamo.exc.UserError as error:
+        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+        raise ExportError(
+            f"the {name} graph does not serve prompts of every length: {' '.join(lines[1:3])}"
+        ) from error
+    return Graph(name, program, inputs, outputs, step.weights)

@@ -1,0 +1,168 @@
+"""A captured graph as a module without hidden state: state tensors in, state tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node
+
+from arkv_fx.export.capture import Captured
+from arkv_fx.export.groups import Group
+from arkv_fx.ops.attend import Seen, columns, look, settle
+from arkv_fx.ops.attention import Knobs
+from arkv_fx.ops.update import Arrivals
+from arkv_fx.state.view import View, view
+
+KERNEL = "export"
+ATTEND = torch.ops.arkv.attend.default
+PEEK = torch.ops.arkv.peek.default
+COLUMNS = torch.ops.arkv.columns.default
+
+
+class Step(nn.Module):
+    """One call of a model: ``forward(input_ids, ..., *state)`` gives logits and the new state.
+
+    Args:
+        model: whose parameters the graph reads.
+        captured: the graph.
+        groups: how its layers' states are stacked; the state is all groups' tensors in order.
+        fresh: for a prompt, which begins with an empty state and takes none.
+    """
+
+    def __init__(
+        self, model: nn.Module, captured: Captured, groups: Sequence[Group], fresh: bool
+    ) -> None:
+        super().__init__()
+        self.captured, self.groups, self.fresh = captured, tuple(groups), fresh
+        self.weights = {_attribute(name): name for name in captured.constants.values()}
+        for attribute, name in self.weights.items():
+            owner, _, key = name.rpartition(".")
+            value = getattr(model.get_submodule(owner), key)
+            self.register_buffer(attribute, value.detach())
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        """The arguments in the order of ``arguments(fresh)``, then the state."""
+        names = arguments(self.fresh)
+        given = dict(zip(names, args, strict=False))
+        state = args[len(names) :]
+        run = _Run(self, given, state)
+        logits = run.logits()
+        return (logits, *run.settled())
+
+
+def arguments(fresh: bool) -> list[str]:
+    """What a graph takes beside the state."""
+    return ["input_ids", "attention_mask", "position_ids"] if fresh else [
+        "input_ids", "position_ids",
+    ]  # fmt: skip
+
+
+def _attribute(name: str) -> str:
+    return name.replace(".", "_")
+
+
+class _Run(Interpreter):
+    """Runs the graph with our attention in place of the operators that the passes put there."""
+
+    def __init__(self, step: Step, given: dict[str, Tensor], state: Sequence[Tensor]) -> None:
+        super().__init__(step.captured.graph)
+        self.step = step
+        self.given = given
+        rest = iter(state)
+        self.states = [
+            group.empty() if step.fresh else [next(rest) for _ in group.plan.specs()]
+            for group in step.groups
+        ]
+        # The layer that a graph's state placeholder belongs to: (group, place in it).
+        self.owner: dict[str, tuple[int, int]] = {}
+        for layer, names in enumerate(step.captured.states):
+            for g, group in enumerate(step.groups):
+                if layer in group.layers:
+                    self.owner.update(dict.fromkeys(names, (g, group.layers.index(layer))))
+        self.seen: dict[tuple[int, int], Seen] = {}
+
+    def logits(self) -> Tensor:
+        """Run everything."""
+        return self.run(*self._inputs())[self.step.captured.logits]  # type: ignore[no-any-return]
+
+    def settled(self) -> list[Tensor]:
+        """The new state: the layers of a group have their tokens moved all at once."""
+        out: list[Tensor] = []
+        for g, group in enumerate(self.step.groups):
+            rows = [x.clone() for x in group.rows_of(self.states[g])]
+            seen = [self.seen[g, place] for place in range(len(group.layers))]
+            settle(view(group.plan, rows), _join(seen), self.step.fresh, KERNEL)
+            out += group.stack(rows)
+        return out
+
+    def _inputs(self) -> list[Any]:
+        captured = self.step.captured
+        values: list[Any] = []
+        for node in captured.graph.graph.find_nodes(op="placeholder"):
+            name = node.name
+            if name in captured.inputs:
+                values.append(self.given[captured.inputs[name]])
+            elif name in captured.constants:
+                values.append(getattr(self.step, _attribute(captured.constants[name])))
+            elif name in captured.sizes:
+                argument, dim = captured.sizes[name]
+                values.append(self.given[argument].shape[dim])
+            else:
+                values.append(None)  # a state, which `run_node` looks up, or unused
+        return values
+
+    def run_node(self, n: Node) -> Any:
+        if n.target not in (ATTEND, PEEK, COLUMNS):
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        place = 2 if n.target == COLUMNS else 4
+        names = n.args[place]
+        assert isinstance(names, (list, tuple)) and isinstance(names[0], Node)
+        owner = self.owner[names[0].name]
+        group = self.step.groups[owner[0]]
+        held = group.layer_of(self.states[owner[0]], owner[1])
+        if n.target == COLUMNS:
+            k, v, _, _, fresh = args
+            return columns(k, v, held, group.plan, fresh)
+        out, seen = self._look(args, kwargs.get("rows"), view(group.plan, held))
+        if n.target == ATTEND:
+            self.seen[owner] = seen
+        return out
+
+    def _look(
+        self, args: tuple[Any, ...], rows: list[Tensor] | None, held: View
+    ) -> tuple[Tensor, Seen]:
+        q, k, v, mask, _, _, scale, softcap, sinks, fresh = args
+        knobs = Knobs(scale, softcap, sinks)
+        return look(q, k, v, mask, held, knobs, fresh, KERNEL, rows)
+
+
+def _join(seen: Sequence[Seen]) -> Seen:
+    """The updates of several layers as that of one with all their sequences."""
+    if len(seen) == 1:
+        return seen[0]
+
+    def cat(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts))
+
+    def each(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: cat([p[name] for p in parts]) for name in parts[0]}
+
+    news = [s.new for s in seen]
+    new = Arrivals(
+        cat([n.k for n in news]),
+        cat([n.v for n in news]),
+        cat([n.pos for n in news]),
+        cat([n.valid for n in news]),
+        each([n.stats for n in news]),
+    )
+    return Seen(
+        new,
+        each([s.updated for s in seen]),
+        each([s.layer for s in seen]),
+        cat([s.finite for s in seen]),
+        seen[0].padded,
+    )

@@ -1,0 +1,24 @@
+"""What graphs can be written as: one file each, one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from arkv_fx.export import onnx, torch_program
+
+
+@dataclass(frozen=True)
+class Target:
+    """``write(folder, programs, sidecar, progress, **options)`` writes files and completes the
+    sidecar, which is written after it; ``options`` are the names it takes.
+    """
+
+    write: Callable[..., None]
+    options: tuple[str, ...] = ()
+
+
+TARGETS: Mapping[str, Target] = {
+    "onnx": Target(onnx.write),
+    "torch": Target(torch_program.write),
+}

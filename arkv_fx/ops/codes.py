@@ -1,0 +1,59 @@
+"""Operators on stored codes that an export target replaces by its own: what they compute.
+
+Graphs that leave torch carry these instead of casts and products, so that a target can read codes
+where they lie: ONNX makes each of them one (De)QuantizeLinear.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _widen(codes: Tensor) -> Tensor:
+    return codes.to(torch.float32, copy=True)
+
+
+def _dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    return codes.to(torch.float32) * scale
+
+
+def _to_e4m3(x: Tensor) -> Tensor:
+    return x.to(torch.float8_e4m3fn, copy=True)
+
+
+def _as_float32(codes: Tensor, scale: Tensor | None = None) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+def _as_e4m3(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float8_e4m3fn)
+
+
+_library = torch.library.Library("arkv", "FRAGMENT")
+for _name, _arguments, _run, _fake in (
+    ("widen", "Tensor codes", _widen, _as_float32),
+    ("dequantize", "Tensor codes, Tensor scale", _dequantize, _as_float32),
+    ("to_e4m3", "Tensor x", _to_e4m3, _as_e4m3),
+):
+    _library.define(f"{_name}({_arguments}) -> Tensor")
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"arkv::{_name}", _fake, lib=_library)
+
+
+def widen(codes: Tensor) -> Tensor:
+    """Codes (int8 or float8 e4m3) of any shape as float32."""
+    out: Tensor = torch.ops.arkv.widen(codes)
+    return out
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """Codes [..., D] (int8 or float8 e4m3) times scale [..., 1] float32, in float32."""
+    out: Tensor = torch.ops.arkv.dequantize(codes, scale)
+    return out
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """float32 numbers in -448..448 as float8 e4m3."""
+    out: Tensor = torch.ops.arkv.to_e4m3(x)
+    return out

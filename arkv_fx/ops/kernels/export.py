@@ -1,0 +1,42 @@
+"""Storing codes by selection instead of scatter, for graphs that leave torch.
+
+TensorRT fuses a `where` with what reads and writes it; a scatter into quantized codes it does not
+build at all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arkv_fx.ops.codes import to_e4m3, widen
+from arkv_fx.ops.formats import Codec
+from arkv_fx.ops.kernels.reference import gather
+
+
+def encode_selected(
+    codec: Codec, x: Tensor, rows: Tensor, centre: Tensor | None, fields: list[Tensor]
+) -> None:
+    """See ``Encoder``; of a single vector the code is made once and offered to every slot."""
+    if x.shape[2] != 1:
+        x = gather(x, rows.clamp(min=0))
+    if centre is not None:
+        x = x.float() - centre
+    for field, code in zip(fields, codec.encode(x), strict=True):
+        field.copy_(_select(rows[..., None] >= 0, code.to(field.dtype), field))
+
+
+def take_slot(field: Tensor, slot: Tensor) -> Tensor:
+    """One row [B, Hkv, 1, W] of a storage tensor [B, Hkv, C, W] for each head; slot [B, Hkv]."""
+    if field.dtype == torch.float8_e4m3fn:  # cannot be gathered, but its numbers can
+        return to_e4m3(gather(widen(field), slot[..., None]))
+    return gather(field, slot[..., None])
+
+
+def _select(taken: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` where ``taken``; by way of float32, exactly, in dtypes that cannot be selected."""
+    if old.dtype == torch.bfloat16:
+        return torch.where(taken, new.float(), old.float()).to(old.dtype)
+    if old.dtype == torch.float8_e4m3fn:
+        return to_e4m3(torch.where(taken, widen(new), widen(old)))
+    return torch.where(taken, new, old)

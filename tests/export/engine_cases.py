@@ -1,0 +1,104 @@
+"""Tiny exported models, each exported once per test run, and what torch does with the same."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import arkv_fx
+from arkv_fx import ArkvCache, ArkvConfig
+from arkv_fx.models import random_model
+from arkv_fx.plan import LayerPlan
+from arkv_fx.runtime import OnnxSession
+
+BATCH, PROMPT, STEPS = 2, 30, 40
+# Each architecture with other formats, so that every one is run by ONNX Runtime.
+CASES = {
+    "llama": ("int8", "int4"),
+    "qwen3": ("native", "fp8"),
+    "gemma3": ("k8v4", "int4"),
+}
+
+
+def config(arch: str) -> ArkvConfig:
+    """So small that the sample makes every move: into the tiers, down and out."""
+    return ArkvConfig(budget=24, window=4, sinks=2, tiers=CASES[arch])
+
+
+def model(arch: str) -> PreTrainedModel:
+    # With tied embeddings, gemma3 only repeats the last token, whatever its attention says.
+    return random_model(arch, tie_word_embeddings=False)
+
+
+@lru_cache
+def folder(arch: str) -> Path:
+    """An exported model, for ONNX Runtime."""
+    out = Path(tempfile.mkdtemp()) / arch
+    return arkv_fx.export(model(arch), None, out, config=config(arch), batch=BATCH)
+
+
+@lru_cache
+def session(arch: str) -> OnnxSession:
+    """It, opened."""
+    return OnnxSession(folder(arch), threads=1)
+
+
+@lru_cache
+def transformed(arch: str) -> PreTrainedModel:
+    """What must answer the same."""
+    return arkv_fx.transform(model(arch), config(arch), compile="eager")  # type: ignore[return-value]
+
+
+def prompt() -> tuple[Tensor, Tensor]:
+    """(ids, mask) [B, PROMPT], one of them padded."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 120, (BATCH, PROMPT), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    return ids * mask, mask
+
+
+def exported_state(opened: OnnxSession, cache: ArkvCache) -> dict[str, NDArray[Any]]:
+    """A cache's state as the graphs take it."""
+    layers = [cache.session.layers[i] for i in sorted(cache.session.layers)]
+    found: dict[str, NDArray[Any]] = {}
+    for group in opened.sidecar.content["groups"]:
+        for index, info in enumerate(group["tensors"]):
+            parts = [exported_bytes(layers[i].tensors[index]) for i in group["layers"]]
+            found[info["input"]] = np.stack(parts).reshape(info["shape"])
+    return found
+
+
+def exported_bytes(x: Tensor) -> NDArray[Any]:
+    """A state tensor of torch with the bytes that exported graphs have."""
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.int16).numpy().view(np.uint16)
+    return x.numpy()
+
+
+def signed(state: dict[str, NDArray[Any]], opened: OnnxSession) -> dict[str, NDArray[Any]]:
+    """Unsigned bytes less 128, where the graph has int8."""
+    kinds = {t.input: t.dtype for t in opened.sidecar.tensors}
+    return {
+        name: (x.astype(np.int16) - 128).astype(np.int8)
+        if kinds[name] == "int8" and x.dtype == np.uint8
+        else x
+        for name, x in state.items()
+    }
+
+
+def layer_plans(arch: str) -> list[LayerPlan]:
+    """The plans of the transformed model's layers."""
+    cache = ArkvCache(transformed(arch))
+    ids, mask = prompt()
+    with torch.no_grad():
+        transformed(arch)(input_ids=ids, attention_mask=mask, past_key_values=cache)
+    return [cache.session.layers[i].plan for i in sorted(cache.session.layers)]
