@@ -62,6 +62,11 @@ class Transformed:
         self.compiled = torch.compile(_own_code(model.forward), backend=self.backend)
         self.model = model
         self.mask_name = "decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask"
+        # Some hand the cache on to their decoder without naming it.
+        generates = bool(getattr(model, "can_generate", bool)())
+        self.hands_on = generates and any(
+            p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()
+        )
         # Forward arguments by position, up to the first that can only be given by name.
         self.parameters = [
             name
@@ -91,7 +96,9 @@ class Transformed:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward with an ArkvCache where a cache is wanted."""
-        if "past_key_values" not in self.parameters:
+        if "past_key_values" not in self.parameters and not (
+            "past_key_values" in kwargs or self.hands_on
+        ):
             return self._call(args, kwargs)
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
@@ -99,7 +106,7 @@ class Transformed:
             cache = kwargs["past_key_values"] = new_cache(self.model)
         if cache is None:
             # Else the model would make a cache of its own, which nobody compresses.
-            if "use_cache" in self.parameters:
+            if "use_cache" in self.parameters or self.hands_on:
                 kwargs["use_cache"] = False
             return self._call((), kwargs)
         cache = _ours(cache)
