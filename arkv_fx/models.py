@@ -16,9 +16,14 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -49,6 +54,11 @@ PACKAGED = {
     ),
 }
 """Models whose weights come from a package registry, by the name that `load` takes."""
+
+_KINDS: tuple[Any, ...] = (
+    AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq,
+)  # fmt: skip
 
 _TINY: dict[str, Any] = {
     "vocab_size": 128,
@@ -98,6 +108,29 @@ def load(
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(f"cannot load the model {name!r}: {error}") from error
     return model.to(device).eval(), tokenizer
+
+
+def skeleton(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of ``load`` made of fake tensors: its shapes, without weights or a tokenizer.
+
+    Of a folder or a transformers id only the configuration is read. ``dtype`` is that of the
+    checkpoint where none is given. Text decoders of multimodal models and encoder-decoders will do.
+
+    Raises:
+        ModelNotFoundError: if there is no such configuration, or not of a language model.
+    """
+    source = str(_packaged_folder(name)) if name in PACKAGED else name
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"cannot load the model {name!r}: {error}") from error
+    kind = next((k for k in _KINDS if type(config) in k._model_mapping), None)
+    if kind is None:
+        raise ModelNotFoundError(f"{name!r} is a {config.model_type}, which is no language model")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model: Any = kind.from_config(config, dtype=dtype or config.dtype or torch.float32)
+    ready: PreTrainedModel = model.eval()
+    return ready
 
 
 def random_model(arch: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:

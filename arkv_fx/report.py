@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from arkv_fx.config import ArkvConfig
+from arkv_fx.plan import LayerPlan
 
 if TYPE_CHECKING:
     from arkv_fx.passes.site import Site
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 class Report:
     """One row per attention site: path, layer, fused, reason, formats and slots, bytes.
 
-    ``nbytes`` are per sequence; ``full_nbytes`` are those of the full cache in the model's dtype
+    ``nbytes`` are per sequence, and of a cache that several attentions share they stand in the row
+    of the one that updates it; ``full_nbytes`` are those of the full cache in the model's dtype
     at ``context`` tokens.
     """
 
@@ -26,23 +28,20 @@ class Report:
     @classmethod
     def of(cls, graphs: Sequence[Sequence[Site]], config: ArkvConfig) -> Report:
         """Merge the sites of all graphs: one is fused if every graph with a cache fused it."""
-        merged: dict[tuple[str, int], dict[str, Any]] = {}
+        merged: dict[tuple[str, int], dict[int | None, dict[str, Any]]] = {}
         for sites in graphs:
             for site in sites:
-                row = site.row()
-                if site.plan is not None:
-                    plan = site.plan
-                    row["ring"] = plan.ring
-                    row["tiers"] = {t.format: t.slots for t in plan.tiers}
-                    row["slots"] = plan.slots
-                    row["nbytes"] = plan.nbytes()
-                    row["full_nbytes"] = plan.full_nbytes(config.context)
-                key = (row["path"], site.ordinal)
-                known = merged.get(key)
+                row = site.row() | (_bytes(site.plan, site.last, config) if site.plan else {})
+                # Where tracing breaks off between layers, they share their path and ordinal.
+                same = merged.setdefault((row["path"], site.ordinal), {})
                 # Scoring calls run the same attention without a cache: that is no failure.
-                if known is None or (site.source and (known["source"] == "" or known["fused"])):
-                    merged[key] = row
-        return cls(tuple(merged.values()), config.context)
+                if not site.source and same:
+                    continue
+                if site.source:
+                    same.pop(None, None)
+                if site.layer not in same or same[site.layer]["fused"]:
+                    same[site.layer] = row
+        return cls(tuple(row for same in merged.values() for row in same.values()), config.context)
 
     @property
     def fused(self) -> int:
@@ -70,7 +69,18 @@ class Report:
         for row in self.rows:
             if row["fused"]:
                 tiers = " + ".join(f"{n} {f}" for f, n in row["tiers"].items())
-                lines.append(f"  fused    {row['path']}: {row['ring']} native + {tiers}")
+                shared = "" if row["nbytes"] else ", a cache that another attention updates"
+                lines.append(f"  fused    {row['path']}: {row['ring']} native + {tiers}{shared}")
             else:
                 lines.append(f"  not      {row['path']}: {row['reason']}")
         return "\n".join(lines)
+
+
+def _bytes(plan: LayerPlan, counted: bool, config: ArkvConfig) -> dict[str, Any]:
+    return {
+        "ring": plan.ring,
+        "tiers": {t.format: t.slots for t in plan.tiers},
+        "slots": plan.slots,
+        "nbytes": plan.nbytes() if counted else 0,
+        "full_nbytes": plan.full_nbytes(config.context) if counted else 0,
+    }

@@ -7,10 +7,12 @@ import hashlib
 import inspect
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from arkv_fx.backend import ArkvBackend
@@ -60,6 +62,11 @@ class Transformed:
         self.compiled = torch.compile(_own_code(model.forward), backend=self.backend)
         self.model = model
         self.mask_name = "decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask"
+        # Some hand the cache on to their decoder without naming it.
+        generates = bool(getattr(model, "can_generate", bool)())
+        self.hands_on = generates and any(
+            p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()
+        )
         # Forward arguments by position, up to the first that can only be given by name.
         self.parameters = [
             name
@@ -76,16 +83,22 @@ class Transformed:
     def report(self) -> Report:
         """Every attention site seen so far: fused or not and why, slots and bytes.
 
-        A model that has not run yet is run once on a few tokens.
+        A model that has not run yet is run once on a few tokens; one without weights
+        (``arkv_fx.models.skeleton``) is only traced.
         """
         if not self.backend.sites and "input_ids" in self.parameters:
-            device = next(self.model.parameters()).device
-            self.model(torch.zeros(1, 8, dtype=torch.long, device=device))
+            weight = next(self.model.parameters())
+            with weight.fake_mode if isinstance(weight, FakeTensor) else nullcontext():
+                ids = torch.zeros(1, 8, dtype=torch.long, device=weight.device)
+                both = {"decoder_input_ids": ids} if is_encoder_decoder(self.model) else {}
+                self.model(ids, **both)
         return Report.of(self.backend.sites, self.config)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward with an ArkvCache where a cache is wanted."""
-        if "past_key_values" not in self.parameters:
+        if "past_key_values" not in self.parameters and not (
+            "past_key_values" in kwargs or self.hands_on
+        ):
             return self._call(args, kwargs)
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
@@ -93,7 +106,7 @@ class Transformed:
             cache = kwargs["past_key_values"] = new_cache(self.model)
         if cache is None:
             # Else the model would make a cache of its own, which nobody compresses.
-            if "use_cache" in self.parameters:
+            if "use_cache" in self.parameters or self.hands_on:
                 kwargs["use_cache"] = False
             return self._call((), kwargs)
         cache = _ours(cache)
@@ -143,7 +156,7 @@ class Transformed:
         if self.model.training or (use is None and _only_looks_ahead(self.model)):
             return False
         if use is None:
-            use = getattr(getattr(self.model, "config", None), "use_cache", False)
+            use = getattr(self.text_config, "use_cache", False)
         return bool(use)
 
     def _needed_mask(self, cache: ArkvCache, kwargs: dict[str, Any]) -> Any:

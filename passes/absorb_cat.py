@@ -5,7 +5,8 @@ the same for values; or [B, T, H, D] joined along its tokens and turned afterwar
 call without a past, keys and values that the graph returns. The new cache value that the graph
 returns becomes a zero-memory tensor of the right shape whose storage is the key to our state. Does
 NOT fire when the past or the joined tensor is used by anything but this attention, shape queries
-and the graph's output, since that use would read nothing.
+and the graph's output, since that use would read nothing; nor in a graph over an ``ArkvCache``,
+where what a model still joins is what cross-attention reads.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch.fx import GraphModule, Node
 
 def run(graph: GraphModule, context: Context) -> None:
     """Set ``source="cat"`` and the new tokens of every site whose cache can be absorbed."""
+    if any(site.source == "marker" for site in context.sites):
+        return
     for site in context.sites:
         if not site.source:
             _match(site)

@@ -70,13 +70,13 @@ def _decide(site: Site, context: Context) -> None:
     many = not (isinstance(tokens, int) and tokens == 1)
     # Where we insert the state, new tokens are causal among themselves whatever came before.
     causal = site.is_causal and (site.fresh or site.source == "insert")
-    if many and not site.biases and not causal:
+    if many and not site.biases and not causal and not site.partial:
         site.refuse(
             "many new tokens without a mask and not causal from an empty cache: bidirectional "
             "attention, or causal attention aligned to the first key"
         )
         return
-    if not same_size(tokens, k[2]):
+    if site.partial and (site.last or (many and not site.biases)):
         site.refuse(f"{tokens} queries for {k[2]} new keys: not self-attention over new tokens")
         return
     # Extents of the state are numbers: a symbolic batch is specialised here, one graph each.

@@ -65,7 +65,7 @@ def _match(site: Site, marker: Node, made: dict[Node, list[Node]], context: Cont
 
 
 def _check_readers(marker: Node, sites: list[Site], context: Context) -> None:
-    """Only the last of the attentions updates the state; nothing else may read the cache."""
+    """One of the attentions updates the state behind all of them; nothing else reads the cache."""
     allowed = [node for site in sites for node in site.products]
     rows = next((site.rows for site in sites if site.rows), [])
     for site in sites:  # one state, so one way to keep it
@@ -79,7 +79,10 @@ def _check_readers(marker: Node, sites: list[Site], context: Context) -> None:
             )
         if context.stand_in is not None and len(sites) > 1:
             site.refuse("layers that share a cache are not measured alone")
-        site.last = site is sites[-1]
+        site.last = False
+    updating = next((site for site in reversed(sites) if not site.partial), sites[-1])
+    updating.last = True
+    updating.behind = sites[-1] if updating is not sites[-1] else None
 
 
 def _unclaimed(marker: Node, ordinal: int) -> Site:

@@ -8,6 +8,7 @@ where that is how they are already.
 from __future__ import annotations
 
 import operator
+from contextlib import nullcontext
 from math import prod
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from arkv_fx.passes.layout import Axis, Dims, names, size_of
 from arkv_fx.passes.nodes import example, same_size, shape
 from arkv_fx.passes.site import Bias, Site
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 
 class Emitter:
@@ -33,7 +36,11 @@ class Emitter:
                 node = self.graph.call_function(target, args, kwargs)
         values, named = torch.fx.node.map_arg((args, kwargs), example)
         call = getattr(values[0], target) if isinstance(target, str) else target
-        node.meta = {"example_value": call(*(values[1:] if call != target else values), **named)}
+        # Within the tensors' mode, because an operator may make tensors of its own.
+        fakes = [x for x in tree_leaves((values, named)) if isinstance(x, FakeTensor)]
+        with fakes[0].fake_mode if fakes else nullcontext():
+            found = call(*(values[1:] if call != target else values), **named)
+        node.meta = {"example_value": found}
         return node
 
     def size(self, node: Node, dim: int) -> Any:

@@ -2,23 +2,28 @@
 
 The state tensors become placeholders behind the graph's own, in the order of ``plan.specs()``;
 whoever runs the graph appends them. Of several attentions over one cache all but the last only look
-(``arkv::peek``). Does NOT touch a site with a reason.
+(``arkv::peek``). Where the last asks for some of the new tokens only, it looks, too, and the update
+follows with the queries of one that asks for all. Does NOT touch a site with a reason.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from arkv_fx.passes import carry, heads
 from arkv_fx.passes.context import Context
-from arkv_fx.passes.nodes import example, shape
+from arkv_fx.passes.nodes import example, op_name, shape
+from arkv_fx.passes.readers import SIZES
 from arkv_fx.passes.site import Site
 from torch.fx import GraphModule, Node
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
+
+Attention = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def run(graph: GraphModule, context: Context) -> None:
@@ -26,6 +31,7 @@ def run(graph: GraphModule, context: Context) -> None:
     computed = [node for site in context.fused for node in site.rows]
     states: dict[tuple[str, int | None], list[Node]] = {}
     starts: dict[tuple[str, int | None], Node] = {}
+    updates: dict[int, Attention] = {}
     for site in context.fused:
         assert site.plan is not None
         if (key := site.cache_key) not in states:
@@ -45,15 +51,31 @@ def run(graph: GraphModule, context: Context) -> None:
                 like = example(site.new_k)
                 start.meta = {"example_value": like.new_empty((), dtype=torch.int64, device="cpu")}
                 starts[key] = start
-        _replace(graph, site, states[key], starts.get(key), context)
+        attention = _replace(graph, site, states[key], starts.get(key), context)
+        if site.behind is not None:
+            updates[id(site.behind)] = attention
+        if (late := updates.get(id(site))) is not None:
+            with graph.graph.inserting_before(site.node):
+                graph.graph.call_function(torch.ops.arkv.attend.default, *late)
     # Not eliminate_dead_code: a user's graph may hold impure nodes that FX does not know of.
     for site in context.fused:
         _erase_dead(graph, [site.node])
-    for node in dict.fromkeys(reversed(computed)):  # writes into what is dead, too
+    # Writes into what is dead, too, and sizes that nobody asks for any more.
+    for node in reversed(_with_sizes(graph, computed)):
         if not node.users and not node._erased:
             graph.graph.erase_node(node)
     for site in context.fused:
         _erase_dead(graph, [n for n in site.cache_nodes if not n._erased])
+
+
+def _with_sizes(graph: GraphModule, computed: Sequence[Node]) -> list[Node]:
+    """The nodes and whatever is only a size of them, in order."""
+    found = set(computed)
+    for node in graph.graph.nodes:
+        size = op_name(node) in SIZES or isinstance(example(node), int | torch.SymInt)
+        if size and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return [node for node in graph.graph.nodes if node in found]
 
 
 def placeholder(graph: GraphModule, name: str) -> Node:
@@ -72,7 +94,8 @@ def _replace(
     state: list[Node],
     start: Node | None,
     context: Context,
-) -> None:
+) -> Attention:
+    """Write the attention in front of the old one; its operator's arguments."""
     assert site.plan is not None
     emit = heads.Emitter(graph, site.node)
     q, mask, sinks = heads.queries(site, emit), heads.mask(site, emit), heads.sinks(site, emit)
@@ -98,12 +121,14 @@ def _replace(
         if context.stand_in is not None:
             new = graph.graph.call_function(context.stand_in, (site.layer, *arguments))
         else:
-            op = torch.ops.arkv.attend if site.last else torch.ops.arkv.peek
+            updates = site.last and site.behind is None
+            op = torch.ops.arkv.attend if updates else torch.ops.arkv.peek
             new = graph.graph.call_function(op.default, arguments, rows)
     value = example(q)
     new.meta = dict(site.node.meta)
     new.meta["example_value"] = value.new_empty(*value.shape[:-1], (shape(site.v) or ())[-1])
     site.node.replace_all_uses_with(heads.output(site, new, emit))
+    return arguments, rows
 
 
 def _ending_at_newest(site: Site, mask: Node, start: Node, emit: heads.Emitter) -> Node:

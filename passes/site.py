@@ -43,9 +43,10 @@ class Site:
     dimension ``token_dim`` counts tokens; into a buffer the new tokens are written from
     ``start`` on, or at ``positions``.
     ``rows`` is what the model computes from its cache, in order, where keys and values are more
-    than an expansion of what is cached; ``last`` is False where another attention over the same
-    cache follows. ``products`` are the nodes that read keys and values. ``reason`` says why it was
-    left alone, "" while it is a candidate or fused.
+    than an expansion of what is cached. Of several attentions over one cache the ``last`` with a
+    query for every new token updates the state, ``behind`` the last of all. ``products`` are the
+    nodes that read keys and values. ``reason`` says why it was left alone, "" while it is a
+    candidate or fused.
     """
 
     node: Node
@@ -80,6 +81,7 @@ class Site:
     cache_nodes: list[Node] = field(default_factory=list)
     rows: list[Node] = field(default_factory=list)
     last: bool = True
+    behind: Site | None = None
     products: list[Node] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -99,6 +101,11 @@ class Site:
     def cache_key(self) -> tuple[str, int | None]:
         """What tells its cache from others: several sites may read the cache of one layer."""
         return (self.source, self.layer if self.source == "marker" else self.ordinal)
+
+    @property
+    def partial(self) -> bool:
+        """Whether only some of the new tokens ask."""
+        return not same_size((shape(self.q) or ())[-2], (shape(self.new_k) or (0,) * 3)[2])
 
     def refuse(self, reason: str, *, lasting: bool = True) -> None:
         """Leave the site alone, for the first reason found.

@@ -13,13 +13,14 @@ from arkv_fx.errors import PassError
 
 
 def run(graph: GraphModule, context: Context) -> None:
-    """Raise if a fused site is not exactly one ``attend`` over its own state."""
+    """Raise if a fused site is not one operator over its own state, or a state not updated once."""
     graph.graph.lint()
     attends = [n for n in graph.graph.nodes if op_name(n) in ("attend", "peek")]
-    if len(attends) != len(context.fused):
+    planned = len(context.fused) + sum(site.behind is not None for site in context.fused)
+    if len(attends) != planned:
         raise PassError(
-            f"{len(context.fused)} sites were planned but {len(attends)} attend operators are in "
-            "the graph; this is a bug in arkv_fx: please report the model"
+            f"{planned} operators were planned but {len(attends)} attend operators are in the "
+            "graph; this is a bug in arkv_fx: please report the model"
         )
     for states in context.state_inputs:
         users = [n for n in attends if states[0] in n.all_input_nodes]

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import tiny_model
+from transformers import LlamaConfig
 from typer.testing import CliRunner, Result
 
-from arkv_fx import Calibration
+from arkv_fx import ArkvConfig, Calibration, transform
 from arkv_fx.cli import app
+from arkv_fx.models import load
+from arkv_fx.zoo.configs import tiny_config
 
 PROMPT = "It is a truth universally acknowledged, that a single man in possession of a good "
 
@@ -122,6 +125,42 @@ def test_report_as_text(model: str) -> None:
     assert "2 of 2 attention sites fused" in run("report", model, "--budget", "64").stdout
 
 
+def test_report_needs_no_weights(tmp_path: Path) -> None:
+    """Of a layer of Llama-3-70B: 4096 tokens of 8 heads' keys and values, 128 numbers of bf16."""
+    config = LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8,
+        num_hidden_layers=2, dtype="bfloat16",
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    found = json.loads(run("report", tmp_path, "--compression", "4", "--json").stdout)
+    assert [site["fused"] for site in found["sites"]] == [True, True]
+    assert found["full_bytes"] == 2 * 4096 * 8 * 128 * 2 * 2
+    assert 0.2 < found["bytes"] / found["full_bytes"] <= 0.25
+    whole = json.loads(run("report", tmp_path, "--dtype", "float32", "--json").stdout)
+    assert whole["full_bytes"] == 2 * found["full_bytes"]
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("t5:seq2seq", "2 of 6 attention sites fused"),
+        ("llava:multimodal", "2 of 2 attention sites fused"),
+        ("deepseek_v32", "chooses tokens with an indexer"),
+        ("mamba", "0 of 0"),
+    ],
+)
+def test_report_of_other_kinds(name: str, said: str, tmp_path: Path) -> None:
+    tiny_config(name).save_pretrained(tmp_path)
+    assert said in run("report", tmp_path, "--budget", "64").stdout
+
+
+def test_report_says_what_a_model_with_weights_says(model: str) -> None:
+    network, _ = load(model)
+    transform(network, ArkvConfig(budget=64), compile="eager")
+    shown = run("report", model, "--budget", "64", "--dtype", "float32").stdout
+    assert shown.strip() == str(network.arkv.report())
+
+
 def test_doctor() -> None:
     found = json.loads(run("doctor", "--json").stdout)
     assert found["packages"]["torch"] and found["devices"]
@@ -167,7 +206,7 @@ def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
     folder = tiny_model.save(tmp_path)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    fails("report", str(folder), says="")
+    fails("calibrate", "--model", str(folder), says="")
 
 
 @pytest.mark.parametrize("args", [["generate", "--bogus"], ["bogus"], ["eval", "fidelity", "x"]])

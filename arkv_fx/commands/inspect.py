@@ -32,7 +32,7 @@ from arkv_fx.commands.common import (
 from arkv_fx.config import ArkvConfig
 from arkv_fx.config import preset as preset_
 from arkv_fx.evaluation.rows import table
-from arkv_fx.models import PACKAGED
+from arkv_fx.models import PACKAGED, skeleton
 from arkv_fx.transform import Transformed, transform
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -91,13 +91,20 @@ def report(
     budget: Budget = None,
     preset: Preset = "default",
     calibration: CalibrationFile = None,
-    dtype: DTypeOption = DType.float32,
-    device: Device = "cpu",
+    dtype: Annotated[
+        DType | None, typer.Option(help="The dtype of the cache (that of the checkpoint).")
+    ] = None,
     json: AsJson = False,
 ) -> None:
-    """Will it work on my model, and what will I save? Every attention, rewritten or why not."""
+    """Will it work on my model, and what will I save? Every attention, rewritten or why not.
+
+    Reads the model's configuration; its weights only with --calibration, which belongs to them.
+    """
     config = configure(preset, compression, budget, context or ArkvConfig.context)
-    network, _ = load(model, dtype, device)
+    if calibration:
+        network, _ = load(model, dtype or DType.float32)
+    else:
+        network = skeleton(model, getattr(torch, dtype) if dtype else None)
     transform(network, config, load_calibration(calibration), compile="eager")
     transformed: Transformed = network.arkv  # type: ignore[assignment]
     found = transformed.report()

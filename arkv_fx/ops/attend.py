@@ -126,9 +126,14 @@ def peek(
     plan: LayerPlan, knobs: Knobs, fresh: bool, kernel: str = "reference",
     rows: Sequence[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """What ``attend`` would answer, with the state left as it is; same arguments and result."""
-    held = view(plan, state)
-    new, query_pos = _arrivals(k, v, mask, held)
+    """What ``attend`` would answer, with the state left as it is; same arguments and result.
+
+    Only the last new tokens may ask: then q is [B, Hq, Q, Dk] and the mask [B or 1, Hq or 1, Q, S].
+    Without a mask a single one sees all others, and more than one must be all.
+    """
+    held, asking = view(plan, state), q.shape[2]
+    new, query_pos = _arrivals(k, v, mask if asking == k.shape[2] else None, held)
+    query_pos = query_pos[:, query_pos.shape[1] - asking :]
     alone = fresh and k.shape[2] != 1
     out, _ = _run(q, new, mask, held, knobs, query_pos, alone, kernel, rows)
     return out.flatten(1, 2).to(q.dtype)
@@ -198,7 +203,7 @@ def _run(
     """Output [B, Hkv, G, T, Dv] and what was observed; ``alone``: there is nothing held."""
     if alone:
         return _prefill(q, new, mask, held, knobs, query_pos, rows or (new.k, new.v))
-    length = query_pos.shape[1]
+    length = new.k.shape[2]
     if rows:
         out, probs = _attend_rows(q, rows, mask, held, knobs, query_pos)
     else:
@@ -213,7 +218,8 @@ def _attend_rows(
     query_pos: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A kernel's output and probabilities from full-precision keys and values of all columns."""
-    plan, length = held.plan, query_pos.shape[1]
+    plan = held.plan
+    length = rows[0].shape[2] - plan.slots
     offset = held.seen + length - (mask.shape[-1] if mask is not None else 0)
     logits = _row_logits(q, rows[0], plan, knobs)
     old, own = logits.split([plan.slots, length], -1)
@@ -243,12 +249,12 @@ def _prefill(
     rows: Sequence[Tensor],
 ) -> tuple[Tensor, Observation]:  # fmt: skip
     """Fused attention over the prompt; only the last W queries' probabilities are written out."""
-    plan = held.plan
+    plan, one = held.plan, q.shape[2] == 1
     # The last min(W, T) queries, without a branch on a symbolic T.
     seen_rows, watched_pos = new.valid[:, -plan.window :], query_pos[:, -plan.window :]
     part = mask[..., -plan.window :, :] if mask is not None else None
     logits = _row_logits(q[:, :, -plan.window :], rows[0], plan, knobs)
-    if mask is None and not plan.sliding and knobs.sink_logits is None:
+    if mask is None and not plan.sliding and knobs.sink_logits is None and not one:
         # All but their own columns are visible to all of them, and every one of them sees itself.
         own = logits[..., -plan.window :]
         later = torch.ones(own.shape[-2:], dtype=torch.bool, device=own.device).triu(1)
@@ -262,7 +268,7 @@ def _prefill(
         full = hide_new(_row_logits(q, rows[0], plan, knobs), mask, plan, query_pos)
         return _row_sum(softmax(full, knobs.sink_logits), rows[1], plan), seen
     out = scaled_dot_product_attention(
-        q, rows[0], rows[1], attn_mask=mask, is_causal=mask is None, scale=knobs.scale,
+        q, rows[0], rows[1], attn_mask=mask, is_causal=mask is None and not one, scale=knobs.scale,
         enable_gqa=q.shape[1] != rows[0].shape[1],
     )  # fmt: skip
     # A row with nothing to attend to is defined as zeros; fused kernels differ on it.

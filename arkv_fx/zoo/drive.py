@@ -101,7 +101,7 @@ def _source(batch: Batch) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def generate(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def generate(model: PreTrainedModel, batch: Batch, use_cache: bool = True) -> tuple[Tensor, Tensor]:
     """Greedy tokens [B, STEPS + 1] after the prompt or source, and their logits [B, ., V]."""
     inputs: dict[str, Any] = _source(batch)
     if not is_encoder_decoder(model):
@@ -111,7 +111,7 @@ def generate(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     call: Any = model.generate
     out = call(
         **inputs, max_new_tokens=STEPS + 1, do_sample=False, output_logits=True,
-        return_dict_in_generate=True,
+        return_dict_in_generate=True, use_cache=use_cache,
     )  # fmt: skip
     return out.sequences[:, -STEPS - 1 :], torch.stack(out.logits, 1)
 

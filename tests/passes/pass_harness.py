@@ -97,14 +97,17 @@ def cached(
     return function
 
 
-def check_output(function: Function, query_heads: int = HEADS * GROUPS) -> ArkvBackend:
+def check_output(
+    function: Function, query_heads: int = HEADS * GROUPS, steps: tuple[int, ...] = (6, 1, 1)
+) -> ArkvBackend:
     """A prompt and two decode steps give what the function itself gives, rewritten or not."""
     torch._dynamo.reset()
     backend = ArkvBackend(ROOMY, compile="eager")
     compiled = torch.compile(function, backend=backend)
     ours, plain = session(), session()
-    for step, length in enumerate((6, 1, 1)):
-        total = 6 + step
+    total = 0
+    for step, length in enumerate(steps):
+        total += length
         inputs = tensors(length, query_heads, seed=step)
         expected = function(*inputs, plain.handle, total)
         torch.testing.assert_close(compiled(*inputs, ours.handle, total), expected)
