@@ -46,16 +46,21 @@ def export(
     calibration: CalibrationFile = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that run together.")] = 1,
     dtype: DTypeOption = DType.float32,
+    capability: Annotated[
+        list[str] | None,
+        typer.Option(help="With --target tensorrt: a compute capability, as SM89. Repeatable."),
+    ] = None,
 ) -> None:
     """Write prefill and decode graphs, their weights, the tokenizer and arkv.json."""
     network, tokenizer = load(model, dtype)
     config = configure(preset, compression, budget, context or 4096)
     if tier or preset == "default":
         config = config.replace(tiers=tuple(tier or TIERS))
+    options = {"capabilities": capability} if capability else {}
     with spinner() as show:
         export_(
             network, load_calibration(calibration), folder, target, config=config, batch=batch,
-            tokenizer=tokenizer, progress=show,
+            tokenizer=tokenizer, progress=show, **options,
         )  # fmt: skip
     files = sorted(p for p in folder.iterdir() if p.is_file())
     for path in files:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from arkv_fx.export import onnx, torch_program
+from arkv_fx.export import onnx, tensorrt, torch_program
 
 
 @dataclass(frozen=True)
@@ -20,5 +20,6 @@ class Target:
 
 TARGETS: Mapping[str, Target] = {
     "onnx": Target(onnx.write),
+    "tensorrt": Target(tensorrt.write, ("capabilities", "limit_s")),
     "torch": Target(torch_program.write),
 }

@@ -118,7 +118,7 @@ def settle(held: View, seen: Seen, fresh: bool, kernel: str = "reference") -> No
         held.layer[name].copy_(total)
     held.count.add_(new.valid.sum(-1, dtype=torch.int32))
     held.seen.add_(length)
-    held.bad.copy_(held.bad | (~seen.finite).to(torch.int32))
+    held.bad.copy_(torch.maximum(held.bad, (~seen.finite).to(torch.int32)))
 
 
 def peek(

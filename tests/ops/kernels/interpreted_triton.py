@@ -20,6 +20,7 @@ from torch import Tensor
 import arkv_fx.ops.kernels.triton as kernel
 import arkv_fx.ops.kernels.triton.combine as combine_module
 import arkv_fx.ops.kernels.triton.decode as decode_module
+import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 from arkv_fx.ops.attention import Knobs, group
 from arkv_fx.ops.formats import FORMATS
 from arkv_fx.ops.kernels import KERNELS
