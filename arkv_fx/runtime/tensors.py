@@ -72,7 +72,7 @@ def from_numpy(runtime: Any, array: NDArray[Any] | None, info: TensorInfo) -> An
 def to_numpy(value: Any, info: TensorInfo) -> NDArray[Any]:
     """A copy of an OrtValue; what numpy has no dtype for, as integers of the same width."""
     if DTYPES[info.dtype][1] is None:
-        found: NDArray[Any] = value.numpy()
+        found: NDArray[Any] = value.numpy().copy()  # it may look into memory that ends with value
         return found
     raw = ctypes.string_at(value.data_ptr(), info.nbytes)
     return np.frombuffer(raw, info.stored).reshape(info.shape)

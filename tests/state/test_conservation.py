@@ -183,9 +183,9 @@ def untied(*args: Any, original: Any = update._rank) -> Tensor:
     return (original(*args).double() * 1e4).round() / 1e4 + args[1] * 1e-6
 
 
-def merge_one(held: Any, new: Any, updated: Any) -> None:
+def merge_one(held: Any, new: Any, updated: Any, kernel: str) -> None:
     """The decode step by way of the sorting form."""
-    update.merge_many(held, new, updated, False)
+    update.merge_many(held, new, updated, False, kernel)
 
 
 def compare_forms(history: tuple[LayerPlan, list[Tensor], int]) -> None:
@@ -294,8 +294,8 @@ def _twice(held: Any, new: Any, updated: Any, original: Any) -> Any:
     return moves
 
 
-def _ignores_wins(held: Any, k: Tensor, v: Tensor, moves: Any, original: Any) -> None:
-    original(held, k, v, [replace(m, wins=torch.ones_like(m.wins)) for m in moves])
+def _ignores_wins(held: Any, k: Tensor, v: Tensor, moves: Any, writer: Any, original: Any) -> None:
+    original(held, k, v, [replace(m, wins=torch.ones_like(m.wins)) for m in moves], writer)
 
 
 def _nothing_leaves(ring: Any, replaced: Tensor, original: Any) -> Any:
