@@ -63,14 +63,13 @@ class Transformed:
         self.model = model
         self.mask_name = "decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask"
         # Some hand the cache on to their decoder without naming it.
+        signature = inspect.signature(model.forward).parameters
         generates = bool(getattr(model, "can_generate", bool)())
-        self.hands_on = generates and any(
-            p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()
-        )
+        self.hands_on = generates and any(p.kind is p.VAR_KEYWORD for p in signature.values())
         # Forward arguments by position, up to the first that can only be given by name.
         self.parameters = [
             name
-            for name, p in inspect.signature(model.forward).parameters.items()
+            for name, p in signature.items()
             if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,20 +45,14 @@ def arguments(node: Node, names: list[str]) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def spread(values: Sequence[Any]) -> list[Any]:
-    """Arguments that may be given one by one or as one list: ``permute(0, 2, 1)``."""
-    given = list(values)
-    if len(given) == 1 and isinstance(given[0], list | tuple):
-        given = list(given[0])
-    return given
-
-
 def numbers(node: Node, name: str) -> list[int] | None:
     """The ints that a tensor's method takes behind it, or by ``name``; None if not all are known.
 
     ``x.permute(0, 2, 1)``, ``x.permute((0, 2, 1))`` and ``x.permute(dims=(0, 2, 1))``.
     """
-    given = spread(node.args[1:] or [node.kwargs.get(name)])
+    given: list[Any] = list(node.args[1:]) or [node.kwargs.get(name)]
+    if len(given) == 1 and isinstance(given[0], list | tuple):
+        given = list(given[0])
     return given if all(isinstance(value, int) for value in given) else None
 
 

@@ -11,10 +11,10 @@ from torch.fx import Interpreter, Node
 
 from arkv_fx.export.capture import Captured
 from arkv_fx.export.groups import Group
-from arkv_fx.ops.attend import Seen, columns, look, settle
+from arkv_fx.ops.attend import Seen, columns, look, peek, settle
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.update import Arrivals
-from arkv_fx.state.view import View, view
+from arkv_fx.state.view import view
 
 KERNEL = "export"
 ATTEND = torch.ops.arkv.attend.default
@@ -127,17 +127,14 @@ class _Run(Interpreter):
         if n.target == COLUMNS:
             k, v, _, _, fresh = args
             return columns(k, v, held, group.plan, fresh)
-        out, seen = self._look(args, kwargs.get("rows"), view(group.plan, held))
-        if n.target == ATTEND:
-            self.seen[owner] = seen
-        return out
-
-    def _look(
-        self, args: tuple[Any, ...], rows: list[Tensor] | None, held: View
-    ) -> tuple[Tensor, Seen]:
         q, k, v, mask, _, _, scale, softcap, sinks, fresh = args
-        knobs = Knobs(scale, softcap, sinks)
-        return look(q, k, v, mask, held, knobs, fresh, KERNEL, rows)
+        knobs, rows = Knobs(scale, softcap, sinks), kwargs.get("rows")
+        if n.target == PEEK:
+            return peek(q, k, v, mask, held, group.plan, knobs, fresh, KERNEL, rows)
+        out, self.seen[owner] = look(
+            q, k, v, mask, view(group.plan, held), knobs, fresh, KERNEL, rows
+        )
+        return out
 
 
 def _join(seen: Sequence[Seen]) -> Seen:
