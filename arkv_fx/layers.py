@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -19,6 +18,7 @@ from arkv_fx.errors import CacheError, TransformError
 
 # Not in every release that is supported.
 DynamicIndexedLayer: Any = getattr(cache_utils, "DynamicIndexedLayer", None)
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
 
 
 class CompressedLayer:
