@@ -30,7 +30,7 @@ def run(graph: GraphModule, context: Context) -> None:
     """Append a ``Site`` to ``context.sites`` for each softmax between two products."""
     for node in graph.graph.nodes:
         if op_name(node) in ("softmax", "_softmax", "_safe_softmax"):
-            site = _site(node, len(context.sites))
+            site = read(node, len(context.sites))
             if site is not None:
                 context.sites.append(site)
 
@@ -56,7 +56,8 @@ class _Logits:
         self.biases = [Bias(b.node, b.layout, b.factor * factor, b.drop) for b in self.biases]
 
 
-def _site(softmax: Node, ordinal: int) -> Site | None:
+def read(softmax: Node, ordinal: int) -> Site | None:
+    """The attention around a softmax; None if it is something else."""
     path = _path_from_product(softmax)
     tail = _path_to_product(softmax)
     if path is None or tail is None:
@@ -129,7 +130,7 @@ def _logits_before(node: Node) -> Node | None:
         inputs = inputs[1:3]
     elif name in ("cat", "concat"):
         inputs = list(arguments(node, ["tensors"])["tensors"])[:1]
-    elif name in ADDS | {"max", "maximum"}:
+    elif name in ADDS | SCALES | {"max", "maximum"}:
         inputs = inputs[:2]
     else:
         inputs = inputs[:1]
@@ -154,7 +155,7 @@ def _path_to_product(softmax: Node) -> tuple[Product, list[Node]] | None:
     """The product with the values, and the steps from the softmax to there."""
     node, steps = softmax, list[Node]()
     while True:
-        users = [u for u in node.users if u.users or u.op == "output"]
+        users = [u for u in node.users if u.users or u.op == "output"] or [*node.users]
         if len(users) != 1:
             return None
         user = users[0]
@@ -193,9 +194,12 @@ def _follow(step: Node, before: Node, logits: _Logits) -> None:
         else:
             logits.layout = moved[:-2]
         return
-    others = [a for a in (*step.args, *step.kwargs.values()) if a is not before]
-    if name in SCALES:
-        factor = constant(others[0]) if others else None
+    given = [*step.args, *step.kwargs.values()]
+    others = [a for a in given if a is not before]
+    if given.count(before) > 1:
+        logits.reason = f"{step.format_node()} takes the logits twice"
+    elif name in SCALES:
+        factor = constant(others[0])
         if factor is None or (step.args[0] is not before and "div" in name):
             logits.reason = f"the logits are scaled by {others[0]}, which is not a constant"
         else:

@@ -131,6 +131,9 @@ def _evaluate(
                         return None
             args = map_arg(source.args, known.__getitem__)
             kwargs = map_arg(source.kwargs, known.__getitem__)
-            known[source] = source.target(*args, **kwargs)  # type: ignore[operator]
+            call: Any = source.target
+            if source.op == "call_method":
+                call, args = getattr(args[0], str(source.target)), args[1:]
+            known[source] = call(*args, **kwargs)
     value = known[node]
     return value if isinstance(value, Tensor) else None

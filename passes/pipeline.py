@@ -9,6 +9,7 @@ from arkv_fx.passes import (
     absorb_buffer,
     absorb_cat,
     classify,
+    find_flex,
     find_sdpa,
     find_softmax,
     fuse_marker,
@@ -26,6 +27,7 @@ Pass = Callable[[GraphModule, Context], None]
 PASSES: tuple[Pass, ...] = (
     find_sdpa.run,
     find_softmax.run,
+    find_flex.run,
     fuse_marker.run,
     absorb_cat.run,
     absorb_buffer.run,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from arkv_fx.passes import carry, heads
+from arkv_fx.passes import block_masks, carry, heads
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import example, op_name, shape
 from arkv_fx.passes.readers import SIZES
@@ -28,7 +28,7 @@ Attention = tuple[tuple[Any, ...], dict[str, Any]]
 
 def run(graph: GraphModule, context: Context) -> None:
     """Insert placeholders and operators, replace the uses of the old attention."""
-    computed = [node for site in context.fused for node in site.rows]
+    computed = [node for site in context.fused for node in (*site.rows, *site.makers)]
     states: dict[tuple[str, int | None], list[Node]] = {}
     starts: dict[tuple[str, int | None], Node] = {}
     updates: dict[int, Attention] = {}
@@ -57,15 +57,29 @@ def run(graph: GraphModule, context: Context) -> None:
         if (late := updates.get(id(site))) is not None:
             with graph.graph.inserting_before(site.node):
                 graph.graph.call_function(torch.ops.arkv.attend.default, *late)
-    # Not eliminate_dead_code: a user's graph may hold impure nodes that FX does not know of.
     for site in context.fused:
-        _erase_dead(graph, [site.node])
+        if site.source == "marker":
+            _count_without_cache(site.cache_nodes[0])
+    # Not eliminate_dead_code: a user's graph may hold impure nodes that FX does not know of.
+    for site in context.sites:
+        _erase_dead(graph, [site.node, *site.products])
     # Writes into what is dead, too, and sizes that nobody asks for any more.
     for node in reversed(_with_sizes(graph, computed)):
         if not node.users and not node._erased:
             graph.graph.erase_node(node)
+    block_masks.leave_unused_vmaps(graph)
     for site in context.fused:
         _erase_dead(graph, [n for n in site.cache_nodes if not n._erased])
+
+
+def _count_without_cache(marker: Node) -> None:
+    """How many tokens a marker returns is known before it does."""
+    for out in marker.users:
+        for size in list(out.users):
+            dim = size.args[1] if len(size.args) > 1 else size.kwargs.get("dim")
+            if op_name(size) in ("size", "sym_size") and dim in (2, -2):
+                size.replace_all_uses_with(marker.args[4])  # type: ignore[arg-type]
+                size.graph.erase_node(size)
 
 
 def _with_sizes(graph: GraphModule, computed: Sequence[Node]) -> list[Node]:

@@ -43,10 +43,10 @@ class Site:
     dimension ``token_dim`` counts tokens; into a buffer the new tokens are written from
     ``start`` on, or at ``positions``.
     ``rows`` is what the model computes from its cache, in order, where keys and values are more
-    than an expansion of what is cached. Of several attentions over one cache the ``last`` with a
-    query for every new token updates the state, ``behind`` the last of all. ``products`` are the
-    nodes that read keys and values. ``reason`` says why it was left alone, "" while it is a
-    candidate or fused.
+    than an expansion of what is cached; ``makers`` make a block mask. Of several attentions over
+    one cache the ``last`` with a query for every new token updates the state, ``behind`` the last
+    of all. ``products`` are the nodes that read keys and values. ``reason`` says why it was left
+    alone, "" while it is a candidate or fused.
     """
 
     node: Node
@@ -80,6 +80,7 @@ class Site:
     plan: LayerPlan | None = None
     cache_nodes: list[Node] = field(default_factory=list)
     rows: list[Node] = field(default_factory=list)
+    makers: list[Node] = field(default_factory=list)
     last: bool = True
     behind: Site | None = None
     products: list[Node] = field(default_factory=list)

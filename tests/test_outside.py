@@ -34,6 +34,10 @@ def manual_nano_gpt() -> tuple[nn.Module, Call]:
     return GPT(GPTConfig(flash=False)), nano_gpt()[1]
 
 
+def flex_nano_gpt() -> tuple[nn.Module, Call]:
+    return GPT(GPTConfig(flex=True)), nano_gpt()[1]
+
+
 def translator() -> tuple[nn.Module, Call]:
     def call(model: nn.Module, tokens: Tensor, options: dict[str, Any]) -> Tensor:
         source = ids(len(tokens), 11, seed=7)
@@ -52,6 +56,7 @@ def alibi(flash: bool, max_len: int = 64) -> tuple[nn.Module, Call]:
 CACHELESS: dict[str, Callable[[], tuple[nn.Module, Call]]] = {
     "nano_gpt": nano_gpt,
     "nano_gpt_manual": manual_nano_gpt,
+    "nano_gpt_flex": flex_nano_gpt,
     "translator": translator,
     "alibi_manual": lambda: alibi(False),
     "alibi": lambda: alibi(True),

@@ -33,8 +33,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
 # Static buffers
 
 
-def fast(batch: int) -> nn.Module:
-    model = random_weights(gpt_fast.Transformer(gpt_fast.ModelArgs()))
+def fast(batch: int, flex: bool = False) -> nn.Module:
+    model = random_weights(gpt_fast.Transformer(gpt_fast.ModelArgs(flex=flex)))
     model.setup_caches(batch, 64)
     return model
 
@@ -50,10 +50,10 @@ def feed(call: Callable[..., Tensor], tokens: Tensor, lengths: list[int] = LENGT
 
 
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_gpt_fast(batch: int, lowering: str) -> None:
+@pytest.mark.parametrize(("batch", "flex"), [(1, False), (2, False), (1, True)])
+def test_gpt_fast(batch: int, flex: bool, lowering: str) -> None:
     full = feed(fast(batch), ids(batch), [TOTAL])
-    model = fast(batch)
+    model = fast(batch, flex)
     for layer in model.layers:  # whoever reads the buffers now reads nonsense
         layer.attention.kv_cache.k_cache.fill_(1e6)
         layer.attention.kv_cache.v_cache.fill_(1e6)

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 
 @dataclass
@@ -19,6 +20,7 @@ class ModelArgs:
     intermediate_size: int = 64
     rope_base: float = 10000
     norm_eps: float = 1e-5
+    flex: bool = False
 
     @property
     def head_dim(self):
@@ -66,6 +68,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.n_local_heads = config.n_local_heads
         self.dim = config.dim
+        self.flex = config.flex
 
     def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor, input_pos: Tensor) -> Tensor:
         bsz, seqlen, _ = x.shape
@@ -79,9 +82,14 @@ class Attention(nn.Module):
         q, k, v = map(lambda x: x.transpose(1, 2), (q, k, v))
         if self.kv_cache is not None:
             k, v = self.kv_cache.update(input_pos, k, v)
-        k = k.repeat_interleave(self.n_head // self.n_local_heads, dim=1)
-        v = v.repeat_interleave(self.n_head // self.n_local_heads, dim=1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.0)
+        if self.flex:
+            y = flex_attention(
+                q, k, v, block_mask=mask, enable_gqa=self.n_head != self.n_local_heads
+            )
+        else:
+            k = k.repeat_interleave(self.n_head // self.n_local_heads, dim=1)
+            v = v.repeat_interleave(self.n_head // self.n_local_heads, dim=1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.0)
         y = y.transpose(1, 2).contiguous().view(bsz, seqlen, self.dim)
         return self.wo(y)
 
@@ -131,7 +139,14 @@ class Transformer(nn.Module):
             )
 
     def forward(self, idx: Tensor, input_pos: Tensor) -> Tensor:
-        mask = self.causal_mask[None, None, input_pos]
+        if self.config.flex:
+            start, length = input_pos[0], self.layers[0].attention.kv_cache.k_cache.shape[2]
+            mask = create_block_mask(
+                lambda b, h, q, kv: q + start >= kv, None, None, len(input_pos), length,
+                device=idx.device,
+            )  # fmt: skip
+        else:
+            mask = self.causal_mask[None, None, input_pos]
         freqs_cis = self.freqs_cis[input_pos]
         x = self.tok_embeddings(idx)
         for layer in self.layers:

@@ -6,6 +6,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+
+def causal(b, h, q, kv):
+    return q >= kv
+
+
+def distance(score, b, h, q, kv):
+    return score + 0.1 * (h + 1) * (kv - q)
 
 
 @dataclass
@@ -18,6 +27,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True
     flash: bool = True  # else the softmax is written out
+    flex: bool = False
 
 
 class CausalSelfAttention(nn.Module):
@@ -31,6 +41,7 @@ class CausalSelfAttention(nn.Module):
         self.n_embd = config.n_embd
         self.dropout = config.dropout
         self.flash = config.flash
+        self.flex = config.flex
         if not self.flash:
             ones = torch.ones(config.block_size, config.block_size)
             self.register_buffer(
@@ -43,7 +54,10 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        if self.flash:
+        if self.flex:
+            mask = create_block_mask(causal, None, None, T, T, device=x.device)
+            y = flex_attention(q, k, v, score_mod=distance, block_mask=mask)
+        elif self.flash:
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=None, dropout_p=self.dropout if self.training else 0,
                 is_causal=True,
