@@ -31,10 +31,33 @@ class CompressedLayer:
         self.index = index
 
     def __getattr__(self, name: str) -> Any:
-        raise CacheError(
-            f"layer {self.index}: the model reads {name!r} of its cached layer, whose keys and "
-            "values are compressed; it needs its own cache: call arkv_fx.restore(model)"
-        )
+        raise _not_there(self.index, name)
+
+
+def _not_there(index: int, name: str) -> CacheError:
+    return CacheError(
+        f"layer {index}: the model reads {name!r} of its cached layer, whose keys and values are "
+        "in our state; it needs its own cache: call arkv_fx.restore(model)"
+    )
+
+
+if DynamicIndexedLayer is not None:
+
+    class IndexerLayer(DynamicIndexedLayer):  # type: ignore[misc]
+        """An indexer's own keys, without the keys and values of the attention."""
+
+        def __init__(self, index: int) -> None:
+            super().__init__()
+            self.index = index
+
+        @property
+        def keys(self) -> Any:
+            """Refused."""
+            raise _not_there(self.index, "keys")
+
+        @keys.setter
+        def keys(self, value: Any) -> None:
+            """transformers sets it to None."""
 
 
 def text_config(model: nn.Module) -> Any:
@@ -95,7 +118,9 @@ def own_state(layers: list[Any]) -> list[Any]:
     for index, layer in enumerate(layers):
         if isinstance(layer, DynamicLayer) and isinstance(layer, LinearAttentionCacheLayerMixin):
             out.append(LinearAttentionLayer(number_of_states=layer.number_of_states))
-        elif isinstance(layer, LinearAttentionCacheLayerMixin) or _is_indexed(layer):
+        elif _is_indexed(layer):
+            out.append(IndexerLayer(index))
+        elif isinstance(layer, LinearAttentionCacheLayerMixin):
             out.append(layer)
         else:
             out.append(CompressedLayer(index))
