@@ -41,7 +41,8 @@ class Report:
                     same.pop(None, None)
                 if site.layer not in same or same[site.layer]["fused"]:
                     same[site.layer] = row
-        return cls(tuple(row for same in merged.values() for row in same.values()), config.context)
+        rows = [row for same in merged.values() for row in same.values()]
+        return cls(tuple(r for r in rows if not any(_names(o, r) for o in rows)), config.context)
 
     @property
     def fused(self) -> int:
@@ -74,6 +75,17 @@ class Report:
             else:
                 lines.append(f"  not      {row['path']}: {row['reason']}")
         return "\n".join(lines)
+
+
+def _names(other: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether ``other`` is the same site by a longer path.
+
+    A graph that begins within a layer, behind a break, knows only the end of its modules' paths.
+    """
+    same = row["layer"] is not None and (other["layer"], other["source"], other["fused"]) == (
+        row["layer"], row["source"], row["fused"],
+    )  # fmt: skip
+    return same and other["path"].endswith(f".{row['path']}")
 
 
 def _bytes(plan: LayerPlan, counted: bool, config: ArkvConfig) -> dict[str, Any]:
