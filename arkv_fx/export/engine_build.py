@@ -1,12 +1,14 @@
 """Build one TensorRT engine from an ONNX file: run in a process of its own.
 
 A graph that TensorRT does not like may end the process, so whoever wants an engine starts
-``python -P engine_build.py GRAPH ENGINE CAPABILITY`` and reads one line of JSON. Needs no GPU.
+``python -P engine_build.py GRAPH ENGINE CAPABILITY [LEAST MOST]`` and reads one line of JSON.
+Needs no GPU.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
@@ -15,11 +17,25 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn"}
-LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<type>\w+), (?P<rest>.*)$")
+FLOATING = {"Float", "Half", "BFloat16"}
+LAYER = re.compile(r"^Name: .*?, LayerType: (?P<type>\w+), .* Outputs: \[(?P<outputs>.*?)\], Tac")
+OUTPUT = re.compile(
+    r"Name: (?P<name>\S+), Dimensions: \[(?P<dims>[\d,]*)\].*?Datatype: (?P<dtype>\w+)"
+)
 
 
-def build(graph: Path, engine: Path, capability: str) -> dict[str, Any]:
-    """Write ``engine`` and say what it is made of: kernels by type, dtypes of its inputs."""
+def build(
+    graph: Path, engine: Path, capability: str, least: int = 0, most: int = 0
+) -> dict[str, Any]:
+    """Write ``engine`` and say what it is made of.
+
+    Args:
+        least: the fewest and ``most`` the most tokens of inputs [batch, tokens] of any length.
+
+    Returns:
+        Seconds, bytes, kernels by type, dtypes of the inputs, and the numbers in the largest
+        floating-point tensor that one kernel writes for another; or the ``error``.
+    """
     import tensorrt_rtx as trt
 
     class Log(trt.ILogger):  # type: ignore[misc]
@@ -45,19 +61,36 @@ def build(graph: Path, engine: Path, capability: str) -> dict[str, Any]:
     settings.num_compute_capabilities = 1
     settings.set_compute_capability(getattr(trt.ComputeCapability, capability), 0)
     settings.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    if any(-1 in tuple(x.shape) for x in inputs):
+        profile = builder.create_optimization_profile()
+        for x in inputs:
+            sizes = [
+                [n if d == -1 else d for d in x.shape] for n in (least, (least + most) // 2, most)
+            ]
+            profile.set_shape(x.name, *sizes)
+        settings.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, settings)
     if plan is None:
         return {"error": "; ".join(log.errors[-3:]) or "the builder gave no reason"}
     engine.write_bytes(plan)
     layers = [found for line in log.lines if (found := LAYER.match(line))]
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    ours = {network.get_output(i).name for i in range(network.num_outputs)}
+    written = [
+        math.prod(map(int, found["dims"].split(",")))
+        for layer in layers
+        for found in OUTPUT.finditer(layer["outputs"])
+        if found["dtype"] in FLOATING and found["dims"] and found["name"] not in ours
+    ]
     return {
         "seconds": round(time.perf_counter() - began, 1),
         "bytes": plan.nbytes,
         "kernels": dict(Counter(layer["type"] for layer in layers)),
+        "largest": max(written, default=0),
         "inputs": {x.name: DTYPES.get(x.dtype.name, x.dtype.name.lower()) for x in inputs},
     }
 
 
 if __name__ == "__main__":
-    print(json.dumps(build(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])))
+    given, made, *rest = sys.argv[1:]
+    print(json.dumps(build(Path(given), Path(made), rest[0], *map(int, rest[1:]))))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,15 +32,24 @@ def write(
     Raises:
         ExportError: if the packages are missing or an operator has no translation.
     """
+    write_graphs(folder, {graph.name: graph for graph in programs.graphs}, sidecar, progress)
+
+
+def write_graphs(
+    folder: Path, graphs: Mapping[str, Graph], sidecar: dict[str, Any],
+    progress: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Write each graph as ``NAME.onnx``, all over one file of weights; see ``write``."""
     require("onnx", "onnxscript")
     import onnx
     import onnx_ir as ir
 
     models = {}
-    for graph in programs.graphs:
-        progress(f"translate the {graph.name} graph")
-        models[graph.name] = _translate(graph)
-        sidecar["graphs"][graph.name]["file"] = f"{graph.name}.onnx"
+    for name, graph in graphs.items():
+        progress(f"translate the {name} graph")
+        models[name] = _translate(graph)
+        if name in sidecar["graphs"]:
+            sidecar["graphs"][name]["file"] = f"{name}.onnx"
     sidecar["opset"] = OPSET
     sidecar["versions"] |= {"onnx": onnx.__version__}
     progress("write the weights")

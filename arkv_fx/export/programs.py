@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError
-from arkv_fx.export.capture import PROMPT, Captured, capture
+from arkv_fx.export.capture import PROMPT, capture
 from arkv_fx.export.formats import ExportPlan
 from arkv_fx.export.groups import Group, group_layers
 from arkv_fx.export.step import Step, arguments
@@ -38,11 +40,14 @@ class Graph:
 class Programs:
     """A prompt's graph, a decoded token's and the state that goes between them.
 
-    ``least`` is the smallest number of tokens that the prompt's graph takes.
+    ``least`` is the smallest number of tokens that the prompt's graph takes. ``fused()`` makes
+    the decode graph for compilers that fuse sums with the decoding of what is summed: products of
+    matrices over the state are spelled out.
     """
 
     prefill: Graph
     decode: Graph
+    fused: Callable[[], Graph]
     groups: list[Group]
     batch: int
     least: int
@@ -82,16 +87,19 @@ def make_programs(
         one.update(zip(group.names(PAST), tensors, strict=True))
     outputs = ["logits", *(name for group in groups for name in group.names(PRESENT))]
     free = {name: {1: Dim("tokens", min=least)} for name in arguments(True)}
+
+    def decode(kernel: str) -> Graph:
+        return _graph("decode", Step(model, token, groups, False, kernel), one, outputs, None)
+
     return Programs(
-        _graph("prefill", Step(model, prompt, groups, True), given, outputs, free, prompt),
-        _graph("decode", Step(model, token, groups, False), one, outputs, None, token),
-        groups, batch, least,
+        _graph("prefill", Step(model, prompt, groups, True), given, outputs, free),
+        decode("export"), partial(decode, "export_sums"), groups, batch, least,
     )  # fmt: skip
 
 
 def _graph(
     name: str, step: Step, inputs: dict[str, Tensor], outputs: list[str],
-    free: dict[str, Any] | None, captured: Captured,
+    free: dict[str, Any] | None,
 ) -> Graph:  # fmt: skip
     step.eval()
     shapes = (tuple(free[n] for n in inputs),) if free else None

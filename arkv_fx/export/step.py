@@ -16,7 +16,6 @@ from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.update import Arrivals
 from arkv_fx.state.view import view
 
-KERNEL = "export"
 ATTEND = torch.ops.arkv.attend.default
 PEEK = torch.ops.arkv.peek.default
 COLUMNS = torch.ops.arkv.columns.default
@@ -30,13 +29,16 @@ class Step(nn.Module):
         captured: the graph.
         groups: how its layers' states are stacked; the state is all groups' tensors in order.
         fresh: for a prompt, which begins with an empty state and takes none.
+        kernel: "export", or "export_sums" without products of matrices over the state.
     """
 
     def __init__(
-        self, model: nn.Module, captured: Captured, groups: Sequence[Group], fresh: bool
-    ) -> None:
+        self, model: nn.Module, captured: Captured, groups: Sequence[Group], fresh: bool,
+        kernel: str = "export",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.captured, self.groups, self.fresh = captured, tuple(groups), fresh
+        self.kernel = kernel
         self.weights = {_attribute(name): name for name in captured.constants.values()}
         for attribute, name in self.weights.items():
             owner, _, key = name.rpartition(".")
@@ -94,7 +96,7 @@ class _Run(Interpreter):
         for g, group in enumerate(self.step.groups):
             rows = [x.clone() for x in group.rows_of(self.states[g])]
             seen = [self.seen[g, place] for place in range(len(group.layers))]
-            settle(view(group.plan, rows), _join(seen), self.step.fresh, KERNEL)
+            settle(view(group.plan, rows), _join(seen), self.step.fresh, self.step.kernel)
             out += group.stack(rows)
         return out
 
@@ -130,9 +132,9 @@ class _Run(Interpreter):
         q, k, v, mask, _, _, scale, softcap, sinks, fresh = args
         knobs, rows = Knobs(scale, softcap, sinks), kwargs.get("rows")
         if n.target == PEEK:
-            return peek(q, k, v, mask, held, group.plan, knobs, fresh, KERNEL, rows)
+            return peek(q, k, v, mask, held, group.plan, knobs, fresh, self.step.kernel, rows)
         out, self.seen[owner] = look(
-            q, k, v, mask, view(group.plan, held), knobs, fresh, KERNEL, rows
+            q, k, v, mask, view(group.plan, held), knobs, fresh, self.step.kernel, rows
         )
         return out
 

@@ -20,6 +20,6 @@ class Target:
 
 TARGETS: Mapping[str, Target] = {
     "onnx": Target(onnx.write),
-    "tensorrt": Target(tensorrt.write, ("capabilities", "limit_s")),
+    "tensorrt": Target(tensorrt.write, ("capabilities", "graphs", "longest", "limit_s")),
     "torch": Target(torch_program.write),
 }

@@ -1,7 +1,6 @@
-"""Target "tensorrt": what target "onnx" writes, and an engine of the decode graph for each GPU.
+"""Target "tensorrt": what target "onnx" writes, and engines of both graphs for each GPU.
 
-Engines are built by TensorRT for RTX, on any machine; only running them needs a GPU. The prompt is
-left to the ONNX graph: its length varies, and TensorRT sorts no more than 3840 tokens.
+Engines are built by TensorRT for RTX, on any machine; only running them needs a GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +19,9 @@ from arkv_fx.export.programs import Programs
 CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
 FP8_FROM = 89
 LIMIT_S = 600.0
+MOST_SORTED = 3840
+"""Slots of a tier that TensorRT can choose tokens for: the largest K of its TopK."""
+FUSED = "decode_fused"
 
 
 def write(
@@ -28,42 +30,69 @@ def write(
     sidecar: dict[str, Any],
     progress: Callable[[str], None],
     capabilities: Sequence[str] = ("SM86", "SM89", "SM120"),
+    graphs: Sequence[str] = ("prefill", "decode"),
+    longest: int = 4096,
     limit_s: float = LIMIT_S,
 ) -> None:
     """Write ``decode.SM89.engine`` and so on; the sidecar's ``engines`` say what is in them.
 
+    An engine of the decode graph reads codes inside the kernels that sum over them: it is built
+    from another form of the graph than ONNX Runtime gets.
+
     Args:
         capabilities: compute capabilities of GPUs, names in ``CAPABILITIES``.
+        graphs: which graphs get engines.
+        longest: tokens of the longest prompt that an engine takes.
         limit_s: seconds that one build may take.
 
     Raises:
-        UnknownOptionError: for a capability that TensorRT does not build for.
-        ExportError: if the package is missing, fp8 is asked for where there is none, or a build
-            fails or takes too long.
+        UnknownOptionError: for a capability or a graph that there is not.
+        ExportError: if the package is missing, fp8 is asked for where there is none, a tier is
+            larger than TensorRT sorts, or a build fails or takes too long.
     """
-    _check(capabilities, _formats(sidecar))
+    _check(capabilities, graphs, longest, programs, sidecar)
     onnx.require("tensorrt_rtx")
-    onnx.write(folder, programs, sidecar, progress)
+    wanted = {graph.name: graph for graph in programs.graphs}
+    if "decode" in graphs:
+        progress("spell out the products of the decode graph")
+        wanted[FUSED] = programs.fused()
+    onnx.write_graphs(folder, wanted, sidecar, progress)
     sidecar["engines"] = []
-    for capability in capabilities:
-        progress(f"build the decode engine for {capability}")
-        file = f"decode.{capability}.engine"
-        found = build(folder / "decode.onnx", folder / file, capability, limit_s)
-        sidecar["engines"].append({"file": file, "capability": capability, **found})
+    for name in graphs:
+        source = folder / f"{FUSED if name == 'decode' else name}.onnx"
+        span = (programs.least, longest) if name == "prefill" else (0, 0)
+        for capability in capabilities:
+            progress(f"build the {name} engine for {capability}")
+            file = f"{name}.{capability}.engine"
+            found = build(source, folder / file, capability, limit_s, span)
+            if name == "prefill":
+                found |= {"least": span[0], "longest": span[1]}
+            entry = {"file": file, "graph": name, "capability": capability}
+            sidecar["engines"].append(entry | found)
+    (folder / f"{FUSED}.onnx").unlink(missing_ok=True)
 
 
-def build(graph: Path, engine: Path, capability: str, limit_s: float = LIMIT_S) -> dict[str, Any]:
-    """Build one engine in a process of its own; its time, bytes, kernels and input dtypes.
+def build(
+    graph: Path, engine: Path, capability: str, limit_s: float = LIMIT_S,
+    span: tuple[int, int] = (0, 0),
+) -> dict[str, Any]:  # fmt: skip
+    """Build one engine in a process of its own; see ``engine_build.build`` for what it gives.
+
+    Args:
+        span: the least and the largest size of dimensions that vary.
 
     Raises:
         ExportError: with what TensorRT said, or that the process ended or took too long.
     """
     script = Path(__file__).with_name("engine_build.py")
     # -P: else this folder's onnx.py would be what `import onnx` finds.
-    command = [sys.executable, "-P", str(script), str(graph), str(engine), capability]
+    arguments = [str(graph), str(engine), capability, *map(str, span)]
     where = f"{graph.name} for {capability}"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)
+        done = subprocess.run(
+            [sys.executable, "-P", str(script), *arguments],
+            capture_output=True, text=True, timeout=limit_s,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise ExportError(
             f"{where}: TensorRT took more than {limit_s:g} seconds; raise limit_s"
@@ -79,18 +108,30 @@ def build(graph: Path, engine: Path, capability: str, limit_s: float = LIMIT_S) 
     return found
 
 
-def _formats(sidecar: dict[str, Any]) -> set[str]:
-    return {tier["format"] for group in sidecar["groups"] for tier in group["tiers"]}
-
-
-def _check(capabilities: Sequence[str], formats: set[str]) -> None:
+def _check(
+    capabilities: Sequence[str], graphs: Sequence[str], longest: int, programs: Programs,
+    sidecar: dict[str, Any],
+) -> None:  # fmt: skip
     if unknown := [c for c in capabilities if c not in CAPABILITIES]:
         raise UnknownOptionError(
             f"unknown compute capabilities {', '.join(map(repr, unknown))}; TensorRT for RTX "
             f"builds for {', '.join(CAPABILITIES)}"
         )
+    if unknown := [g for g in graphs if g not in ("prefill", "decode")]:
+        raise UnknownOptionError(f"unknown graphs {unknown}; there are 'prefill' and 'decode'")
+    tiers = [tier for group in sidecar["groups"] for tier in group["tiers"]]
     old = [c for c in capabilities if int(c.removeprefix("SM")) < FP8_FROM]
-    if "fp8" in formats and old:
+    if any(tier["format"] == "fp8" for tier in tiers) and old:
         raise ExportError(
             f"{', '.join(old)} have no fp8: it begins with SM{FP8_FROM}; take int8, or newer GPUs"
+        )
+    if "prefill" not in graphs:
+        return
+    if longest < programs.least:
+        raise ExportError(f"longest={longest}: the prompt's graph takes {programs.least} or more")
+    most = max(tier["slots"] for tier in tiers)
+    if most > MOST_SORTED:
+        raise ExportError(
+            f"a tier has {most} slots, and TensorRT chooses at most {MOST_SORTED} tokens at once: "
+            "give a smaller budget, or graphs=['decode'] and run prompts by ONNX Runtime"
         )

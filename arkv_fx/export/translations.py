@@ -29,11 +29,42 @@ def _to_e4m3(x: Any) -> Any:
     return op.QuantizeLinear(x, op.Constant(value_float=1.0), output_dtype=FLOAT8)
 
 
-def _argsort(x: Any, *, stable: bool, dim: int = -1, descending: bool = False) -> Any:
+def _best(rank: Any, count: int) -> Any:
     """Of equals, TopK too gives the first one first."""
-    size = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
-    _, order = op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+    _, order = op.TopK(rank, op.Constant(value_ints=[count]), axis=-1, largest=1, sorted=1)
     return order
+
+
+def _diagonal(x: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
+    """Of square matrices in the last two dimensions, as every (N + 1)th number of a row of all."""
+    rank = len(x.shape)
+    if (offset, dim1 % rank, dim2 % rank) != (0, rank - 2, rank - 1):
+        raise NotImplementedError("only the diagonal of the last two dimensions is translated")
+    length = op.Shape(x, start=rank - 1)
+    lead = op.Shape(x, start=0, end=rank - 2)
+    flat = op.Reshape(x, op.Concat(lead, op.Constant(value_ints=[-1]), axis=0))
+    one = op.Constant(value_int=1)
+    index = op.Range(op.Constant(value_int=0), op.Squeeze(length), one)
+    return op.Gather(flat, op.Mul(index, op.Add(length, one)), axis=-1)
+
+
+def _slice_scatter(
+    x: Any, source: Any, dim: int = 0, start: int | None = None, end: int | None = None,
+    step: int = 1,
+) -> Any:  # fmt: skip
+    """What lies before, the new part, and what lies behind."""
+    if step != 1:
+        raise NotImplementedError("a part with gaps is not translated")
+
+    def part(begin: int, stop: int) -> Any:
+        limits = ([value] for value in (begin, stop, dim))
+        return op.Slice(x, *(op.Constant(value_ints=limit) for limit in limits))
+
+    length, begin = x.shape[dim], start or 0
+    stop = length if end is None else min(end, length)
+    parts = [part(0, begin)] if begin else []
+    parts += [source, part(stop, length)] if stop < length else [source]
+    return op.Concat(*parts, axis=dim) if len(parts) > 1 else op.Identity(source)
 
 
 def _searchsorted(
@@ -50,7 +81,9 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.arkv.widen.default: _widen,
     torch.ops.arkv.dequantize.default: _dequantize,
     torch.ops.arkv.to_e4m3.default: _to_e4m3,
-    torch.ops.aten.argsort.stable: _argsort,
+    torch.ops.arkv.best.default: _best,
+    torch.ops.aten.diagonal.default: _diagonal,
+    torch.ops.aten.slice_scatter.default: _slice_scatter,
     torch.ops.aten.searchsorted.Tensor: _searchsorted,
 }
 """For ``torch.onnx.export(custom_translation_table=...)``."""

@@ -72,35 +72,46 @@ def group(q: Tensor, heads: int) -> Tensor:
     return grouped
 
 
-def key_logits(q: Tensor, codec: Codec, fields: list[Tensor], dim: int) -> Tensor:
+def key_logits(
+    q: Tensor, codec: Codec, fields: list[Tensor], dim: int, *, sums: bool = False
+) -> Tensor:
     """q . k over the slots of one segment, float32 [B, Hkv, G, T, C].
 
-    The query is turned into the codec's stored basis once instead of every key out of it.
+    The query is turned into the codec's stored basis once instead of every key out of it. ``sums``
+    spells the product out, for compilers that fuse sums with what makes their terms and would have
+    the keys of a library's product written out.
     """
     batch, heads, groups, length, _ = q.shape
     keys = codec.decode(fields, dim, torch.float32)
     rows = codec.to_stored(q.float()).flatten(2, 3)
-    return (rows @ keys.transpose(-1, -2)).view(batch, heads, groups, length, -1)
+    if sums:
+        logits = (rows[:, :, :, None] * keys[:, :, None]).sum(-1)
+    else:
+        logits = rows @ keys.transpose(-1, -2)
+    return logits.view(batch, heads, groups, length, -1)
 
 
-def value_sum(p: Tensor, codec: Codec, fields: list[Tensor], dim: int) -> Tensor:
+def value_sum(
+    p: Tensor, codec: Codec, fields: list[Tensor], dim: int, *, sums: bool = False
+) -> Tensor:
     """p . v over one segment, float32 [B, Hkv, G, T, Dv], turned back once at the end."""
     batch, heads, groups, length, _ = p.shape
     values = codec.decode(fields, dim, torch.float32)
-    out = (p.flatten(2, 3) @ values).view(batch, heads, groups, length, dim)
-    return codec.from_stored(out)
+    shares = p.flatten(2, 3)
+    out = (shares[..., None] * values[:, :, None]).sum(-2) if sums else shares @ values
+    return codec.from_stored(out.view(batch, heads, groups, length, dim))
 
 
 def slot_logits(
     q: Tensor, segment: Segment, query_pos: Tensor, mask: Tensor | None, offset: Tensor,
-    sliding: int, knobs: Knobs,
+    sliding: int, knobs: Knobs, *, sums: bool = False,
 ) -> Tensor:  # fmt: skip
     """Masked logits of the queries against one segment, float32 [B, Hkv, G, T, C].
 
     Args:
         q: [B, Hkv, G, T, Dk]; query_pos: [B, T] int; mask: [B, H, T, S] by position, or None.
     """
-    logits = key_logits(q, segment.format.key, segment.k, q.shape[-1])
+    logits = key_logits(q, segment.format.key, segment.k, q.shape[-1], sums=sums)
     if segment.centre is not None:
         logits = logits + q.float() @ segment.centre[:, :, None].transpose(-1, -2)
     logits = cap(logits * knobs.scale, knobs)

@@ -1,7 +1,8 @@
-"""Operators on stored codes that an export target replaces by its own: what they compute.
+"""Operators that an export target replaces by its own: what they compute.
 
 Graphs that leave torch carry these instead of casts and products, so that a target can read codes
-where they lie: ONNX makes each of them one (De)QuantizeLinear.
+where they lie: ONNX makes each of them one (De)QuantizeLinear; and instead of a whole sort where
+the best are enough: TopK.
 """
 
 from __future__ import annotations
@@ -30,11 +31,21 @@ def _as_e4m3(x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=torch.float8_e4m3fn)
 
 
+def _best(rank: Tensor, count: int) -> Tensor:
+    # Not topk: which of equals it takes is not defined.
+    return rank.argsort(dim=-1, descending=True, stable=True)[..., :count].contiguous()
+
+
+def _as_indices(rank: Tensor, count: int) -> Tensor:
+    return rank.new_empty((*rank.shape[:-1], count), dtype=torch.int64)
+
+
 _library = torch.library.Library("arkv", "FRAGMENT")
 for _name, _arguments, _run, _fake in (
     ("widen", "Tensor codes", _widen, _as_float32),
     ("dequantize", "Tensor codes, Tensor scale", _dequantize, _as_float32),
     ("to_e4m3", "Tensor x", _to_e4m3, _as_e4m3),
+    ("best", "Tensor rank, int count", _best, _as_indices),
 ):
     _library.define(f"{_name}({_arguments}) -> Tensor")
     _library.impl(_name, _run, "CompositeExplicitAutograd")
@@ -56,4 +67,10 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
 def to_e4m3(x: Tensor) -> Tensor:
     """float32 numbers in -448..448 as float8 e4m3."""
     out: Tensor = torch.ops.arkv.to_e4m3(x)
+    return out
+
+
+def best(rank: Tensor, count: int) -> Tensor:
+    """int64 indices [..., count] of the largest of rank [..., N >= count]; of equals the first."""
+    out: Tensor = torch.ops.arkv.best(rank, count)
     return out

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from arkv_fx.ops.codes import best
 from arkv_fx.ops.kernels import ENCODERS, WRITERS, Encoder, Writer
 from arkv_fx.ops.kernels.reference import encode_rows, gather
 from arkv_fx.ops.scores import Stats
@@ -206,21 +207,32 @@ def merge_many(
         pos = torch.cat([tier.pos, out.pos], -1)
         stats = {n: torch.cat([t, out.stats[n]], -1) for n, t in tier.stats.items()}
         rank = _rank(held, pos, stats, now, last)
-        best = rank.argsort(dim=-1, descending=True, stable=True)
-        winners, losers = best[..., : tier.slots], best[..., tier.slots :]
         below = None
         if fresh:  # there is nothing in the tier that could come down
-            below = _pick(out, (losers - tier.slots).clamp(min=0))
-            below.pos = torch.where(losers < tier.slots, -1, below.pos)
-        elif not last:
-            below = _pick(_join(_decode(tier, plan.k_dim, plan.v_dim), out), losers)
-        if not fresh:
+            winners = best(rank, tier.slots)
+            won = _is_best(rank, winners)[..., tier.slots :]
+            below = Arrivals(
+                out.k, out.v, torch.where(won, -1, out.pos), out.valid, out.stats, out.rows
+            )
+        else:
+            order = rank.argsort(dim=-1, descending=True, stable=True)
+            winners, losers = order[..., : tier.slots], order[..., tier.slots :]
+            if not last:
+                below = _pick(_join(_decode(tier, plan.k_dim, plan.v_dim), out), losers)
             kept = winners.clamp(max=tier.slots - 1)
             for field in (*tier.k, *tier.v, tier.pos, *tier.stats.values()):
                 field.copy_(gather(field, kept))
         _store(tier, out, (winners - tier.slots).clamp(min=-1), encoder)
         if below is not None:
             out = below
+
+
+def _is_best(rank: Tensor, winners: Tensor) -> Tensor:
+    """Which of ``rank`` [B, Hkv, N] are among ``best(rank, ..)`` [B, Hkv, M]."""
+    last = winners[..., -1:]
+    least = rank.gather(-1, last)
+    index = torch.arange(rank.shape[-1], device=rank.device)
+    return (rank > least) | ((rank == least) & (index <= last))
 
 
 def _rank(held: View, pos: Tensor, stats: Stats, now: Tensor, last: bool) -> Tensor:

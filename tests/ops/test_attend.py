@@ -244,7 +244,9 @@ BROKEN = {
     "sliding window ignored": (
         replace(PLAIN, sliding=3, window=3, sinks=0, mask="none", pad=(0,)),
         "slot_logits",
-        lambda q, s, p, m, o, _, k, f=attention_module.slot_logits: f(q, s, p, m, o, 0, k),
+        lambda q, s, p, m, o, _, k, f=attention_module.slot_logits, **x: f(
+            q, s, p, m, o, 0, k, **x
+        ),
     ),
 }
 
@@ -274,8 +276,12 @@ def test_keys_in_the_wrong_slots_are_noticed(monkeypatch: pytest.MonkeyPatch) ->
     _break(
         monkeypatch,
         "value_sum",
-        lambda p, codec, fields, dim, f=attention_module.value_sum: f(
-            p, codec, [x.roll(1, 2) for x in fields] if isinstance(codec, Int8) else fields, dim
+        lambda p, codec, fields, dim, f=attention_module.value_sum, **options: f(
+            p,
+            codec,
+            [x.roll(1, 2) for x in fields] if isinstance(codec, Int8) else fields,
+            dim,
+            **options,
         ),
     )
     with pytest.raises(AssertionError, match="call"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,7 +20,7 @@ from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.formats import Codec
 from arkv_fx.ops.kernels.cpp import attend_cpp, available, encode_cpp, make_direct_step, make_step
 from arkv_fx.ops.kernels.cpp.arguments import codecs
-from arkv_fx.ops.kernels.export import encode_selected, take_slot
+from arkv_fx.ops.kernels.export import encode_empty, store_vector, take_slot
 from arkv_fx.ops.kernels.inductor import attend_one
 from arkv_fx.ops.kernels.reference import attend_columns, encode_rows
 from arkv_fx.ops.kernels.triton import CODECS as TRITON_CODECS
@@ -83,6 +84,7 @@ KERNELS: dict[str, Kernel] = {
     "cpp": attend_cpp,
     "triton": attend_triton,
     "export": attend_columns,
+    "export_sums": partial(attend_columns, sums=True),
 }
 
 
@@ -116,7 +118,8 @@ STEPS: dict[str, WholeStep] = {"cpp": WholeStep(make_step, make_direct_step)}
 # What makes the codes of a prompt, by the name of the kernel that decodes after it; for all others
 # it is the reference.
 ENCODERS: dict[str, Encoder] = {
-    "reference": encode_rows, "cpp": encode_cpp, "export": encode_selected,
+    "reference": encode_rows, "cpp": encode_cpp, "export": encode_empty,
+    "export_sums": encode_empty,
 }  # fmt: skip
 
 
@@ -133,7 +136,9 @@ class Writer:
 
 
 # By the name of the kernel that attends in the same graph; for all others it is indexing.
-WRITERS: dict[str, Writer] = {"export": Writer(take_slot, encode_selected)}
+WRITERS: dict[str, Writer] = dict.fromkeys(
+    ("export", "export_sums"), Writer(take_slot, store_vector)
+)
 
 
 def get_step(kernel: str, plan: LayerPlan) -> Step | None:

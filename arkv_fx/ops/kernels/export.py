@@ -14,16 +14,35 @@ from arkv_fx.ops.formats import Codec
 from arkv_fx.ops.kernels.reference import gather
 
 
-def encode_selected(
+def encode_empty(
     codec: Codec, x: Tensor, rows: Tensor, centre: Tensor | None, fields: list[Tensor]
 ) -> None:
-    """See ``Encoder``; of a single vector the code is made once and offered to every slot."""
-    if x.shape[2] != 1:
-        x = gather(x, rows.clamp(min=0))
+    """See ``Encoder``; for a prompt, before which all slots are empty and so all fields zero.
+
+    Zeros of a storage dtype would be constants of the graph, which TensorRT does not take.
+    """
+    x = gather(x, rows.clamp(min=0))
+    taken = rows[..., None] >= 0
+    for field, code in zip(fields, _codes(codec, x, centre, fields), strict=True):
+        if field.dtype == torch.float8_e4m3fn:
+            field.copy_(to_e4m3(torch.where(taken, widen(code), 0.0)))
+        else:
+            plain = torch.int32 if field.dtype == torch.int8 else torch.float32
+            field.copy_(torch.where(taken, code.to(plain), 0).to(field.dtype))
+
+
+def store_vector(
+    codec: Codec, x: Tensor, rows: Tensor, centre: Tensor | None, fields: list[Tensor]
+) -> None:
+    """See ``Encoder``; the code of a single vector is made once and offered to every slot."""
+    for field, code in zip(fields, _codes(codec, x, centre, fields), strict=True):
+        field.copy_(_select(rows[..., None] >= 0, code, field))
+
+
+def _codes(codec: Codec, x: Tensor, centre: Tensor | None, fields: list[Tensor]) -> list[Tensor]:
     if centre is not None:
         x = x.float() - centre
-    for field, code in zip(fields, codec.encode(x), strict=True):
-        field.copy_(_select(rows[..., None] >= 0, code.to(field.dtype), field))
+    return [c.to(f.dtype) for f, c in zip(fields, codec.encode(x), strict=True)]
 
 
 def take_slot(field: Tensor, slot: Tensor) -> Tensor:

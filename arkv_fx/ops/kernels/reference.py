@@ -20,13 +20,14 @@ from arkv_fx.state.view import View
 
 def attend_columns(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, held: View, knobs: Knobs,
-    query_pos: Tensor,
+    query_pos: Tensor, *, sums: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See ``Kernel``; T may be any number of new tokens."""
+    """See ``Kernel``; T may be any number of new tokens. ``sums``: see ``key_logits``."""
     plan, length = held.plan, k.shape[2]
     offset = held.seen + length - (mask.shape[-1] if mask is not None else 0)
     logits = [
-        slot_logits(q, s, query_pos, mask, offset, plan.sliding, knobs) for s in held.segments
+        slot_logits(q, s, query_pos, mask, offset, plan.sliding, knobs, sums=sums)
+        for s in held.segments
     ]
     native = get_format("native")
     own = cap(key_logits(q, native.key, [k], plan.k_dim) * knobs.scale, knobs)
@@ -35,7 +36,7 @@ def attend_columns(
     shares = probs.split([s.slots for s in held.segments] + [length], -1)
     out = value_sum(shares[-1], native.value, [v], plan.v_dim)
     for segment, share in zip(held.segments, shares[:-1], strict=True):
-        out = out + value_sum(share, segment.format.value, segment.v, plan.v_dim)
+        out = out + value_sum(share, segment.format.value, segment.v, plan.v_dim, sums=sums)
     return out, probs
 
 
