@@ -50,13 +50,22 @@ def export(
         list[str] | None,
         typer.Option(help="With --target tensorrt: a compute capability, as SM89. Repeatable."),
     ] = None,
+    graph: Annotated[
+        list[str] | None,
+        typer.Option(help="With --target tensorrt: a graph that gets an engine. Repeatable."),
+    ] = None,
+    longest: Annotated[
+        int | None,
+        typer.Option(help="With tensorrt and torch_tensorrt: tokens of the longest prompt."),
+    ] = None,
 ) -> None:
     """Write prefill and decode graphs, their weights, the tokenizer and arkv.json."""
     network, tokenizer = load(model, dtype)
     config = configure(preset, compression, budget, context or 4096)
     if tier or preset == "default":
         config = config.replace(tiers=tuple(tier or TIERS))
-    options = {"capabilities": capability} if capability else {}
+    given = {"capabilities": capability, "graphs": graph, "longest": longest}
+    options = {name: value for name, value in given.items() if value}
     with spinner() as show:
         export_(
             network, load_calibration(calibration), folder, target, config=config, batch=batch,

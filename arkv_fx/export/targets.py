@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from arkv_fx.export import onnx, tensorrt, torch_program
+from arkv_fx.export import onnx, tensorrt, torch_program, torch_tensorrt
 
 
 @dataclass(frozen=True)
@@ -22,4 +22,5 @@ TARGETS: Mapping[str, Target] = {
     "onnx": Target(onnx.write),
     "tensorrt": Target(tensorrt.write, ("capabilities", "graphs", "longest", "limit_s")),
     "torch": Target(torch_program.write),
+    "torch_tensorrt": Target(torch_tensorrt.write, ("longest",)),
 }
