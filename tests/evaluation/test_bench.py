@@ -103,6 +103,16 @@ def test_the_attention_is_compared_with_every_baseline_and_the_bound(
     assert rows["sdpa-packed@96"].bytes == 96 * 2 * 2 * 16 * 4
 
 
+def test_exported_graphs_hold_what_torch_holds(found: list[Measurement]) -> None:
+    rows = of(found, "export")
+    assert list(rows) == [
+        "export to ONNX", "engine prefill SM89", "engine decode SM89", "onnxruntime", "arkv-eager",
+    ]  # fmt: skip
+    # Beside the state torch holds a handle.
+    assert 0 < (rows["arkv-eager"].bytes or 0) - (rows["onnxruntime"].bytes or 0) <= 64
+    assert set(rows["onnxruntime"].ratio_to) == {"arkv-eager"}
+
+
 def test_bytes_are_the_plans(found: list[Measurement]) -> None:
     plan = TINY.plan(TINY.cases[0])
     assert plan.slots == 64

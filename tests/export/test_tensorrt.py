@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import engine_cases as cases
+import numpy as np
 import pytest
 
 import arkv_fx
 from arkv_fx.errors import ExportError, UnknownOptionError
 from arkv_fx.export import tensorrt
+from arkv_fx.runtime import OnnxSession
 
 pytest.importorskip("tensorrt_rtx")
 CONFIG = arkv_fx.ArkvConfig(budget=512, window=4, sinks=2, tiers=("int8", "int4"))
@@ -63,6 +65,11 @@ def test_an_engine_takes_the_planned_state(folder: Path) -> None:
     for engine in sidecar["engines"]:
         found = {n: d for n, d in engine["inputs"].items() if n.startswith("past_key_values")}
         assert found == (planned if engine["graph"] == "decode" else {})
+
+
+def test_onnx_runtime_runs_the_graphs_beside_the_engines(folder: Path) -> None:
+    session = OnnxSession(folder, threads=1)
+    assert session.generate(np.arange(1, 21)[None], 4).shape == (1, 4)
 
 
 def tier_numbers(sidecar: dict[str, Any]) -> int:

@@ -13,6 +13,7 @@ from arkv_fx.evaluation.bench.attention import attention
 from arkv_fx.evaluation.bench.cases import CASES, Case, Options, get_case
 from arkv_fx.evaluation.bench.compile import compile_
 from arkv_fx.evaluation.bench.dispatch import dispatch
+from arkv_fx.evaluation.bench.export import export_
 from arkv_fx.evaluation.bench.measurements import Measurement
 from arkv_fx.evaluation.bench.model import model
 from arkv_fx.evaluation.bench.prefill import prefill
@@ -36,6 +37,7 @@ SECTIONS: dict[str, Section] = {
     "dispatch": dispatch,
     "model": model,
     "compile": compile_,
+    "export": export_,
 }
 
 

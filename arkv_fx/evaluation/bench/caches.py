@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from arkv_fx.cache import ArkvCache
+from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ModelNotFoundError
 from arkv_fx.evaluation.bench.cases import Options, filled
 from arkv_fx.evaluation.bench.timing import compiled
@@ -125,10 +126,11 @@ def full_cache(cache: Any, layers: list[Layer], tokens: int, options: Options) -
 
 
 def arkv_decoder(
-    model: PreTrainedModel, layers: list[Layer], tokens: int, lowering: str, options: Options
-) -> Decoder:
+    model: PreTrainedModel, layers: list[Layer], tokens: int, lowering: str, options: Options,
+    config: ArkvConfig | None = None,
+) -> Decoder:  # fmt: skip
     """The transformed model, its states as after a prompt of random keys and values."""
-    config = options.config(1024)
+    config = config or options.config(1024)
     transform(model, config, compile=lowering)
     try:
         cache, forward = ArkvCache(model), model.forward
