@@ -1,8 +1,11 @@
-"""SmolLM2 as ONNX files: exported once, then run by ONNX Runtime, which needs no torch.
+"""SmolLM2 as ONNX files and TensorRT engines: exported once, then run without torch.
 
-Exporting takes a few minutes on two cores. Needs ``pip install "arkv-fx[demo,export]"``.
+ONNX Runtime runs the graphs here; the engines, built for three generations of GPUs that need not
+be here, are only looked at. Exporting takes a few minutes on two cores, and so does each engine.
+Needs ``pip install "arkv-fx[demo,export,tensorrt]"``.
 """
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -16,8 +19,9 @@ with tempfile.TemporaryDirectory() as out:
     model, tokenizer = load("smollm2")
     config = arkv_fx.ArkvConfig(budget=512, tiers=("int8", "int4"))
     folder = arkv_fx.export(
-        model, None, Path(out) / "smollm2", config=config, tokenizer=tokenizer, progress=print
-    )
+        model, None, Path(out) / "smollm2", "tensorrt", config=config, tokenizer=tokenizer,
+        progress=print, capabilities=["SM86", "SM89", "SM120"], longest=2048,
+    )  # fmt: skip
     for file in sorted(folder.iterdir()):
         print(f"{file.stat().st_size / 2**20:8.2f} MiB  {file.name}")
 
@@ -28,3 +32,10 @@ with tempfile.TemporaryDirectory() as out:
     for token in session.stream(ids, 64, temperature=0.7, top_p=0.9, seed=0):
         print(tokenizer.decode(token), end="", flush=True)
     print()
+
+    for engine in json.loads((folder / "arkv.json").read_text())["engines"]:
+        print(
+            f"{engine['file']}: {engine['seconds']} s, {engine['bytes'] / 2**20:.0f} MiB, "
+            f"kernels {engine['kernels']}, the largest tensor between two of them holds "
+            f"{engine['largest']} numbers"
+        )
