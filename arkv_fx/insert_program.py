@@ -29,6 +29,7 @@ from arkv_fx.state.session import Session, check_finite
 class Program:
     """A rewritten graph for the first tokens of a sequence (``fresh``) or for later ones."""
 
+    graph: GraphModule
     compiled: Compiled
     context: Context
     fresh: bool
@@ -100,7 +101,7 @@ def build(
         lines = lines or ["  it has no attention that the passes know"]
         raise TransformError(f"{what}; the model is left as it was\n" + "\n".join(lines))
     if lowering == "eager":
-        return Program(work.forward, context, fresh)
+        return Program(work, work.forward, context, fresh)
     inputs = _fakes(work, context, one)
     if one:
         _fix_extents(work, insertion.tokens)
@@ -112,7 +113,7 @@ def build(
             "compiling took the number of tokens for a constant: it equals another extent of the "
             "model; pass a sample with another number of tokens, or compile='eager'"
         )
-    return Program(compiled, context, fresh)
+    return Program(work, compiled, context, fresh)
 
 
 def _fakes(graph: GraphModule, context: Context, one: bool) -> list[Any]:

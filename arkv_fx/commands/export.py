@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -65,7 +65,7 @@ def export(
     if tier or preset == "default":
         config = config.replace(tiers=tuple(tier or TIERS))
     given = {"capabilities": capability, "graphs": graph, "longest": longest}
-    options = {name: value for name, value in given.items() if value}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value}
     with spinner() as show:
         export_(
             network, load_calibration(calibration), folder, target, config=config, batch=batch,

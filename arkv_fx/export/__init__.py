@@ -36,6 +36,7 @@ def export(
     config: ArkvConfig | None = None,
     batch: int = 1,
     tokenizer: Any = None,
+    insert_cache: bool = False,
     progress: Callable[[str], None] = lambda message: None,
     **options: Any,
 ) -> Path:
@@ -49,7 +50,8 @@ def export(
     is fixed. ``arkv_fx.runtime.OnnxSession`` runs the files of target "onnx".
 
     Args:
-        model: a transformers causal language model in eval mode, not transformed; left as it is.
+        model: a causal language model in eval mode, not transformed: of transformers, or with
+            ``insert_cache`` any; left as it is.
         calibration: OQ ratios from ``arkv_fx.calibrate``, or None.
         out_dir: a folder that does not exist or is empty. It appears when everything is written.
         target: a name in ``TARGETS``.
@@ -57,6 +59,9 @@ def export(
             native, bf16, int8, k8v4, int4 and fp8.
         batch: sequences that run together.
         tokenizer: saved beside the graphs, if given.
+        insert_cache: for a model that knows no cache, whose forward takes token ids [batch, tokens]
+            alone: its causal self-attention is given one, see ``transform``. Its prefill graph
+            takes ``input_ids`` only: prompts have no padding.
         progress: called with what is being done.
         options: of the target.
 
@@ -85,7 +90,7 @@ def export(
         calibration.check(fingerprint(model))
     config = config or ArkvConfig(tiers=TIERS)
     progress("capture the model")
-    programs = make_programs(model, config, calibration, batch)
+    programs = make_programs(model, config, calibration, batch, insert_cache)
     saved = "tokenizer" if tokenizer is not None else None
     sidecar = describe(model, config, programs, target, saved)
     folder.parent.mkdir(parents=True, exist_ok=True)

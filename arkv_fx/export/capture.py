@@ -14,6 +14,7 @@ from arkv_fx.backend import ArkvBackend
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError, TransformError
+from arkv_fx.export.captured import Captured, first_sites, names_of
 from arkv_fx.layers import cached_layers, own_state, text_config, windows
 from arkv_fx.lower import Compiled
 from arkv_fx.passes.nodes import example
@@ -21,24 +22,6 @@ from arkv_fx.passes.site import Site
 from arkv_fx.transform import Transformed, _own_code, new_cache, restore, transform
 
 PROMPT = 13  # tokens of the sample: a size that no other extent of a model is likely to have
-
-
-@dataclass
-class Captured:
-    """One rewritten graph of a model.
-
-    ``constants`` names the parameter or buffer behind a placeholder, ``inputs`` the argument;
-    ``sizes`` the (argument, dimension) behind a symbolic size; ``states`` the placeholders of each
-    cached layer's state, whose first site is in ``sites``; ``logits`` is the output that matters.
-    """
-
-    graph: GraphModule
-    constants: dict[str, str]
-    inputs: dict[str, str]
-    sizes: dict[str, tuple[str, int]]
-    sites: list[Site]
-    states: list[list[str]]
-    logits: int
 
 
 @dataclass
@@ -92,7 +75,7 @@ def _check_kind(model: nn.Module) -> None:
     if not layers or getattr(model.config, "is_encoder_decoder", False):
         raise ExportError(
             f"{name}: only decoders whose cache transformers manages can be exported; this is "
-            + ("an encoder-decoder" if layers else "none (it has no cached layers)")
+            + ("an encoder-decoder" if layers else "none (insert_cache=True gives it one)")
         )
     if own := [i for i, s in enumerate(own_state(layers)) if type(s).__name__ != "CompressedLayer"]:
         raise ExportError(
@@ -124,11 +107,7 @@ class _Tracer:
             raise ExportError(f"{self.name}: its forward takes no position_ids")
         self.device = next(model.parameters()).device
         self.last = {"logits_to_keep": 1} if "logits_to_keep" in state.parameters else {}
-        self.names = {id(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
-        for path, module in model.named_modules():  # constants that are no buffers
-            for key, value in vars(module).items():
-                if isinstance(value, Tensor):
-                    self.names.setdefault(id(value), f"{path}.{key}".lstrip("."))
+        self.names = names_of(model)
 
     @torch.no_grad()
     def trace(self) -> tuple[Captured, Captured]:
@@ -232,13 +211,9 @@ class _Tracer:
         found = [i for i, x in enumerate(outputs) if x is logits]
         if not found:
             raise ExportError(f"{self.name}: its logits are not an output of its graph")
-        firsts: dict[Any, Site] = {}
-        for site in call.sites:
-            if site.fused:
-                firsts.setdefault(site.cache_key, site)
         return Captured(
-            call.graph, constants, inputs, sizes, list(firsts.values()), list(state.values()),
-            found[0],
+            call.graph, constants, inputs, sizes, first_sites(call.sites), list(state.values()),
+            found[0], {}, tuple(given),
         )  # fmt: skip
 
     def _stray(self, node: Node, value: Any) -> str:

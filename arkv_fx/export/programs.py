@@ -17,7 +17,8 @@ from arkv_fx.errors import ExportError
 from arkv_fx.export.capture import PROMPT, capture
 from arkv_fx.export.formats import ExportPlan
 from arkv_fx.export.groups import Group, group_layers
-from arkv_fx.export.step import Step, arguments
+from arkv_fx.export.inserted import capture_inserted
+from arkv_fx.export.step import Step
 
 PAST, PRESENT = "past_key_values", "present"
 
@@ -40,9 +41,10 @@ class Graph:
 class Programs:
     """A prompt's graph, a decoded token's and the state that goes between them.
 
-    ``least`` is the smallest number of tokens that the prompt's graph takes. ``fused()`` makes
-    the decode graph for compilers that fuse sums with the decoding of what is summed: products of
-    matrices over the state are spelled out.
+    ``least`` is the smallest number of tokens that the prompt's graph takes, ``bound`` the most
+    that a text may have, if the model's positions end. ``fused()`` makes the decode graph for
+    compilers that fuse sums with the decoding of what is summed: products of matrices over the
+    state are spelled out.
     """
 
     prefill: Graph
@@ -51,6 +53,13 @@ class Programs:
     groups: list[Group]
     batch: int
     least: int
+    bound: int | None
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits there are."""
+        (output,) = self.decode.program.graph.find_nodes(op="output")
+        return int(output.args[0][0].meta["val"].shape[-1])
 
     @property
     def graphs(self) -> list[Graph]:
@@ -59,14 +68,16 @@ class Programs:
 
 
 def make_programs(
-    model: nn.Module, config: ArkvConfig, calibration: Calibration | None, batch: int
-) -> Programs:
+    model: nn.Module, config: ArkvConfig, calibration: Calibration | None, batch: int,
+    insert_cache: bool = False,
+) -> Programs:  # fmt: skip
     """Capture, give the state names, and export; the model is left as it was.
 
     Raises:
         ExportError: if anything would be lost.
     """
-    prompt, token = capture(model, config, calibration, batch)
+    front = capture_inserted if insert_cache else capture
+    prompt, token = front(model, config, calibration, batch)
     plans = [ExportPlan.of(s.plan, s.row()["path"]) for s in prompt.sites if s.plan is not None]
     if [s.plan for s in token.sites] != [s.plan for s in prompt.sites]:
         raise ExportError(
@@ -81,19 +92,20 @@ def make_programs(
         "attention_mask": torch.ones_like(ids),
         "position_ids": torch.arange(ids.shape[1], device=device).expand_as(ids).contiguous(),
     }
+    given = {name: given[name] for name in prompt.arguments}
     one = {"input_ids": ids[:, :1].clone(), "position_ids": ids[:, :1].clone()}
     for group in groups:
         tensors = (x.to(device) for x in group.empty())
         one.update(zip(group.names(PAST), tensors, strict=True))
     outputs = ["logits", *(name for group in groups for name in group.names(PRESENT))]
-    free = {name: {1: Dim("tokens", min=least)} for name in arguments(True)}
+    free = {name: {1: Dim("tokens", min=least)} for name in given}
 
     def decode(kernel: str) -> Graph:
         return _graph("decode", Step(model, token, groups, False, kernel), one, outputs, None)
 
     return Programs(
         _graph("prefill", Step(model, prompt, groups, True), given, outputs, free),
-        decode("export"), partial(decode, "export_sums"), groups, batch, least,
+        decode("export"), partial(decode, "export_sums"), groups, batch, least, prompt.bound,
     )  # fmt: skip
 
 

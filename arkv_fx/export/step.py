@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
+from torch.utils._pytree import tree_leaves
 
-from arkv_fx.export.capture import Captured
+from arkv_fx.export.captured import Captured
 from arkv_fx.export.groups import Group
 from arkv_fx.ops.attend import Seen, columns, look, peek, settle
 from arkv_fx.ops.attention import Knobs
@@ -41,25 +42,20 @@ class Step(nn.Module):
         self.kernel = kernel
         self.weights = {_attribute(name): name for name in captured.constants.values()}
         for attribute, name in self.weights.items():
-            owner, _, key = name.rpartition(".")
-            value = getattr(model.get_submodule(owner), key)
+            value = captured.values.get(name)
+            if value is None:
+                owner, _, key = name.rpartition(".")
+                value = getattr(model.get_submodule(owner), key)
             self.register_buffer(attribute, value.detach())
 
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
-        """The arguments in the order of ``arguments(fresh)``, then the state."""
-        names = arguments(self.fresh)
+        """The captured graph's arguments in order, then the state."""
+        names = self.captured.arguments
         given = dict(zip(names, args, strict=False))
         state = args[len(names) :]
         run = _Run(self, given, state)
         logits = run.logits()
         return (logits, *run.settled())
-
-
-def arguments(fresh: bool) -> list[str]:
-    """What a graph takes beside the state."""
-    return ["input_ids", "attention_mask", "position_ids"] if fresh else [
-        "input_ids", "position_ids",
-    ]  # fmt: skip
 
 
 def _attribute(name: str) -> str:
@@ -87,8 +83,10 @@ class _Run(Interpreter):
         self.seen: dict[tuple[int, int], Seen] = {}
 
     def logits(self) -> Tensor:
-        """Run everything."""
-        return self.run(*self._inputs())[self.step.captured.logits]  # type: ignore[no-any-return]
+        """Run everything; those of the last token [B, 1, vocabulary]."""
+        outputs = tree_leaves(self.run(*self._inputs()))
+        logits: Tensor = outputs[self.step.captured.logits]
+        return logits if logits.shape[1] == 1 else logits[:, -1:]
 
     def settled(self) -> list[Tensor]:
         """The new state: the layers of a group have their tokens moved all at once."""
@@ -109,6 +107,8 @@ class _Run(Interpreter):
                 values.append(self.given[captured.inputs[name]])
             elif name in captured.constants:
                 values.append(getattr(self.step, _attribute(captured.constants[name])))
+            elif name == captured.offset:  # no padding, so the same for all sequences
+                values.append(self.given["position_ids"][0, 0])
             elif name in captured.sizes:
                 argument, dim = captured.sizes[name]
                 values.append(self.given[argument].shape[dim])

@@ -13,6 +13,8 @@ import arkv_fx.ops.codes  # noqa: F401  (registers the operators)
 
 op: Any = opset21  # its types are narrower than what it takes
 FLOAT8 = ir.DataType.FLOAT8E4M3FN
+LONGEST = 2**31 - 1
+"""From here on an end means that of the dimension."""
 
 
 def _widen(codes: Any) -> Any:
@@ -61,7 +63,13 @@ def _slice_scatter(
         return op.Slice(x, *(op.Constant(value_ints=limit) for limit in limits))
 
     length, begin = x.shape[dim], start or 0
-    stop = length if end is None else min(end, length)
+    stop = LONGEST if end is None else end
+    if isinstance(length, int):
+        begin, stop, _ = slice(begin, stop).indices(length)
+    elif stop < LONGEST:
+        raise NotImplementedError("a part that ends within a dimension of any length")
+    else:
+        length = stop
     parts = [part(0, begin)] if begin else []
     parts += [source, part(stop, length)] if stop < length else [source]
     return op.Concat(*parts, axis=dim) if len(parts) > 1 else op.Identity(source)

@@ -90,12 +90,21 @@ class OnnxSession:
         seen = seen.astype(np.int64)
         if (np.diff(seen, axis=1) < 0).any() or not seen[:, -1].all():
             raise EngineError("mask: padding stands on the left, and no sequence is empty")
-        if (short := self.sidecar.least_prompt - tokens.shape[1]) > 0:
+        self._check_length(tokens.shape[1])
+        short = self.sidecar.least_prompt - tokens.shape[1]
+        if not self.sidecar.padding:
+            if not seen.all():
+                raise EngineError("mask: this model takes no padding; give equally long prompts")
+            if short > 0:
+                self.reset()
+                return [self.step(column) for column in tokens.T][-1]
+        if short > 0:
             tokens, seen = (np.pad(x, ((0, 0), (short, 0))) for x in (tokens, seen))
         positions = np.maximum(seen.cumsum(1) - 1, 0)
         self.reset()
         given = {"input_ids": tokens, "attention_mask": seen, "position_ids": positions}
-        logits = self._run(self._prefill, given, {})
+        wanted = self.sidecar.content["graphs"]["prefill"]["inputs"]
+        logits = self._run(self._prefill, {name: given[name] for name in wanted}, {})
         self._next = seen.sum(1)
         return logits
 
@@ -112,6 +121,7 @@ class OnnxSession:
         tokens = self._checked(tokens[:, None] if tokens.ndim == 1 else tokens)
         if tokens.shape[1] != 1:
             raise EngineError(f"a step takes one token for each sequence, not {tokens.shape[1]}")
+        self._check_length(int(self._next.max()) + 1)
         state = {t.input: x for t, x in zip(self.sidecar.tensors, self._state, strict=True)}
         given = {"input_ids": tokens, "position_ids": self._next[:, None]}
         logits = self._run(self._decode, given, state)
@@ -181,6 +191,13 @@ class OnnxSession:
         if tokens.min() < 0 or tokens.max() >= self.sidecar.vocabulary:
             raise EngineError(f"ids must be in 0..{self.sidecar.vocabulary - 1}")
         return tokens.astype(np.int64)
+
+    def _check_length(self, tokens: int) -> None:
+        longest = self.sidecar.longest_text
+        if longest is not None and tokens > longest:
+            raise EngineError(
+                f"a text of {tokens} tokens: the model knows positions for {longest} only"
+            )
 
     def _run(self, session: Any, given: dict[str, NDArray[Any]], state: dict[str, Any]) -> Logits:
         value = self._runtime.OrtValue.ortvalue_from_numpy

@@ -33,6 +33,17 @@ class Sidecar:
     eos: tuple[int, ...]
     tensors: tuple[TensorInfo, ...]
 
+    @property
+    def padding(self) -> bool:
+        """Whether prompts may have padding."""
+        return "attention_mask" in self.content["graphs"]["prefill"]["inputs"]
+
+    @property
+    def longest_text(self) -> int | None:
+        """The most tokens that the model knows positions for; None if there is no end."""
+        found: int | None = self.content.get("longest_text")
+        return found
+
     def graph(self, name: str) -> Path:
         """The file of the graph "prefill" or "decode"."""
         return self.folder / _plain(self.content["graphs"][name]["file"], self.folder)
