@@ -58,7 +58,7 @@ def test_a_version_says_what_it_does_otherwise_than_the_nearest(
     path = tmp_path / "e.json"
 
     def at(version: str, *rows: dict[str, Any]) -> dict[str, Any]:
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr("arkv_fx.zoo.expect.transformers.__version__", version)
         expect.update(path, rows)
         return {name: values["fused"] for name, values in expect.load(path).items()}
 
