@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 
@@ -51,8 +51,51 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    *,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """A mask function of transformers: ``sdpa_mask``, and none where causality says it all.
+
+    ``sdpa_mask`` leaves it out, too, but not in a graph that is being traced by torch before 2.13
+    (where ``torch.compiler.is_exporting()`` is true in every graph) or by transformers 5.17. Then
+    each decoded token would have a mask, which grows with the text.
+    """
+    local = local_size is not None and kv_length >= local_size
+    if attention_mask is None and allow_is_causal_skip and not local:
+        if q_length == 1 or q_length == kv_length:
+            return None
+    made: Tensor | None = sdpa_mask(
+        batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask,
+        local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, **kwargs,
+    )  # fmt: skip
+    return made
+
+
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, mask)
+
+
+@contextmanager
+def masks_left_out() -> Generator[None]:
+    """Within it models of SDPA attention make their masks by ``mask``."""
+    before = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    if before is not sdpa_mask:  # another library's, or ours already
+        yield
+        return
+    AttentionMaskInterface.register("sdpa", mask)
+    try:
+        yield
+    finally:
+        AttentionMaskInterface.register("sdpa", before)
 
 
 @contextmanager

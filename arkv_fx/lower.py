@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -78,7 +79,9 @@ def compile_pieces(graph: GraphModule, inputs: list[Any], probe: Any = None) -> 
     known = [x if fake is None else fake for fake, x in zip(traced, inputs, strict=True)]
     mode = detect_fake_mode(inputs) or FakeTensorMode()
     fakes = [_fake(mode, x) for x in known]
-    with mode:
+    # Dispatched in Python, as Dynamo does it: some operators in C++ (before torch 2.13 a matrix
+    # product of vectors) would take the sizes of this prompt for those of all.
+    with mode, enable_python_dispatcher():
         _Pieces(split, probe).run(*fakes)
     forward: Compiled = split.forward
     return forward

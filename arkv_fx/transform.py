@@ -21,7 +21,7 @@ from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ArkvError, CacheError, TransformError
 from arkv_fx.insert import Inserted, insert
-from arkv_fx.interface import closed_replaced
+from arkv_fx.interface import closed_replaced, masks_left_out
 from arkv_fx.layers import cached_layers, kept_whole, text_config, windows
 from arkv_fx.passes.context import Probe, StandIn
 from arkv_fx.report import Report
@@ -120,7 +120,7 @@ class Transformed:
         cache.session.active = True
         calls = self.backend.calls
         try:
-            with torch.no_grad(), closed_replaced(self.text_config):
+            with torch.no_grad(), closed_replaced(self.text_config), masks_left_out():
                 out = self._call((), kwargs)
         finally:
             cache.session.active = False

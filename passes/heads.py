@@ -16,6 +16,7 @@ import torch
 from arkv_fx.passes.layout import Axis, Dims, names, size_of
 from arkv_fx.passes.nodes import example, same_size, shape
 from arkv_fx.passes.site import Bias, Site
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
@@ -36,9 +37,10 @@ class Emitter:
                 node = self.graph.call_function(target, args, kwargs)
         values, named = torch.fx.node.map_arg((args, kwargs), example)
         call = getattr(values[0], target) if isinstance(target, str) else target
-        # Within the tensors' mode, because an operator may make tensors of its own.
+        # Within the tensors' mode, because an operator may make tensors of its own, and dispatched
+        # in Python: a product in C++ (before torch 2.13) makes a symbolic size the sample's number.
         fakes = [x for x in tree_leaves((values, named)) if isinstance(x, FakeTensor)]
-        with fakes[0].fake_mode if fakes else nullcontext():
+        with fakes[0].fake_mode if fakes else nullcontext(), enable_python_dispatcher():
             found = call(*(values[1:] if call != target else values), **named)
         node.meta = {"example_value": found}
         return node

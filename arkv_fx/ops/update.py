@@ -125,6 +125,10 @@ def _move_tokens(
         else:
             old = [f[at] for _, fields in move.segment.parts() for f in fields]
             for (field, code), was in zip(_codes(move.segment, k, v), old, strict=True):
+                # A restride makes Inductor write the old codes out, small as they are: read where
+                # the new ones are made, they do not compile with torch 2.11 (an index is used in
+                # the transposed loop before its definition).
+                was = was.as_strided(was.size(), was.stride())
                 field.index_put_(at, torch.where(move.wins[..., None], code.squeeze(2), was))
         if leaving is not None:
             wins = move.wins[:, :, None, None]

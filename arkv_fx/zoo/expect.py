@@ -1,19 +1,28 @@
-"""What each architecture is expected to do, in a file: any difference is a failure."""
+"""What each architecture is expected to do, in a file: any difference is a failure.
+
+The file has a part for each version of transformers, and a version only says what it does otherwise
+than its nearest neighbour: of an architecture that the installed version's part does not have, the
+same is expected as of the nearest version whose part has it.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
+from packaging.version import VERSION_PATTERN, Version
 
 from arkv_fx.errors import EvaluationError
 from arkv_fx.evaluation.rows import Row
 
 COLUMNS = ("status", "sites", "fused", "reasons", "wrong", "raised", "refused", "unasked")
 """The columns that are compared: none that is measured, only what was decided."""
+
+VERSION = re.compile(VERSION_PATTERN, re.VERBOSE | re.IGNORECASE)
 
 Expected = dict[str, dict[str, Any]]
 
@@ -22,16 +31,32 @@ def load(path: Path) -> Expected:
     """What is expected with the installed transformers: columns by architecture.
 
     Raises:
-        EvaluationError: if the file cannot be read or says nothing about this transformers.
+        EvaluationError: if the file cannot be read or expects nothing.
     """
-    versions = read(path)
-    if transformers.__version__ not in versions:
+    expected = _nearest(read(path))
+    if not expected:
         raise EvaluationError(
-            f"{path}: expects nothing of transformers {transformers.__version__}, only of "
-            f"{', '.join(versions)}; look at a run's table, then write the file with "
-            "--update-expectations"
+            f"{path}: expects nothing of transformers {transformers.__version__}, nor of any other "
+            "version; look at a run's table, then write the file with --update-expectations"
         )
-    return versions[transformers.__version__]
+    return expected
+
+
+def _nearest(versions: Mapping[str, Expected]) -> Expected:
+    """Each architecture's columns of the version that is nearest to the installed one."""
+
+    def number(version: str) -> int:
+        parts = Version(version)
+        return (parts.major * 1000 + parts.minor) * 1000 + parts.micro
+
+    def distance(version: str) -> tuple[int, bool]:
+        apart = number(version) - number(transformers.__version__)
+        return abs(apart), apart > 0  # of two as near, the older
+
+    found: Expected = {}
+    for version in sorted(versions, key=distance, reverse=True):
+        found.update(versions[version])
+    return found
 
 
 def mismatches(rows: Sequence[Row], expected: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -53,13 +78,19 @@ def mismatches(rows: Sequence[Row], expected: Mapping[str, Mapping[str, Any]]) -
 def update(path: Path, rows: Sequence[Row]) -> None:
     """Write ``rows`` as what is expected of them; other architectures and versions stay.
 
+    What the nearest other version has the same is left out.
+
     Raises:
         EvaluationError: if the file exists and cannot be read.
     """
     versions = read(path) if path.exists() else {}
-    known = versions.setdefault(transformers.__version__, {})
+    known = versions.pop(transformers.__version__, {})
+    elsewhere = _nearest(versions)
     for row in rows:
-        known[row["architecture"]] = {column: row[column] for column in COLUMNS}
+        name, found = row["architecture"], {column: row[column] for column in COLUMNS}
+        known.pop(name, None)
+        if elsewhere.get(name) != found:
+            known[name] = found
     versions[transformers.__version__] = dict(sorted(known.items()))
     path.write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")
 
@@ -75,8 +106,10 @@ def read(path: Path) -> dict[str, Expected]:
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{path}: cannot be read as expectations: {error}") from error
     levels = isinstance(found, dict) and all(
-        isinstance(version, dict) and all(isinstance(row, dict) for row in version.values())
-        for version in found.values()
+        VERSION.fullmatch(version)
+        and isinstance(part, dict)
+        and all(isinstance(row, dict) for row in part.values())
+        for version, part in found.items()
     )
     if not levels:
         raise EvaluationError(f"{path}: is not a JSON object of version, architecture, column")

@@ -131,7 +131,7 @@ def test_the_update_is_the_difference_of_the_medians(found: list[Measurement]) -
 
 def test_whole_models_name_what_cannot_run(found: list[Measurement]) -> None:
     rows = of(found, "model")
-    for backend in ("quanto", "hqq"):
+    for backend in ("quanto", "hqq", "fp8"):
         row = rows[f"quantized-{backend}@96"]
         assert row.median_us or (row.note and row.note.startswith("not available: "))
     # 3 steps and 3 before them; static caches count their tokens in a tensor besides.

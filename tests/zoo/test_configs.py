@@ -6,6 +6,8 @@ from itertools import chain
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import CONFIG_MAPPING
 
 from arkv_fx.errors import ModelNotFoundError
@@ -87,7 +89,10 @@ def test_every_architecture_is_small_or_says_why_not(name: str) -> None:
 
 
 def test_changes_are_of_model_types_that_there_are() -> None:
-    assert set(CHANGES) <= set(CONFIG_MAPPING)
+    unknown = set(CHANGES) - set(CONFIG_MAPPING)
+    if Version(transformers.__version__) < Version("5.23"):
+        unknown -= {"dots3_note_text", "molmo2"}  # newer than some versions that we support
+    assert not unknown
 
 
 @pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "rwkv", "xlnet", "openai-gpt"])

@@ -52,7 +52,31 @@ def test_other_architectures_and_versions_stay(tmp_path: Path) -> None:
     assert known["aa"]["fused"] == 1
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"5": []}', '{"5": {"aa": 1}}'])
+def test_a_version_says_what_it_does_otherwise_than_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "e.json"
+
+    def at(version: str, *rows: dict[str, Any]) -> dict[str, Any]:
+        monkeypatch.setattr("arkv_fx.zoo.expect.transformers.__version__", version)
+        expect.update(path, rows)
+        return {name: values["fused"] for name, values in expect.load(path).items()}
+
+    assert at("5.23.0", *ROWS) == {"aa": 2, "bb": 0, "cc": None}
+    assert at("5.17.0", row("aa", fused=1), *ROWS[1:]) == {"aa": 1, "bb": 0, "cc": None}
+    assert {v: list(part) for v, part in json.loads(path.read_text()).items()} == {
+        "5.23.0": ["aa", "bb", "cc"], "5.17.0": ["aa"],
+    }  # fmt: skip
+    nearest = (("5.16.3", 1), ("5.20.0", 1), ("5.20.1", 2), ("5.24.0", 2), ("6.0.0.dev0", 2))
+    for version, fused in nearest:
+        assert at(version)["aa"] == fused, version
+    # As the neighbour does after all: its own part has nothing left to say.
+    assert at("5.17.0", ROWS[0])["aa"] == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"5": []}', '{"5": {"aa": 1}}', '{"newest": {"aa": {}}}']
+)
 def test_damaged_files_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "e.json"
     path.write_text(text)
@@ -62,7 +86,7 @@ def test_damaged_files_are_refused(tmp_path: Path, text: str) -> None:
     assert path.read_text() == text
 
 
-def test_another_version_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_expectations_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "e.json"
     path.write_text('{"1.0": {}}')
     with pytest.raises(EvaluationError, match="expects nothing of transformers"):

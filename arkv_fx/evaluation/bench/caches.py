@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -153,7 +155,7 @@ def decoders(
 ) -> dict[str, Callable[[], Decoder]]:
     """How to make each method's decoder, its cache holding ``tokens`` and room for ``room`` more.
 
-    Making one raises ImportError where a package is missing.
+    Making one raises ImportError where a package is missing, or transformers' support for it.
     """
     config, layers, plain = model.config, layers_of(model), model.forward
     # On CUDA the static cache decodes from CUDA graphs; a growing one cannot.
@@ -165,6 +167,12 @@ def decoders(
             return Decoder(run, full_cache(cache(), layers, tokens, options), full)
 
         return make
+
+    def quantized(backend: str) -> QuantizedCache:
+        try:
+            return QuantizedCache(backend, config)
+        except ValueError as error:  # older versions lack fp8, and some layers have no such cache
+            raise ImportError(f"transformers {transformers.__version__}: {error}") from error
 
     def ours(lowering: str) -> Callable[[], Decoder]:
         return lambda: arkv_decoder(model, layers, tokens, lowering, options)
@@ -179,7 +187,7 @@ def decoders(
             mode=mode,
         ),
         **{
-            f"quantized-{backend}": theirs(lambda b=backend: QuantizedCache(b, config), full=False)  # type: ignore[misc]
+            f"quantized-{backend}": theirs(partial(quantized, backend), full=False)
             for backend in ("quanto", "hqq", "fp8")
         },
     }

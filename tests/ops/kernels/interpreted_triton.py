@@ -13,9 +13,11 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+import triton
 from hypothesis import example, given, settings
 from reference_attention import MASKS, TOLERANCE, Layer, make_mask
 from torch import Tensor
+from triton.runtime import interpreter
 
 import arkv_fx.ops.kernels.triton as kernel
 import arkv_fx.ops.kernels.triton.combine as combine_module
@@ -33,6 +35,24 @@ def small_blocks() -> Iterator[None]:
     """So that a few dozen slots are several blocks, and several chunks of several blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "block_slots", lambda plan: 16)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def scalars_are_indices() -> Iterator[None]:
+    """Triton 3.6 keeps a scalar as an array of one, which numpy 2.4 makes no loop bound of.
+
+    No kernel with a loop of a length that is an argument runs there; Triton 3.7 does as this.
+    """
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if triton.__version__.startswith("3.6."):
+            patch.setattr(interpreter, "_patch_lang_tensor", patched)
         yield
 
 

@@ -19,6 +19,12 @@ def factor_type(stored, model, for_codes):
     return stored if stored == model else tl.float32
 
 
+@triton.constexpr_function
+def at(values, index):
+    """An element of a tuple of constants, as a constant: for Triton 3.6 `values[index]` is none."""
+    return values[index]
+
+
 @triton.jit(do_not_specialize=["slots", "chunk", "splits"])  # one compilation for all lengths
 def decode(
     segments, slots, lowest, bias, logits, parts, lse, scale, chunk, splits,
@@ -54,7 +60,7 @@ def decode(
                 segments[s], slots[s], first, tl.minimum(first + chunk, slots[s]),
                 lowest + head // HEADS, bias, logits, before_slots, total_slots + 1,
                 parts, lse, scale, head, split, splits, GROUPS, ROWS, K_DIM, V_DIM,
-                K_CODECS[s], V_CODECS[s], SOFTCAP, BIAS_GROUPS, MODEL, ROUND_ONLY, BLOCK,
+                at(K_CODECS, s), at(V_CODECS, s), SOFTCAP, BIAS_GROUPS, MODEL, ROUND_ONLY, BLOCK,
             )  # fmt: skip
         before_splits += tl.cdiv(slots[s], chunk)
         before_slots += slots[s]
