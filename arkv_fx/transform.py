@@ -76,9 +76,9 @@ class Transformed:
             if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         ]
         # What a model outside transformers may call a cache is its own.
-        names = CACHE_NAMES if isinstance(model, PreTrainedModel) else CACHE_NAMES[:1]
-        known = [name for name in names if name in self.parameters]
-        self.cache_names, self.cache_name = names, known[0] if known else names[-1]
+        self.cache_names = CACHE_NAMES if isinstance(model, PreTrainedModel) else CACHE_NAMES[:1]
+        known = [name for name in self.cache_names if name in self.parameters]
+        self.cache_name = known[0] if known else self.cache_names[-1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise TransformError(
