@@ -6,14 +6,15 @@ import functools
 import hashlib
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from arkv_fx.backend import ArkvBackend
 from arkv_fx.cache import ArkvCache
@@ -30,6 +31,8 @@ from arkv_fx.report import Report
 # Dynamo's default allows, and falling back to eager would leave the cache behind.
 RECOMPILE_LIMIT = 64
 _NAMES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+# What transformers calls the argument: by its new name since 5.24, which knows the old one, too.
+CACHE_NAMES = ("past_key_values", "cache")[: 2 if "cache" in ALL_CACHE_NAMES else 1]
 # Arguments whose second dimension counts tokens.
 GROWING = (*_NAMES, *(f"decoder_{name}" for name in _NAMES))
 
@@ -72,6 +75,10 @@ class Transformed:
             for name, p in signature.items()
             if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         ]
+        # What a model outside transformers may call a cache is its own.
+        self.cache_names = CACHE_NAMES if isinstance(model, PreTrainedModel) else CACHE_NAMES[:1]
+        known = [name for name in self.cache_names if name in self.parameters]
+        self.cache_name = known[0] if known else self.cache_names[-1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise TransformError(
@@ -95,14 +102,15 @@ class Transformed:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward with an ArkvCache where a cache is wanted."""
-        if "past_key_values" not in self.parameters and not (
-            "past_key_values" in kwargs or self.hands_on
-        ):
+        given = self.hands_on or any(name in kwargs for name in self.cache_names)
+        if self.cache_name not in self.parameters and not given:
             return self._call(args, kwargs)
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        cache = kwargs.get("past_key_values")
+        cache = _take(kwargs, self.cache_names)
         if cache is None and self._wants_cache(kwargs.get("use_cache")):
-            cache = kwargs["past_key_values"] = new_cache(self.model)
+            cache = new_cache(self.model)
+        if cache is not None:
+            kwargs[self.cache_name] = cache
         if cache is None:
             # Else the model would make a cache of its own, which nobody compresses.
             if "use_cache" in self.parameters or self.hands_on:
@@ -337,12 +345,19 @@ def _prepare_cache(
             "transformers cache, but the model is transformed to use ArkvCache; leave it out, or "
             "call arkv_fx.restore(model)"
         )
-    cache = model_kwargs.get("past_key_values")
+    cache = _take(model_kwargs, CACHE_NAMES)
     if cache is None:
-        model_kwargs["past_key_values"] = new_cache(model)
+        cache = new_cache(model)
     else:
         _ours(cache)
         cache._is_user_defined = True
+    model_kwargs[CACHE_NAMES[-1]] = cache
+
+
+def _take(kwargs: dict[str, Any], names: Sequence[str]) -> Any:
+    """Take an argument out that has one of several names; None if there is none."""
+    found = [kwargs.pop(name) for name in names if name in kwargs]
+    return next((value for value in found if value is not None), None)
 
 
 def new_cache(model: nn.Module) -> Any:

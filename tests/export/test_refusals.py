@@ -91,7 +91,8 @@ def counts_tokens(model: PreTrainedModel) -> PreTrainedModel:
     seen = {}
 
     def remember(module: Any, args: Any, kwargs: Any) -> None:
-        seen["length"] = kwargs["past_key_values"].get_seq_length()
+        name = "cache" if "cache" in kwargs else "past_key_values"  # before transformers 5.24
+        seen["length"] = kwargs[name].get_seq_length()
 
     model.model.register_forward_pre_hook(remember, with_kwargs=True)
     model.lm_head.forward = lambda x: forward(x) + seen["length"]
