@@ -355,9 +355,16 @@ def _prepare_cache(
 
 
 def _take(kwargs: dict[str, Any], names: Sequence[str]) -> Any:
-    """Take an argument out that has one of several names; None if there is none."""
+    """Take an argument out that has one of several names; None if there is none.
+
+    Raises:
+        CacheError: if two names give different ones.
+    """
     found = [kwargs.pop(name) for name in names if name in kwargs]
-    return next((value for value in found if value is not None), None)
+    given = [value for value in found if value is not None]
+    if any(value is not given[0] for value in given):
+        raise CacheError(f"{' and '.join(map(repr, names))} are one argument, and differ: give one")
+    return given[0] if given else None
 
 
 def new_cache(model: nn.Module) -> Any:

@@ -633,3 +633,16 @@ def test_an_absorbed_cache_read_by_the_plain_model_is_not_taken_for_numbers(
 def test_all_errors_are_ours() -> None:
     named = [getattr(arkv_fx.errors, name) for name in dir(arkv_fx.errors) if "Error" in name]
     assert all(issubclass(error, ArkvError) for error in named)
+
+
+def test_two_names_for_one_cache_are_refused(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers since 5.24 takes them, one by one."""
+    monkeypatch.setattr(model.arkv, "cache_names", ("past_key_values", "cache"))
+    both = {"past_key_values": ArkvCache(model), "cache": ArkvCache(model)}
+    with pytest.raises(CacheError, match="are one argument, and differ"):
+        model(IDS, **both)
+    cache = both["cache"]
+    model(IDS, past_key_values=None, cache=cache)
+    assert cache.get_seq_length() == IDS.shape[1]
