@@ -153,7 +153,7 @@ def insert(
             "cache-less, and insert_cache needs the name; use transform without insert_cache"
         )
     if sample is None:
-        sample = _random_ids(model)
+        sample = _random_sample(model)
     elif not isinstance(sample, tuple):
         sample = (sample,)
     state = Inserted(model, config, calibration, compile, sample)
@@ -169,20 +169,25 @@ def insert(
     return model
 
 
-def _random_ids(model: nn.Module) -> tuple[Any, ...] | None:
-    """Token ids that every embedding of the model knows, if its forward needs only one argument."""
+def _random_sample(model: nn.Module) -> tuple[Any, ...] | None:
+    """Arguments for a model whose forward needs only one: token ids."""
     needed = [
         p
         for p in inspect.signature(model.forward).parameters.values()
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
+    ids = random_ids(model)
+    return (ids,) if len(needed) == 1 and ids is not None else None
+
+
+def random_ids(model: nn.Module, batch: int = 1) -> Tensor | None:
+    """Token ids [batch, SAMPLE] that every embedding of the model knows; None if it has none."""
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    if len(needed) != 1 or not tables:
+    if not tables:
         return None
     generator = torch.Generator().manual_seed(0)
     most = min(t.shape[0] for t in tables)
-    ids = torch.randint(0, most, (1, SAMPLE), generator=generator)
-    return (ids.to(tables[0].device),)
+    return torch.randint(0, most, (batch, SAMPLE), generator=generator).to(tables[0].device)
 
 
 def _token_count(graph: Captured, tokens: Any, leaves: Sequence[Any]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.site import Site, first_over_caches
 from torch import Tensor
 from torch.fx import Node
 
@@ -62,10 +62,7 @@ class Context:
     @property
     def caches(self) -> list[Site]:
         """The first site of every cache that is rewritten."""
-        found: dict[tuple[str, int | None], Site] = {}
-        for site in self.fused:
-            found.setdefault(site.cache_key, site)
-        return list(found.values())
+        return first_over_caches(self.sites)
 
     @property
     def fused(self) -> list[Site]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,6 +161,15 @@ class Site:
             "reason": self.reason,
             "source": self.source,
         }
+
+
+def first_over_caches(sites: Iterable[Site]) -> list[Site]:
+    """The first site of every cache that is rewritten."""
+    found: dict[tuple[str, int | None], Site] = {}
+    for site in sites:
+        if site.fused:
+            found.setdefault(site.cache_key, site)
+    return list(found.values())
 
 
 def _text(sizes: Sequence[Any] | None) -> str:

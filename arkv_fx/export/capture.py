@@ -14,11 +14,11 @@ from arkv_fx.backend import ArkvBackend
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError, TransformError
-from arkv_fx.export.captured import Captured, first_sites, names_of
+from arkv_fx.export.captured import STATE, Captured, names_of, state_inputs
 from arkv_fx.layers import cached_layers, own_state, text_config, windows
 from arkv_fx.lower import Compiled
 from arkv_fx.passes.nodes import example
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.site import Site, first_over_caches
 from arkv_fx.transform import Transformed, _own_code, new_cache, restore, transform
 
 PROMPT = 13  # tokens of the sample: a size that no other extent of a model is likely to have
@@ -188,7 +188,6 @@ class _Tracer:
         constants: dict[str, str] = {}
         inputs: dict[str, str] = {}
         sizes: dict[str, tuple[str, int]] = {}
-        state: dict[str, list[str]] = {}
         symbols: dict[Any, tuple[str, int]] = {}
         for node, value in zip(nodes, call.inputs, strict=True):
             if id(value) in arguments:
@@ -197,11 +196,9 @@ class _Tracer:
                     if isinstance(size, torch.SymInt):
                         symbols.setdefault(size.node.expr, (name, dim))
         for node, value in zip(nodes, call.inputs, strict=True):
-            if node.name in inputs:
+            if node.name in inputs or node.name.startswith(STATE):
                 continue
-            if node.name.startswith("arkv_state_"):
-                state.setdefault(node.name.split("_")[2], []).append(node.name)
-            elif id(value) in self.names:
+            if id(value) in self.names:
                 constants[node.name] = self.names[id(value)]
             elif isinstance(example(node), torch.SymInt) and example(node).node.expr in symbols:
                 sizes[node.name] = symbols[example(node).node.expr]
@@ -212,8 +209,8 @@ class _Tracer:
         if not found:
             raise ExportError(f"{self.name}: its logits are not an output of its graph")
         return Captured(
-            call.graph, constants, inputs, sizes, first_sites(call.sites), list(state.values()),
-            found[0], {}, tuple(given),
+            call.graph, constants, inputs, sizes, first_over_caches(call.sites),
+            state_inputs(call.graph), found[0], {}, tuple(given),
         )  # fmt: skip
 
     def _stray(self, node: Node, value: Any) -> str:

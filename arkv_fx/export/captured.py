@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from arkv_fx.passes.site import Site
+
+STATE = "arkv_state_"
 
 
 @dataclass
@@ -47,10 +47,10 @@ def names_of(model: nn.Module) -> dict[int, str]:
     return names
 
 
-def first_sites(sites: Sequence[Site]) -> list[Site]:
-    """The first rewritten site over each cache."""
-    firsts: dict[Any, Site] = {}
-    for site in sites:
-        if site.fused:
-            firsts.setdefault(site.cache_key, site)
-    return list(firsts.values())
+def state_inputs(graph: GraphModule) -> list[list[str]]:
+    """The placeholders of each cache's state, as ``passes.rewrite`` names them."""
+    found: dict[str, list[str]] = {}
+    for node in graph.graph.find_nodes(op="placeholder"):
+        if node.name.startswith(STATE):
+            found.setdefault(node.name.split("_")[2], []).append(node.name)
+    return list(found.values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
@@ -12,11 +11,10 @@ from torch.utils._pytree import tree_leaves
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError
-from arkv_fx.export.captured import Captured, first_sites, names_of
-from arkv_fx.insert import Inserted, insert
+from arkv_fx.export.captured import STATE, Captured, names_of, state_inputs
+from arkv_fx.insert import Inserted, insert, random_ids
 from arkv_fx.insert_program import Program, build
 from arkv_fx.passes.nodes import shape
-from arkv_fx.self_check import SAMPLE
 from arkv_fx.transform import restore
 
 
@@ -30,12 +28,10 @@ def capture_inserted(
             position to its logits, which reach over the whole text.
         TransformError: if no cache can be inserted.
     """
-    generator = torch.Generator().manual_seed(0)
-    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-    if not tables:
+    ids = random_ids(model, batch)
+    if ids is None:
         raise ExportError(f"{type(model).__name__}: it has no embedding of tokens")
-    ids = torch.randint(0, min(tables), (batch, SAMPLE), generator=generator)
-    insert(model, config, calibration, "eager", ids.to(next(model.parameters()).device))
+    insert(model, config, calibration, "eager", ids)
     try:
         state = model.arkv
         assert isinstance(state, Inserted)
@@ -45,8 +41,9 @@ def capture_inserted(
                 f"{state.name}: its logits have a bias by position, which reaches over the whole "
                 "text, and graphs of fixed shapes cannot"
             )
-        leaves = {leaf for leaf in graph.leaves.values()}
-        if leaves != {0} or any(value is not None for value in graph.plain.values()):
+        if set(graph.leaves.values()) != {0} or any(
+            value is not None for value in graph.plain.values()
+        ):
             raise ExportError(f"{state.name}: its forward takes more than token ids")
         names = names_of(model)
         first, later = (
@@ -67,19 +64,16 @@ def _bind(
     constants: dict[str, str] = {}
     values: dict[str, Tensor] = {}
     inputs: dict[str, str] = {}
-    states: dict[str, list[str]] = {}
     for node in graph.graph.find_nodes(op="placeholder"):
         if node.name in held:
             value = held[node.name]
             constants[node.name] = names.get(id(value), f"constant.{node.name}")
             if id(value) not in names:  # made in the forward, and nobody's attribute
                 values[constants[node.name]] = value
-        elif node.name.startswith("arkv_state_"):
-            states.setdefault(node.name.split("_")[2], []).append(node.name)
-        elif node.name != "arkv_offset":
+        elif not node.name.startswith(STATE) and node.name != "arkv_offset":
             inputs[node.name] = "input_ids"
     return Captured(
-        graph, constants, inputs, {}, first_sites(program.sites), list(states.values()),
+        graph, constants, inputs, {}, program.context.caches, state_inputs(graph),
         _logits(graph, program), values,
         ("input_ids",) if program.fresh else ("input_ids", "position_ids"),
         "arkv_offset", bound,

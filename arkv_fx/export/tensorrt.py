@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +129,18 @@ def _check(
         return
     if longest < programs.least:
         raise ExportError(f"longest={longest}: the prompt's graph takes {programs.least} or more")
+    check_sorted(tiers, ", or graphs=['decode'] and run prompts by ONNX Runtime")
+
+
+def check_sorted(tiers: Sequence[Mapping[str, Any]], otherwise: str = "") -> None:
+    """Refuse a sidecar's tiers from whose candidates TensorRT cannot choose.
+
+    Args:
+        otherwise: what else to do, for the message.
+    """
     most = max(tier["slots"] for tier in tiers)
     if most > MOST_SORTED:
         raise ExportError(
             f"a tier has {most} slots, and TensorRT chooses at most {MOST_SORTED} tokens at once: "
-            "give a smaller budget, or graphs=['decode'] and run prompts by ONNX Runtime"
+            f"give a smaller budget{otherwise}"
         )

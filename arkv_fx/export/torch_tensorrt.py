@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 import arkv_fx.ops.codes  # noqa: F401  (registers the operators)
 from arkv_fx.errors import ExportError
 from arkv_fx.export.programs import Graph, Programs
-from arkv_fx.export.tensorrt import MOST_SORTED
+from arkv_fx.export.tensorrt import check_sorted
 
 
 def _dequantize(codes: Tensor, scale: Tensor) -> Tensor:
@@ -73,11 +73,7 @@ def write(
         raise ExportError(
             "Torch-TensorRT has no conversion to fp8: take int8, or target 'tensorrt'"
         )
-    if (most := max(tier["slots"] for tier in tiers)) > MOST_SORTED:
-        raise ExportError(
-            f"a tier has {most} slots, and TensorRT chooses at most {MOST_SORTED} tokens at once: "
-            "give a smaller budget"
-        )
+    check_sorted(tiers)
     for graph in (programs.prefill, programs.fused()):
         progress(f"compile the {graph.name} graph")
         inputs = _inputs(graph, compiler, (programs.least, longest))

@@ -215,9 +215,7 @@ def merge_many(
         if fresh:  # there is nothing in the tier that could come down
             winners = best(rank, tier.slots)
             won = _is_best(rank, winners)[..., tier.slots :]
-            below = Arrivals(
-                out.k, out.v, torch.where(won, -1, out.pos), out.valid, out.stats, out.rows
-            )
+            below = replace(out, pos=torch.where(won, -1, out.pos))
         else:
             order = rank.argsort(dim=-1, descending=True, stable=True)
             winners, losers = order[..., : tier.slots], order[..., tier.slots :]
