@@ -10,7 +10,7 @@ class Attention {
   const Plan plan;
 
   explicit Attention(const Call& call)
-      : plan(call), call(call), v_wide(whole(call.v_dim, W)), queries(call) {
+      : plan(call), call(call), v_wide(whole(call.v_dim, 2 * W)), queries(call) {
     static thread_local Scratch scratch;
     const int64_t n = call.batch * call.heads * call.groups, u = plan.units.size() * MOST;
     scratch.start(queries.nbytes() + 4 * (n * (plan.padded + 1) + u * (v_wide + 2)) + 64 * 5);

@@ -92,6 +92,7 @@ void unpack4(const char* p, int64_t n, int64_t half, char* out, int64_t wide) {
   const V nibble = bytes<V>(15);
   for (; n; n--, p += half, out += wide)
     for (int64_t j = 0; j + (int64_t)sizeof(V) <= half; j += sizeof(V)) {
+      ahead(p + j);
       V x = load<V>(p + j);
       store<V>(out + j, x & nibble);
       store<V>(out + half + j, (x >> 4) & nibble);
@@ -129,6 +130,8 @@ void unpack3(const char* p, int64_t n, int64_t run, char* out, int64_t wide) {
 inline void unpack3_pairs(const char* p, int64_t n, char* out, int64_t wide) {
   const u64x4 nibble = bytes<u64x4>(15);
   for (; n >= 2; n -= 2, p += 96, out += 2 * wide) {
+    ahead(p);
+    ahead(p + 64);
     u64x4 x[3], two[4];
     for (int i = 0; i < 3; i++)
       x[i] = __builtin_shufflevector(load<u64x2>(p + 16 * i), load<u64x2>(p + 48 + 16 * i),

@@ -6,9 +6,9 @@
 #include <limits>
 
 #if defined(__AVX512BW__)
-constexpr int W = 16;
+constexpr int W = 16, REGISTERS = 32;
 #else
-constexpr int W = 8;  // two registers of four where vectors are 16 bytes
+constexpr int W = 8, REGISTERS = 16;  // two registers of four where vectors are 16 bytes
 #endif
 
 #define INLINE inline __attribute__((always_inline))
@@ -18,6 +18,10 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef int16_t vs __attribute__((vector_size(4 * W)));
 constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: a sum with it has no fraction left
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
+
+// For what is read once and in order, tens of rows before it is needed: the processor itself reads
+// ahead to the end of a page of 4 KiB only. A little at a time; a burst of these is slower than none.
+INLINE void ahead(const void* p) { __builtin_prefetch((const char*)p + 2048); }
 
 template <class V>
 INLINE V load(const void* p) {
@@ -68,7 +72,7 @@ INLINE vi rounded(vf x) { return (vi)(x + ROUNDER) - (vi)(vf{} + ROUNDER); }
 INLINE vf larger(vf x, vf y) { return y > x ? y : x; }
 
 // Before arrays become registers: GCC would otherwise keep them in memory.
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #define EACH UNROLL for (int i = 0; i < N; i++)
 
 // e^x for x <= 88 to 2 ulp, of N vectors side by side: one alone would wait for itself. Below -87
@@ -141,5 +145,38 @@ INLINE f8 highest(const vf* x) {
   return reduce(x, [](auto a, auto b) { return b > a ? b : a; });
 }
 
-INLINE f8 numbers(f8 x) { return x; }
-INLINE f8 numbers(i8 x) { return __builtin_convertvector(x, f8); }
+
+// Each of W vectors reduced to its sum, in order.
+#if defined(__AVX512BW__)
+template <class V>
+INLINE V all_sums(const V* x) {
+  typedef int64_t vl __attribute__((vector_size(4 * W)));
+#define JOIN(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+  V y[8], z[4];  // sums within quarters of the vectors
+  UNROLL for (int i = 0; i < 8; i++) {
+    const V a = x[2 * i], b = x[2 * i + 1];
+    y[i] = JOIN(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           JOIN(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  }
+  UNROLL for (int i = 0; i < 4; i++) {
+    const vl a = (vl)y[2 * i], b = (vl)y[2 * i + 1];
+    z[i] = (V)JOIN(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + (V)JOIN(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  UNROLL for (int i = 0; i < 2; i++) {  // then halves, then quarters
+    const V a = z[2 * i], b = z[2 * i + 1];
+    z[i] = JOIN(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           JOIN(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  return JOIN(z[0], z[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         JOIN(z[0], z[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+#undef JOIN
+}
+#else
+template <class V>
+INLINE V all_sums(const V* x) {
+  return sums(x);
+}
+#endif
+
+INLINE vf numbers(vf x) { return x; }
+INLINE vf numbers(vi x) { return number(x); }

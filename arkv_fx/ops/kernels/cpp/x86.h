@@ -26,18 +26,36 @@ INLINE vi widen(const uint16_t* p) { return (vi)WIDE(cvtepu16_epi32)(LOAD_HALF(p
 // 2 W bytes as shorts.
 INLINE vs shorts(const int8_t* p) { return (vs)WIDE(cvtepi8_epi16)(LOAD_HALF(p)); }
 
-// Sums of neighbours' products.
-INLINE vi multiply_pairs(vs x, vs y) { return (vi)WIDE(madd_epi16)((wide)x, (wide)y); }
-
-// W columns of two rows of bytes as shorts, one row's beside the other's.
-INLINE vs interleave(const char* a, const char* b) {
-  const __m128i x = LOAD_QUARTER(a), y = LOAD_QUARTER(b);
-#if defined(__AVX512BW__)
-  const __m256i both = _mm256_set_m128i(_mm_unpackhi_epi8(x, y), _mm_unpacklo_epi8(x, y));
+// `sum` and the sums of neighbours' products.
+INLINE vi add_products(vi sum, vs x, vs y) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  return (vi)_mm512_dpwssd_epi32((wide)sum, (wide)x, (wide)y);
+#elif defined(__AVXVNNI__)
+  return (vi)_mm256_dpwssd_avx_epi32((wide)sum, (wide)x, (wide)y);
 #else
-  const __m128i both = _mm_unpacklo_epi8(x, y);
+  return sum + (vi)WIDE(madd_epi16)((wide)x, (wide)y);
 #endif
-  return (vs)WIDE(cvtepi8_epi16)(both);
+}
+
+// 2 W columns of two rows of bytes as shorts, one row's beside the other's. Which columns the two
+// vectors have is up to the instruction; `in_order` puts sums of them right.
+INLINE void interleave(const char* a, const char* b, vs* x) {
+#if defined(__AVX512BW__)
+#define UNPACK(part) _mm256_unpack##part##_epi8
+#else
+#define UNPACK(part) _mm_unpack##part##_epi8
+#endif
+  const auto p = LOAD_HALF(a), q = LOAD_HALF(b);
+  x[0] = (vs)WIDE(cvtepi8_epi16)(UNPACK(lo)(p, q));
+  x[1] = (vs)WIDE(cvtepi8_epi16)(UNPACK(hi)(p, q));
+}
+
+INLINE void in_order(vi& x, vi& y) {
+#if defined(__AVX512BW__)
+  const wide low = _mm512_shuffle_i64x2((wide)x, (wide)y, 0x44);
+  y = (vi)_mm512_shuffle_i64x2((wide)x, (wide)y, 0xee);
+  x = (vi)low;
+#endif
 }
 
 // Rounded, |x| < 2^15.
@@ -79,7 +97,8 @@ INLINE void store_bytes(void* p, vi x) {
 
 // Only so that what INTEGERS leaves out compiles.
 INLINE vs shorts(const int8_t*) { return vs{}; }
-INLINE vi multiply_pairs(vs, vs) { return vi{}; }
-INLINE vs interleave(const char*, const char*) { return vs{}; }
+INLINE vi add_products(vi, vs, vs) { return vi{}; }
+INLINE void interleave(const char*, const char*, vs*) {}
+INLINE void in_order(vi&, vi&) {}
 INLINE void store_shorts(int16_t*, vi) {}
 #endif
