@@ -117,7 +117,7 @@ def test_export_then_generate_by_onnx_runtime(model: str, prompt: str, tmp_path:
 def test_export_refuses_what_it_cannot_write(model: str, tmp_path: Path) -> None:
     command = ["export", model, "--out", tmp_path / "e"]
     fails(*command, "--target", "tflite", says="unknown target 'tflite'")
-    fails(*command, "--tier", "k4v3", says="cannot be exported")
+    fails(*command, "--preset", "paper", says="which is not exported")
     assert not list(tmp_path.iterdir())
 
 

@@ -22,7 +22,7 @@ from arkv_fx.commands.common import (
     out,
     spinner,
 )
-from arkv_fx.export import TARGETS, TIERS
+from arkv_fx.export import TARGETS
 from arkv_fx.export import export as export_
 from arkv_fx.models import PACKAGED
 
@@ -39,9 +39,7 @@ def export(
     preset: Preset = "default",
     tier: Annotated[
         list[str] | None,
-        typer.Option(
-            help=f"Storage format, most precise first; once or twice ({', '.join(TIERS)})."
-        ),
+        typer.Option(help="Storage format, most precise first; once or twice (the preset's)."),
     ] = None,
     calibration: CalibrationFile = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that run together.")] = 1,
@@ -62,8 +60,8 @@ def export(
     """Write prefill and decode graphs, their weights, the tokenizer and arkv.json."""
     network, tokenizer = load(model, dtype)
     config = configure(preset, compression, budget, context or 4096)
-    if tier or preset == "default":
-        config = config.replace(tiers=tuple(tier or TIERS))
+    if tier:
+        config = config.replace(tiers=tuple(tier))
     given = {"capabilities": capability, "graphs": graph, "longest": longest}
     options: dict[str, Any] = {name: value for name, value in given.items() if value}
     with spinner() as show:

@@ -23,9 +23,6 @@ from arkv_fx.transform import fingerprint
 
 __all__ = ["TARGETS", "export"]
 
-TIERS = ("int8", "int4")
-"""Tiers of the default configuration: the best per byte of those that can be exported."""
-
 
 def export(
     model: nn.Module,
@@ -55,8 +52,7 @@ def export(
         calibration: OQ ratios from ``arkv_fx.calibrate``, or None.
         out_dir: a folder that does not exist or is empty. It appears when everything is written.
         target: a name in ``TARGETS``.
-        config: budget, formats and ranking; by default ``tiers=("int8", "int4")``. Formats are
-            native, bf16, int8, k8v4, int4 and fp8.
+        config: budget, formats and ranking; the default one if None.
         batch: sequences that run together.
         tokenizer: saved beside the graphs, if given.
         insert_cache: for a model that knows no cache, whose forward takes token ids [batch, tokens]
@@ -88,7 +84,7 @@ def export(
         raise ExportError(f"{folder} exists and is not an empty folder")
     if calibration is not None:
         calibration.check(fingerprint(model))
-    config = config or ArkvConfig(tiers=TIERS)
+    config = config or ArkvConfig()
     progress("capture the model")
     programs = make_programs(model, config, calibration, batch, insert_cache)
     saved = "tokenizer" if tokenizer is not None else None

@@ -1,14 +1,14 @@
 """Storage formats as graphs outside of torch can compute them: the same bytes, other arithmetic.
 
 ONNX and TensorRT know no bit operations on codes and no unsigned selection. So unsigned bytes
-become int8 (less 128), nibbles are split by division, e4m3 is a dtype of its own, and codes are
-read by the operators of ``arkv_fx.ops.codes``.
+become int8 (less 128), bits are found by division, e4m3 is a dtype of its own, and codes are read
+by the operators of ``arkv_fx.ops.codes``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import torch
@@ -17,10 +17,12 @@ from torch import Tensor
 from arkv_fx.errors import ExportError
 from arkv_fx.ops.codes import dequantize, to_e4m3, widen
 from arkv_fx.ops.formats import Codec, Field, Format, get_format
+from arkv_fx.ops.formats.affine import RotatedAffine
 from arkv_fx.ops.formats.base import SCALE_DTYPE, TINY_SCALE
 from arkv_fx.ops.formats.bf16 import Bf16
 from arkv_fx.ops.formats.fp8 import Fp8
 from arkv_fx.ops.formats.hadamard import block, hadamard
+from arkv_fx.ops.formats.int3 import Int3
 from arkv_fx.ops.formats.int4 import Int4
 from arkv_fx.ops.formats.int8 import Int8
 from arkv_fx.ops.formats.native import Native
@@ -62,33 +64,27 @@ class ExportedFp8(Fp8):
         return dequantize(parts[0], parts[1].to(torch.float32)).to(dtype)
 
 
-class ExportedInt4(Int4):
-    """int4 in signed bytes: 16 * high nibble + low nibble - 128."""
+class _ExportedAffine(RotatedAffine):
+    """Packed codes and zeros in signed bytes, 128 less; packing and splitting are arithmetic."""
 
     def fields(self, dim: int, native: torch.dtype) -> tuple[Field, ...]:
-        self.check(dim)
-        return (
-            Field("codes", dim // 2, torch.int8),
-            Field("scale", 1, SCALE_DTYPE),
-            Field("zero", 1, torch.int8),
-        )
+        held = super().fields(dim, native)
+        return tuple(replace(f, dtype=torch.int8) if f.dtype == torch.uint8 else f for f in held)
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.to_stored(x.to(torch.float32))
         low = x.amin(-1, keepdim=True).clamp(max=0.0)
         high = x.amax(-1, keepdim=True).clamp(min=0.0)
-        stored, scale = _scale((high - low) / 15)
+        top = 2**self.bits - 1
+        stored, scale = _scale((high - low) / top)
         zero = (-low / scale / self._unit()).round().clamp(0, 255)
-        codes = (x / scale + zero * self._unit()).round().clamp(0, 15)
-        first, second = codes.chunk(2, -1)
-        packed = first + second * 16 - SHIFT
-        return packed.to(torch.int8), stored, (zero - SHIFT).to(torch.int8)
+        codes = (x / scale + zero * self._unit()).round().clamp(0, top)
+        return (self.pack(codes) - SHIFT).to(torch.int8), stored, (zero - SHIFT).to(torch.int8)
 
     def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
         packed, scale, zero = parts
-        both = widen(packed)
-        second = (both / 16).floor()
-        codes = torch.cat([both - second * 16, second + SHIFT / 16], -1)
+        runs = self.split(widen(packed) + SHIFT)
+        codes = torch.cat(runs, -1) if len(runs) > 1 else runs[0]
         offset = (zero.to(torch.float32) + SHIFT) * self._unit()
         return ((codes - offset) * scale.to(torch.float32)).to(dtype)
 
@@ -97,6 +93,38 @@ class ExportedInt4(Int4):
 
     def from_stored(self, x: Tensor) -> Tensor:
         return _rotate(x)
+
+
+class ExportedInt4(_ExportedAffine, Int4):
+    """16 * second half + first half."""
+
+    def pack(self, codes: Tensor) -> Tensor:
+        first, second = codes.chunk(2, -1)
+        return first + second * 16
+
+    def split(self, packed: Tensor) -> list[Tensor]:
+        second = (packed / 16).floor()
+        return [packed - second * 16, second]
+
+
+class ExportedInt3(_ExportedAffine, Int3):
+    """Three bit planes; a bit is what a division by its weight and by twice of it leave."""
+
+    def pack(self, codes: Tensor) -> Tensor:
+        left = [codes, (codes / 2).floor(), (codes / 4).floor()]
+        bits = [left[0] - left[1] * 2, left[1] - left[2] * 2, left[2]]
+        planes = []
+        for bit in bits:
+            runs = bit.chunk(8, -1)
+            planes.append(sum((run * 2**i for i, run in enumerate(runs[1:], 1)), runs[0]))
+        return torch.cat(planes, -1)
+
+    def split(self, packed: Tensor) -> list[Tensor]:
+        # All runs at once: eight to join are too many for TensorRT to fuse with what reads them.
+        run = torch.arange(1, 9, device=packed.device, dtype=torch.float32)[:, None]
+        parts = packed.unflatten(-1, (3, 1, -1)) / run.exp2()
+        low, middle, high = ((parts - parts.floor()) * 2).floor().unbind(-3)
+        return [(low + middle * 2 + high * 4).flatten(-2)]
 
 
 @lru_cache
@@ -119,8 +147,11 @@ def _rotate(x: Tensor) -> Tensor:
 
 
 CODECS: dict[str, Codec] = {
-    codec.name: codec for codec in (Native(), Bf16(), ExportedFp8(), ExportedInt8(), ExportedInt4())
-}
+    codec.name: codec
+    for codec in (
+        Native(), Bf16(), ExportedFp8(), ExportedInt8(), ExportedInt4(), ExportedInt3()
+    )
+}  # fmt: skip
 """The codecs that can be exported, by the name of what they stand for."""
 
 

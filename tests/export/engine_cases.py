@@ -25,6 +25,7 @@ CASES = {
     "llama": ("int8", "int4"),
     "qwen3": ("native", "fp8"),
     "gemma3": ("k8v4", "int4"),
+    "mistral": ("k8v4", "k4v3"),
 }
 
 

@@ -16,7 +16,10 @@ from arkv_fx.ops.attention import Knobs
 from arkv_fx.plan import LayerPlan, Tier
 
 BATCH, HEADS, DIM = 2, 2, 16
-TIERS = [("int8", "int4"), ("native", "fp8"), ("fp8", "k8v4"), ("bf16",), ("int4",), ("native",)]
+TIERS = [
+    ("k8v4", "k4v3"), ("int8", "int4"), ("native", "fp8"), ("fp8", "k8v4"), ("bf16",), ("int4",),
+    ("native",),
+]  # fmt: skip
 
 
 def plan(tiers: tuple[str, ...], sliding: int = 0) -> LayerPlan:
@@ -113,7 +116,7 @@ def test_a_codec_keeps_its_bytes_and_its_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e30])
-@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4", "int3"])
 def test_vectors_at_the_ends_of_the_range(name: str, value: float) -> None:
     codec = CODECS[name]
     x = torch.full((1, 16), value)
@@ -122,7 +125,13 @@ def test_vectors_at_the_ends_of_the_range(name: str, value: float) -> None:
     assert torch.allclose(decoded, x, rtol=0.1)
 
 
-def test_what_can_be_exported_is_listed() -> None:
-    assert exportable() == ["native", "bf16", "fp8", "int8", "k8v4", "int4"]
-    with pytest.raises(ExportError, match=r"layer 3: .*'k4v3' stores int3"):
+def test_every_format_can_be_exported() -> None:
+    assert exportable() == list(formats.FORMATS)
+
+
+def test_a_format_without_an_exported_form_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(CODECS, "int3")
+    with pytest.raises(ExportError, match=r"layer 3: .*'k4v3' stores int3.*choose tiers of native"):
         ExportPlan.of(plan(("int8", "k4v3")), "layer 3")

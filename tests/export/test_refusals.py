@@ -107,7 +107,6 @@ def test_a_step_that_hangs_on_the_cache_length_is_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"config": ArkvConfig(budget=40)}, ExportError, "int3.*choose tiers of native"),
         ({"config": ArkvConfig.paper(64)}, ExportError, "score 'paper'"),
         ({"config": SMALL.replace(bytes=10)}, ConfigError, "does not hold the window"),
     ],
@@ -147,7 +146,7 @@ def test_a_model_in_another_state_is_refused(
 
 def test_a_refused_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = random_model("llama")
-    refuses(model, tmp_path, ExportError, "int3", config=ArkvConfig(budget=40))
+    refuses(model, tmp_path, ExportError, "paper", config=ArkvConfig.paper(64))
     assert not hasattr(model, "arkv")
     assert "forward" not in model.__dict__
 

@@ -109,6 +109,13 @@ def test_fp8(arch: str, tmp_path: Path) -> None:
     assert all(e["largest"] < tier_numbers(sidecar) / 2 for e in sidecar["engines"])
 
 
+def test_the_default_tiers(tmp_path: Path) -> None:
+    """Three-bit values too are taken apart inside the kernels that sum over them."""
+    tiers = arkv_fx.ArkvConfig().tiers
+    sidecar = engines("llama", tmp_path / "e", tiers, ["SM80", "SM120"], graphs=["decode"])
+    assert all(e["largest"] < tier_numbers(sidecar) / 2 for e in sidecar["engines"])
+
+
 def test_a_graph_that_is_none_is_named(folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "decode.onnx"
     broken.write_bytes((folder / "decode.onnx").read_bytes()[:2000])

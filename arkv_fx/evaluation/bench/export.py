@@ -20,7 +20,7 @@ from arkv_fx.evaluation.bench.caches import arkv_decoder, layers_of, load_model
 from arkv_fx.evaluation.bench.cases import Options
 from arkv_fx.evaluation.bench.contest import Entrant, compete
 from arkv_fx.evaluation.bench.measurements import Measurement, dtype_name
-from arkv_fx.export import TIERS, export
+from arkv_fx.export import export
 from arkv_fx.runtime import OnnxSession
 
 SLOTS, PROMPT = 256, 512
@@ -33,7 +33,7 @@ def export_(options: Options, progress: Callable[[str], None]) -> list[Measureme
     All methods hold the same formats and slots. Engines are built, not run.
     """
     model = load_model(options)
-    config = ArkvConfig(budget=options.slots or SLOTS, tiers=TIERS)
+    config = options.config(SLOTS)
     empty = Measurement("export", options.model, "", dtype_name(options.dtype), slots=config.budget)
     target: str = "onnx"
     given: dict[str, Any] = {}

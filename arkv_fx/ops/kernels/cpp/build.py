@@ -41,8 +41,10 @@ def load() -> CDLL:
         try:
             library: CDLL = CppCodeCache.load(source())
         except Exception as error:
+            # What the compiler said, without the command that torch puts before it.
+            said = str(error).split("Output:\n")[-1].strip()[:2000]
             raise KernelError(
-                f"the C++ kernel could not be compiled: {error}; install a C++ compiler "
+                f"the C++ kernel could not be compiled: {said}; install a C++ compiler "
                 "(g++ 12, clang++ 13 or newer, or name one in CXX), or choose another kernel"
             ) from error
     return library

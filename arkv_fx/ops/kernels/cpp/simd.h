@@ -145,7 +145,6 @@ INLINE f8 highest(const vf* x) {
   return reduce(x, [](auto a, auto b) { return b > a ? b : a; });
 }
 
-
 // Each of W vectors reduced to its sum, in order.
 #if defined(__AVX512BW__)
 template <class V>

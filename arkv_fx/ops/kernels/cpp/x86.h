@@ -28,9 +28,9 @@ INLINE vs shorts(const int8_t* p) { return (vs)WIDE(cvtepi8_epi16)(LOAD_HALF(p))
 
 // `sum` and the sums of neighbours' products.
 INLINE vi add_products(vi sum, vs x, vs y) {
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
   return (vi)_mm512_dpwssd_epi32((wide)sum, (wide)x, (wide)y);
-#elif defined(__AVXVNNI__)
+#elif defined(__AVXVNNI__) && !defined(__AVX512BW__)
   return (vi)_mm256_dpwssd_avx_epi32((wide)sum, (wide)x, (wide)y);
 #else
   return sum + (vi)WIDE(madd_epi16)((wide)x, (wide)y);
