@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import arkv_fx
+from arkv_fx import models
 from arkv_fx.errors import ExportError, UnknownOptionError
 from arkv_fx.export import tensorrt
 from arkv_fx.runtime import OnnxSession
@@ -107,6 +108,35 @@ def test_fp8(arch: str, tmp_path: Path) -> None:
     sidecar = engines(arch, tmp_path / "e", ("fp8",), ["SM89", "SM120"], graphs=["decode"])
     assert all("float8_e4m3fn" in e["inputs"].values() for e in sidecar["engines"])
     assert all(e["largest"] < tier_numbers(sidecar) / 2 for e in sidecar["engines"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tiers", "capabilities"), [(("int8", "int4"), EVERY), (("fp8",), ["SM89", "SM120"])]
+)
+def test_a_whole_model(tiers: tuple[str, ...], capabilities: list[str], tmp_path: Path) -> None:
+    """Two minutes for a decode engine, and little beside the weights in it."""
+    model, _ = models.load("smollm2")
+    out, config = tmp_path / "e", CONFIG.replace(tiers=tiers, oq_ratio=0.5)
+    arkv_fx.export(
+        model, None, out, "tensorrt", config=config, capabilities=capabilities, graphs=["decode"]
+    )
+    sidecar = json.loads((out / "arkv.json").read_text())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert [e["capability"] for e in sidecar["engines"]] == capabilities
+    for engine in sidecar["engines"]:
+        print(engine["file"], engine["seconds"], engine["bytes"] / weights, engine["largest"])
+        assert engine["seconds"] <= 120
+        assert weights < engine["bytes"] <= 1.2 * weights
+        # Scores of all layers are updated together, and are nearly as many.
+        assert 0 < engine["largest"] < tier_numbers(sidecar)
+    span = (sidecar["least_prompt"], 2048)
+    prompt = tensorrt.build(out / "prefill.onnx", tmp_path / "engine", "SM89", span=span)
+    print("prefill", prompt["seconds"], prompt["bytes"] / weights)
+    assert weights < prompt["bytes"] <= 1.2 * weights
+    # Negative control, as above.
+    other = tensorrt.build(out / "decode.onnx", tmp_path / "engine", "SM89")
+    assert other["largest"] >= tier_numbers(sidecar)
 
 
 def test_a_graph_that_is_none_is_named(folder: Path, tmp_path: Path) -> None:
