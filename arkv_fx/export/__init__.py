@@ -90,6 +90,7 @@ def export(
     if calibration is not None:
         calibration.check(fingerprint(model))
     config = config or ArkvConfig(tiers=TIERS)
+    TARGETS[target].check(config, **options)
     progress("capture the model")
     programs = make_programs(model, config, calibration, batch, insert_cache)
     saved = "tokenizer" if tokenizer is not None else None

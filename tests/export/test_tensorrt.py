@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -156,13 +157,34 @@ def test_a_build_has_a_time_limit(folder: Path, tmp_path: Path) -> None:
     "change, options, error, said",
     [
         ({"tiers": ("fp8",)}, {"capabilities": ["SM86", "SM89"]}, ExportError, "SM86 have no fp8"),
+        ({"tiers": ("int8", "fp8")}, {}, ExportError, "SM86 have no fp8"),
         ({}, {"capabilities": ["SM90"]}, UnknownOptionError, "'SM90'"),
         ({}, {"graphs": ["encode"]}, UnknownOptionError, "'encode'"),
-        ({}, {"longest": 3}, ExportError, "takes 5 or more"),
-        ({"budget": 5000}, {}, ExportError, "at most 3840"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_the_model_is_captured(
+    change: dict[str, Any], options: dict[str, Any], error: type[Exception], said: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    package = importlib.import_module("arkv_fx.export")  # not the function of that name
+    monkeypatch.setattr(package, "make_programs", lambda *_: pytest.fail("captured"))
+    refuses(change, options, error, said, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, options, said",
+    [
+        ({}, {"longest": 3}, "takes 5 or more"),
+        ({"budget": 5000}, {}, "at most 3840"),
     ],
 )
 def test_what_cannot_be_built_leaves_nothing(
+    change: dict[str, Any], options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    refuses(change, options, ExportError, said, tmp_path)
+
+
+def refuses(
     change: dict[str, Any], options: dict[str, Any], error: type[Exception], said: str,
     tmp_path: Path,
 ) -> None:  # fmt: skip
