@@ -183,13 +183,13 @@ class _Tracer:
         caches = first_over_caches(call.sites)
         values = dict(zip(graph.graph.find_nodes(op="placeholder"), call.inputs, strict=False))
         constants = {n: self.names[id(x)] for n, x in values.items() if id(x) in self.names}
-        names = {n.name: name for n, name in constants.items()}
         given = {id(x): n for n, x in values.items() if isinstance(x, Tensor)}
         ids, positions = (given.get(id(x)) for x in (self.ids_given, self.places_given))
         if ids is None:
             raise ExportError(f"{self.name}: its graph does not read the token ids")
         held = {n.name: values[n] for n in constants}
         count_from_offset(graph, ids, positions, caches, fresh, held)
+        names = {n.name: name for n, name in constants.items() if n.users}  # not its buffers
         check_constants(self.name, call, names)
         tokens = {str((shape(ids) or ())[1])} | {str(x) for x in shape(positions) or ()}
         sizes: dict[str, tuple[str, int]] = {}

@@ -8,6 +8,7 @@ from typing import Any
 
 import engine_cases as cases
 import numpy as np
+import onnx
 import pytest
 import torch
 from models_outside import gpt_fast, x_transformers
@@ -208,8 +209,12 @@ def test_evicting_graphs_do_what_the_compiled_model_does(
         assert any((x != held[name]).any() for name, x in session.state().items())
 
 
-def test_texts_end_where_the_buffers_do(tmp_path: Path) -> None:
+def test_texts_end_where_the_buffers_do_which_are_not_exported(tmp_path: Path) -> None:
     session = OnnxSession(arkv_fx.export(fast(1), None, tmp_path / "e", config=WHOLE))
+    for graph in ("prefill.onnx", "decode.onnx"):
+        held = onnx.load(tmp_path / "e" / graph, load_external_data=False).graph.initializer
+        names = " ".join(x.name for x in held)
+        assert "attention.wqkv.weight" in names and "_cache" not in names
     tokens = np.tile(ids(1).numpy(), 2)
     with pytest.raises(EngineError, match="65 tokens: the model knows positions for 64 only"):
         session.prefill(tokens[:, :65])
