@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,21 @@ def test_texts_end_where_the_buffers_do_which_are_not_exported(tmp_path: Path) -
     tokens = np.tile(ids(1).numpy(), 2)
     with pytest.raises(EngineError, match="65 tokens: the model knows positions for 64 only"):
         session.prefill(tokens[:, :65])
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("gpt_fast", marks=pytest.mark.slow), "static", "x_transformers"]
+)
+def test_engines_take_the_position_as_an_input(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    config = ArkvConfig(budget=64, window=4, sinks=2, tiers=("int8", "int4"))
+    options = {"capabilities": ["SM89"], "longest": 60}
+    out = arkv_fx.export(
+        MODELS[kind](1), None, tmp_path / "e", "tensorrt", config=config, **options
+    )
+    engines = json.loads((out / "arkv.json").read_text())["engines"]
+    given = [[n for n in e["inputs"] if not n.startswith("past_key_values")] for e in engines]
+    assert given == [["input_ids"], ["input_ids", "position_ids"]]
 
 
 class Counting(Static):
