@@ -44,11 +44,13 @@ def export(
     vocabulary] and the state ``present.{group}.{tensor}``; the decode graph takes ``input_ids`` and
     ``position_ids`` [batch, 1] and that state as ``past_key_values.{group}.{tensor}``. A state
     tensor holds all layers of equal plans, [layers, batch, ...]; every shape but that of the prompt
-    is fixed. ``arkv_fx.runtime.OnnxSession`` runs the files of target "onnx".
+    is fixed. Prefill graphs of models outside transformers take ``input_ids`` only: their prompts
+    have no padding. ``arkv_fx.runtime.OnnxSession`` runs the files of target "onnx".
 
     Args:
-        model: a causal language model in eval mode, not transformed: of transformers, or with
-            ``insert_cache`` any; left as it is.
+        model: a causal language model in eval mode, not transformed; left as it is. Of
+            transformers; or one that keeps a cache of its own, whose forward takes token ids and
+            positions, or token ids and the past that it returned; or with ``insert_cache`` any.
         calibration: OQ ratios from ``arkv_fx.calibrate``, or None.
         out_dir: a folder that does not exist or is empty. It appears when everything is written.
         target: a name in ``TARGETS``.
@@ -56,8 +58,7 @@ def export(
         batch: sequences that run together.
         tokenizer: saved beside the graphs, if given.
         insert_cache: for a model that knows no cache, whose forward takes token ids [batch, tokens]
-            alone: its causal self-attention is given one, see ``transform``. Its prefill graph
-            takes ``input_ids`` only: prompts have no padding.
+            alone: its causal self-attention is given one, see ``transform``.
         progress: called with what is being done.
         options: of the target.
 
@@ -85,6 +86,7 @@ def export(
     if calibration is not None:
         calibration.check(fingerprint(model))
     config = config or ArkvConfig()
+    TARGETS[target].check(config, **options)
     progress("capture the model")
     programs = make_programs(model, config, calibration, batch, insert_cache)
     saved = "tokenizer" if tokenizer is not None else None

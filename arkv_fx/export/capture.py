@@ -2,48 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from arkv_fx.backend import ArkvBackend
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
-from arkv_fx.errors import ExportError, TransformError
-from arkv_fx.export.captured import STATE, Captured, names_of, state_inputs
+from arkv_fx.errors import ExportError
+from arkv_fx.export.captured import (
+    STATE,
+    Call,
+    Captured,
+    check_constants,
+    check_model,
+    check_sites,
+    names_of,
+    state_inputs,
+    stray,
+)
 from arkv_fx.layers import cached_layers, own_state, text_config, windows
 from arkv_fx.lower import Compiled
 from arkv_fx.passes.nodes import example
-from arkv_fx.passes.site import Site, first_over_caches
+from arkv_fx.passes.site import first_over_caches
 from arkv_fx.transform import Transformed, _own_code, new_cache, restore, transform
 
 PROMPT = 13  # tokens of the sample: a size that no other extent of a model is likely to have
 
 
-@dataclass
-class _Call:
-    graph: GraphModule
-    sites: list[Site]
-    inputs: Sequence[Any]
-    outputs: Sequence[Any]
-
-
 class _Recorder(ArkvBackend):
     """Runs rewritten graphs as they are and remembers the last call."""
 
-    last: _Call | None = None
+    last: Call | None = None
 
     def _lower(self, graph: GraphModule, inputs: list[Any], fused: bool) -> Compiled:
         sites = self.sites[-1]
 
         def run(*args: Any) -> Any:
-            outputs = graph.forward(*args)
-            self.last = _Call(graph, sites, args, outputs)
-            return outputs
+            self.last = Call.make(graph, sites, args, graph.forward)
+            return self.last.outputs
 
         return run
 
@@ -57,6 +56,7 @@ def capture(
         ExportError: if the graphs would lose anything: attention that is not fused, a state that
             is not ours, a graph break, an input that changes from step to step.
     """
+    check_model(model)
     _check_kind(model)
     transform(model, config, calibration, compile="eager")
     try:
@@ -67,16 +67,9 @@ def capture(
 
 def _check_kind(model: nn.Module) -> None:
     name = type(model).__name__
-    if hasattr(model, "arkv"):
-        raise TransformError("the model is transformed: call arkv_fx.restore(model) first")
-    if model.training:
-        raise ExportError(f"{name} is in training mode: call model.eval()")
     layers = cached_layers(model)
-    if not layers or getattr(model.config, "is_encoder_decoder", False):
-        raise ExportError(
-            f"{name}: only decoders whose cache transformers manages can be exported; this is "
-            + ("an encoder-decoder" if layers else "none (insert_cache=True gives it one)")
-        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ExportError(f"{name}: an encoder-decoder is not exported")
     if own := [i for i, s in enumerate(own_state(layers)) if type(s).__name__ != "CompressedLayer"]:
         raise ExportError(
             f"{name}: layer(s) {own} keep a recurrent or convolution state or an indexer, which "
@@ -168,12 +161,7 @@ class _Tracer:
 
     def _check_sites(self) -> None:
         sites = [s for s in (self.recorder.sites or [[]])[-1] if s.source]
-        refused = [f"  {s.row()['path']}: {s.reason}" for s in sites if not s.fused]
-        if refused:
-            raise ExportError(
-                f"{self.name}: attention over its cache cannot be rewritten, so nothing is "
-                "exported\n" + "\n".join(refused)
-            )
+        check_sites(self.name, sites)
         for site in sites:
             if site.source != "marker":
                 raise ExportError(
@@ -181,7 +169,7 @@ class _Tracer:
                     "transformers manages are exported"
                 )
 
-    def _bind(self, call: _Call, given: dict[str, Tensor], logits: Tensor) -> Captured:
+    def _bind(self, call: Call, given: dict[str, Tensor], logits: Tensor) -> Captured:
         """Find out what each placeholder stands for."""
         nodes = call.graph.graph.find_nodes(op="placeholder")
         arguments = {id(t): name for name, t in given.items()}
@@ -203,7 +191,8 @@ class _Tracer:
             elif isinstance(example(node), torch.SymInt) and example(node).node.expr in symbols:
                 sizes[node.name] = symbols[example(node).node.expr]
             elif node.users:
-                raise ExportError(self._stray(node, value))
+                raise ExportError(stray(self.name, node, value))
+        check_constants(self.name, call, constants)
         outputs = list(call.outputs)
         found = [i for i, x in enumerate(outputs) if x is logits]
         if not found:
@@ -212,16 +201,6 @@ class _Tracer:
             call.graph, constants, inputs, sizes, first_over_caches(call.sites),
             state_inputs(call.graph), found[0], {}, tuple(given),
         )  # fmt: skip
-
-    def _stray(self, node: Node, value: Any) -> str:
-        what = (
-            f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"the value {value}"
-        )
-        readers = ", ".join(user.format_node() or user.name for user in list(node.users)[:2])
-        return (
-            f"{self.name}: its graph reads {what} ({node.name}) that is no argument and no "
-            f"parameter, so it would be frozen as it is now; read by {readers}"
-        )
 
 
 def _text(graph: GraphModule) -> str:

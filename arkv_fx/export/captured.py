@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
+from arkv_fx.errors import ExportError, TransformError
 from arkv_fx.passes.site import Site
 
 STATE = "arkv_state_"
+
+
+@dataclass
+class Call:
+    """One call of a rewritten graph: its attention sites, what it was given and what it gave.
+
+    ``written`` are the inputs that the call wrote to, by identity.
+    """
+
+    graph: GraphModule
+    sites: list[Site]
+    inputs: Sequence[Any]
+    outputs: Sequence[Any]
+    written: set[int]
+
+    @classmethod
+    def make(
+        cls, graph: GraphModule, sites: list[Site], inputs: Sequence[Any], run: Callable[..., Any]
+    ) -> Call:
+        """Call ``run``, which computes what the graph does."""
+        tensors = [x for x in inputs if isinstance(x, Tensor) and not x.is_inference()]
+        before = [x._version for x in tensors]
+        outputs = run(*inputs)
+        written = {id(x) for x, old in zip(tensors, before, strict=True) if x._version != old}
+        return cls(graph, sites, inputs, outputs, written)
 
 
 @dataclass
@@ -35,6 +63,45 @@ class Captured:
     arguments: tuple[str, ...]
     offset: str = ""
     bound: int | None = None
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that is transformed, or in training mode."""
+    if hasattr(model, "arkv"):
+        raise TransformError("the model is transformed: call arkv_fx.restore(model) first")
+    if model.training:
+        raise ExportError(f"{type(model).__name__} is in training mode: call model.eval()")
+
+
+def check_sites(name: str, sites: Sequence[Site]) -> None:
+    """Refuse attention over a cache that is left alone, with the reasons."""
+    refused = [f"  {s.row()['path']}: {s.reason}" for s in sites if s.source and not s.fused]
+    if refused:
+        raise ExportError(
+            f"{name}: attention over its cache cannot be rewritten, so nothing is exported\n"
+            + "\n".join(refused)
+        )
+
+
+def check_constants(name: str, call: Call, constants: Mapping[str, str]) -> None:
+    """Refuse a graph that writes to a tensor of the model, given by placeholder, and reads it."""
+    nodes = call.graph.graph.find_nodes(op="placeholder")
+    for node, value in zip(nodes, call.inputs, strict=False):
+        if node.name in constants and id(value) in call.written and node.users:
+            raise ExportError(
+                f"{name}: it writes to {constants[node.name]} in every call, a state that the "
+                "exported graphs would lose"
+            )
+
+
+def stray(name: str, node: Node, value: Any) -> str:
+    """What is wrong with an input of a graph that stands for nothing."""
+    what = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"the value {value}"
+    readers = ", ".join(user.format_node() or user.name for user in list(node.users)[:2])
+    return (
+        f"{name}: its graph reads {what} ({node.name}) that is no argument and no parameter, so it "
+        f"would be frozen as it is now; read by {readers}"
+    )
 
 
 def names_of(model: nn.Module) -> dict[int, str]:

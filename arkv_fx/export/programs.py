@@ -16,11 +16,13 @@ from torch.export import Dim, ExportedProgram
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError
+from arkv_fx.export.absorbed import capture_absorbed
 from arkv_fx.export.capture import PROMPT, capture
 from arkv_fx.export.formats import ExportPlan
 from arkv_fx.export.groups import Group, group_layers
 from arkv_fx.export.inserted import capture_inserted
 from arkv_fx.export.step import Step
+from arkv_fx.layers import cached_layers
 
 PAST, PRESENT = "past_key_values", "present"
 
@@ -78,7 +80,8 @@ def make_programs(
     Raises:
         ExportError: if anything would be lost.
     """
-    front = capture_inserted if insert_cache else capture
+    own = capture if cached_layers(model) else capture_absorbed
+    front = capture_inserted if insert_cache else own
     prompt, token = front(model, config, calibration, batch)
     plans = [ExportPlan.of(s.plan, s.row()["path"]) for s in prompt.sites if s.plan is not None]
     if [s.plan for s in token.sites] != [s.plan for s in prompt.sites]:

@@ -12,11 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError, UnknownOptionError
 from arkv_fx.export import onnx
 from arkv_fx.export.programs import Programs
 
 CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
+DEFAULT = ("SM86", "SM89", "SM120")
+GRAPHS = ("prefill", "decode")
 FP8_FROM = 89
 LIMIT_S = 600.0
 MOST_SORTED = 3840
@@ -29,8 +32,8 @@ def write(
     programs: Programs,
     sidecar: dict[str, Any],
     progress: Callable[[str], None],
-    capabilities: Sequence[str] = ("SM86", "SM89", "SM120"),
-    graphs: Sequence[str] = ("prefill", "decode"),
+    capabilities: Sequence[str] = DEFAULT,
+    graphs: Sequence[str] = GRAPHS,
     longest: int = 4096,
     limit_s: float = LIMIT_S,
 ) -> None:
@@ -46,12 +49,9 @@ def write(
         limit_s: seconds that one build may take.
 
     Raises:
-        UnknownOptionError: for a capability or a graph that there is not.
-        ExportError: if the package is missing, fp8 is asked for where there is none, a tier is
-            larger than TensorRT sorts, or a build fails or takes too long.
+        ExportError: if a tier is larger than TensorRT sorts, or a build fails or takes too long.
     """
-    _check(capabilities, graphs, longest, programs, sidecar)
-    onnx.require("tensorrt_rtx")
+    _check_sizes(graphs, longest, programs, sidecar)
     wanted = {graph.name: graph for graph in programs.graphs}
     if "decode" in graphs:
         progress("spell out the products of the decode graph")
@@ -108,27 +108,39 @@ def build(
     return found
 
 
-def _check(
-    capabilities: Sequence[str], graphs: Sequence[str], longest: int, programs: Programs,
-    sidecar: dict[str, Any],
+def check(
+    config: ArkvConfig, capabilities: Sequence[str] = DEFAULT, graphs: Sequence[str] = GRAPHS,
+    **options: Any,
 ) -> None:  # fmt: skip
+    """Refuse what needs no graph to be refused; options as in ``write``.
+
+    Raises:
+        UnknownOptionError: for a capability or a graph that there is not.
+        ExportError: if a package is missing, or fp8 is asked for where there is none.
+    """
+    onnx.require("onnx", "onnxscript", "tensorrt_rtx")
     if unknown := [c for c in capabilities if c not in CAPABILITIES]:
         raise UnknownOptionError(
             f"unknown compute capabilities {', '.join(map(repr, unknown))}; TensorRT for RTX "
             f"builds for {', '.join(CAPABILITIES)}"
         )
-    if unknown := [g for g in graphs if g not in ("prefill", "decode")]:
+    if unknown := [g for g in graphs if g not in GRAPHS]:
         raise UnknownOptionError(f"unknown graphs {unknown}; there are 'prefill' and 'decode'")
-    tiers = [tier for group in sidecar["groups"] for tier in group["tiers"]]
     old = [c for c in capabilities if int(c.removeprefix("SM")) < FP8_FROM]
-    if any(tier["format"] == "fp8" for tier in tiers) and old:
+    if "fp8" in config.tiers and old:
         raise ExportError(
             f"{', '.join(old)} have no fp8: it begins with SM{FP8_FROM}; take int8, or newer GPUs"
         )
+
+
+def _check_sizes(
+    graphs: Sequence[str], longest: int, programs: Programs, sidecar: dict[str, Any]
+) -> None:
     if "prefill" not in graphs:
         return
     if longest < programs.least:
         raise ExportError(f"longest={longest}: the prompt's graph takes {programs.least} or more")
+    tiers = [tier for group in sidecar["groups"] for tier in group["tiers"]]
     check_sorted(tiers, ", or graphs=['decode'] and run prompts by ONNX Runtime")
 
 

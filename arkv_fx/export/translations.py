@@ -75,6 +75,14 @@ def _slice_scatter(
     return op.Concat(*parts, axis=dim) if len(parts) > 1 else op.Identity(source)
 
 
+def _hstack(tensors: Any) -> Any:
+    """Without the sequences that torch's exporter makes of it, which TensorRT does not take."""
+    rank = len(tensors[0].shape)
+    if not rank:
+        raise NotImplementedError("a row of numbers is not translated")
+    return op.Concat(*tensors, axis=min(rank - 1, 1))
+
+
 def _searchsorted(
     sorted_sequence: Any, values: Any, *, out_int32: bool = False, right: bool = False,
     side: str | None = None, sorter: Any = None,
@@ -92,6 +100,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.arkv.best.default: _best,
     torch.ops.aten.diagonal.default: _diagonal,
     torch.ops.aten.slice_scatter.default: _slice_scatter,
+    torch.ops.aten.hstack.default: _hstack,
     torch.ops.aten.searchsorted.Tensor: _searchsorted,
 }
 """For ``torch.onnx.export(custom_translation_table=...)``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from arkv_fx import ArkvCache, ArkvConfig
 from arkv_fx.models import random_model
 from arkv_fx.plan import LayerPlan
 from arkv_fx.runtime import OnnxSession
+from arkv_fx.state.session import LayerState
 
 BATCH, PROMPT, STEPS = 2, 30, 40
 # Each architecture with other formats, so that every one is run by ONNX Runtime.
@@ -69,7 +71,11 @@ def prompt() -> tuple[Tensor, Tensor]:
 
 def exported_state(opened: OnnxSession, cache: ArkvCache) -> dict[str, NDArray[Any]]:
     """A cache's state as the graphs take it."""
-    layers = [cache.session.layers[i] for i in sorted(cache.session.layers)]
+    return layers_state(opened, [cache.session.layers[i] for i in sorted(cache.session.layers)])
+
+
+def layers_state(opened: OnnxSession, layers: Sequence[LayerState]) -> dict[str, NDArray[Any]]:
+    """The state of all layers as the graphs take it."""
     found: dict[str, NDArray[Any]] = {}
     for group in opened.sidecar.content["groups"]:
         for index, info in enumerate(group["tensors"]):

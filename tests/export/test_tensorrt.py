@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import arkv_fx
+from arkv_fx import models
 from arkv_fx.errors import ExportError, UnknownOptionError
 from arkv_fx.export import tensorrt
 from arkv_fx.runtime import OnnxSession
@@ -116,6 +118,35 @@ def test_the_default_tiers(tmp_path: Path) -> None:
     assert all(e["largest"] < tier_numbers(sidecar) / 2 for e in sidecar["engines"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tiers", "capabilities"), [(("int8", "int4"), EVERY), (("fp8",), ["SM89", "SM120"])]
+)
+def test_a_whole_model(tiers: tuple[str, ...], capabilities: list[str], tmp_path: Path) -> None:
+    """Two minutes for a decode engine, and little beside the weights in it."""
+    model, _ = models.load("smollm2")
+    out, config = tmp_path / "e", CONFIG.replace(tiers=tiers, oq_ratio=0.5)
+    arkv_fx.export(
+        model, None, out, "tensorrt", config=config, capabilities=capabilities, graphs=["decode"]
+    )
+    sidecar = json.loads((out / "arkv.json").read_text())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert [e["capability"] for e in sidecar["engines"]] == capabilities
+    for engine in sidecar["engines"]:
+        print(engine["file"], engine["seconds"], engine["bytes"] / weights, engine["largest"])
+        assert engine["seconds"] <= 120
+        assert weights < engine["bytes"] <= 1.2 * weights
+        # Scores of all layers are updated together, and are nearly as many.
+        assert 0 < engine["largest"] < tier_numbers(sidecar)
+    span = (sidecar["least_prompt"], 2048)
+    prompt = tensorrt.build(out / "prefill.onnx", tmp_path / "engine", "SM89", span=span)
+    print("prefill", prompt["seconds"], prompt["bytes"] / weights)
+    assert weights < prompt["bytes"] <= 1.2 * weights
+    # Negative control, as above.
+    other = tensorrt.build(out / "decode.onnx", tmp_path / "engine", "SM89")
+    assert other["largest"] >= tier_numbers(sidecar)
+
+
 def test_a_graph_that_is_none_is_named(folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "decode.onnx"
     broken.write_bytes((folder / "decode.onnx").read_bytes()[:2000])
@@ -133,13 +164,34 @@ def test_a_build_has_a_time_limit(folder: Path, tmp_path: Path) -> None:
     "change, options, error, said",
     [
         ({"tiers": ("fp8",)}, {"capabilities": ["SM86", "SM89"]}, ExportError, "SM86 have no fp8"),
+        ({"tiers": ("int8", "fp8")}, {}, ExportError, "SM86 have no fp8"),
         ({}, {"capabilities": ["SM90"]}, UnknownOptionError, "'SM90'"),
         ({}, {"graphs": ["encode"]}, UnknownOptionError, "'encode'"),
-        ({}, {"longest": 3}, ExportError, "takes 5 or more"),
-        ({"budget": 5000}, {}, ExportError, "at most 3840"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_the_model_is_captured(
+    change: dict[str, Any], options: dict[str, Any], error: type[Exception], said: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    package = importlib.import_module("arkv_fx.export")  # not the function of that name
+    monkeypatch.setattr(package, "make_programs", lambda *_: pytest.fail("captured"))
+    refuses(change, options, error, said, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, options, said",
+    [
+        ({}, {"longest": 3}, "takes 5 or more"),
+        ({"budget": 5000}, {}, "at most 3840"),
     ],
 )
 def test_what_cannot_be_built_leaves_nothing(
+    change: dict[str, Any], options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    refuses(change, options, ExportError, said, tmp_path)
+
+
+def refuses(
     change: dict[str, Any], options: dict[str, Any], error: type[Exception], said: str,
     tmp_path: Path,
 ) -> None:  # fmt: skip
