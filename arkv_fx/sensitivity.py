@@ -23,7 +23,8 @@ from arkv_fx.ops.attention import Knobs, full_attention
 from arkv_fx.ops.no_output import NoOutput
 from arkv_fx.plan import LayerPlan, plan_layer
 from arkv_fx.state.session import LayerState
-from arkv_fx.transform import Transformed, _transform, restore
+from arkv_fx.transform import _transform, restore
+from arkv_fx.transformed import Transformed
 
 SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Budgets that are tried, in units of the configured one: few, so that layers share shapes."""

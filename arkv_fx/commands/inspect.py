@@ -33,7 +33,8 @@ from arkv_fx.config import ArkvConfig
 from arkv_fx.config import preset as preset_
 from arkv_fx.evaluation.rows import table
 from arkv_fx.models import PACKAGED, skeleton
-from arkv_fx.transform import Transformed, transform
+from arkv_fx.transform import transform
+from arkv_fx.transformed import Transformed
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

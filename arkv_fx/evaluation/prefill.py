@@ -21,7 +21,8 @@ from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.no_output import NoOutput
 from arkv_fx.plan import LayerPlan, plan_layer
 from arkv_fx.state.session import PlainLayer, check_finite
-from arkv_fx.transform import Transformed, _own_code, fingerprint, restore, transform
+from arkv_fx.transform import fingerprint, restore, transform
+from arkv_fx.transformed import Transformed, own_code
 
 
 class Contest:
@@ -64,7 +65,7 @@ class Contest:
         self.windows = self._arkv.windows
         self._arkv.backend = _Switch(self, compile)
         self._arkv.compiled = torch.compile(
-            _own_code(self._arkv.original), backend=self._arkv.backend
+            own_code(self._arkv.original), backend=self._arkv.backend
         )
 
     def __enter__(self) -> Contest:

@@ -32,7 +32,7 @@ from arkv_fx.passes import pipeline
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import example, shape
 from arkv_fx.passes.site import first_over_caches
-from arkv_fx.transform import _own_code
+from arkv_fx.transformed import own_code
 
 PROMPT = 13
 PAST = ("past", "cache")
@@ -76,7 +76,7 @@ class _Tracer:
         fixed = {p.name: 0 for p in self.others if p.name == self._named(PLACES) and _is_int(p)}
         self.number = bool(fixed)
         self.prompts, self.steps = (
-            torch.compile(_own_code(forward), backend=self._backend, fullgraph=True)
+            torch.compile(own_code(forward), backend=self._backend, fullgraph=True)
             for forward in (partial(own.forward, **fixed), own.forward)
         )
 

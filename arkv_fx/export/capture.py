@@ -25,9 +25,11 @@ from arkv_fx.export.captured import (
 )
 from arkv_fx.layers import cached_layers, own_state, text_config, windows
 from arkv_fx.lower import Compiled
+from arkv_fx.model_caches import new_cache
 from arkv_fx.passes.nodes import example
 from arkv_fx.passes.site import first_over_caches
-from arkv_fx.transform import Transformed, _own_code, new_cache, restore, transform
+from arkv_fx.transform import restore, transform
+from arkv_fx.transformed import Transformed, own_code
 
 PROMPT = 13  # tokens of the sample: a size that no other extent of a model is likely to have
 
@@ -94,7 +96,7 @@ class _Tracer:
         )
         state.backend = self.recorder
         state.compiled = torch.compile(
-            _own_code(state.original), backend=self.recorder, fullgraph=True
+            own_code(state.original), backend=self.recorder, fullgraph=True
         )
         if "position_ids" not in state.parameters:
             raise ExportError(f"{self.name}: its forward takes no position_ids")

@@ -20,14 +20,10 @@ from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ArkvError, ModelNotFoundError
 from arkv_fx.evaluation.rows import Row
 from arkv_fx.layers import tensors_of
+from arkv_fx.model_caches import is_encoder_decoder, new_cache
 from arkv_fx.report import Report
-from arkv_fx.transform import (
-    Transformed,
-    is_encoder_decoder,
-    new_cache,
-    restore,
-    transform,
-)
+from arkv_fx.transform import restore, transform
+from arkv_fx.transformed import Transformed
 from arkv_fx.zoo import drive
 from arkv_fx.zoo.changes import NOT_CACHEABLE
 from arkv_fx.zoo.configs import tiny_model

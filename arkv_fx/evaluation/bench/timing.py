@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from arkv_fx.transform import _own_code
+from arkv_fx.transformed import own_code
 
 Call = Callable[[], Any]
 T = TypeVar("T")
@@ -147,7 +147,7 @@ def compiled(
     """
     if settings and backend == "inductor":
         options["options"] = settings
-    fresh: Callable[..., Any] = torch.compile(_own_code(call), backend=backend, **options)
+    fresh: Callable[..., Any] = torch.compile(own_code(call), backend=backend, **options)
     return fresh
 
 
