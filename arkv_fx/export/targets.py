@@ -28,5 +28,5 @@ TARGETS: Mapping[str, Target] = {
         tensorrt.write, ("capabilities", "graphs", "longest", "limit_s"), tensorrt.check
     ),
     "torch": Target(torch_program.write),
-    "torch_tensorrt": Target(torch_tensorrt.write, ("longest",)),
+    "torch_tensorrt": Target(torch_tensorrt.write, ("longest",), torch_tensorrt.check),
 }

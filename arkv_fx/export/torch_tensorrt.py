@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 import arkv_fx.ops.codes  # noqa: F401  (registers the operators)
+from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError
 from arkv_fx.export.programs import Graph, Programs
 from arkv_fx.export.tensorrt import check_sorted
@@ -40,6 +41,25 @@ PLAIN: dict[Any, Callable[..., Any]] = {
 """Our operators in terms of those that Torch-TensorRT knows."""
 
 
+def check(config: ArkvConfig, **options: Any) -> None:
+    """Refuse what needs no graph to be refused.
+
+    Raises:
+        ExportError: without Torch-TensorRT or a CUDA GPU, and for fp8, for which it has no
+            conversion.
+    """
+    _compiler()
+    if not _has_gpu():
+        raise ExportError(
+            "target 'torch_tensorrt' compiles for the GPU at hand and there is none: take target "
+            "'tensorrt', which builds for chosen compute capabilities without one"
+        )
+    if "fp8" in config.tiers:
+        raise ExportError(
+            "Torch-TensorRT has no conversion to fp8: take int8, or target 'tensorrt'"
+        )
+
+
 def write(
     folder: Path,
     programs: Programs,
@@ -53,27 +73,10 @@ def write(
         longest: tokens of the longest prompt.
 
     Raises:
-        ExportError: without Torch-TensorRT or a CUDA GPU, for fp8, for which it has no conversion,
-            for a tier that is larger than TensorRT sorts, or with what Torch-TensorRT said.
+        ExportError: for a tier larger than TensorRT sorts, or with what Torch-TensorRT said.
     """
-    try:
-        compiler = importlib.import_module("torch_tensorrt")
-    except ImportError as error:
-        raise ExportError(
-            f"target 'torch_tensorrt' needs torch_tensorrt ({error}): pip install torch-tensorrt "
-            "beside a CUDA build of torch, or take target 'tensorrt', which needs neither"
-        ) from error
-    if not _has_gpu():
-        raise ExportError(
-            "target 'torch_tensorrt' compiles for the GPU at hand and there is none: take target "
-            "'tensorrt', which builds for chosen compute capabilities without one"
-        )
-    tiers = [tier for group in sidecar["groups"] for tier in group["tiers"]]
-    if any(tier["format"] == "fp8" for tier in tiers):
-        raise ExportError(
-            "Torch-TensorRT has no conversion to fp8: take int8, or target 'tensorrt'"
-        )
-    check_sorted(tiers)
+    compiler = _compiler()
+    check_sorted([tier for group in sidecar["groups"] for tier in group["tiers"]])
     for graph in (programs.prefill, programs.fused()):
         progress(f"compile the {graph.name} graph")
         inputs = _inputs(graph, compiler, (programs.least, longest))
@@ -89,6 +92,16 @@ def write(
         except Exception as error:  # of any of the libraries behind it
             raise ExportError(f"the {graph.name} graph: Torch-TensorRT says: {error}") from error
         sidecar["graphs"][graph.name]["file"] = file
+
+
+def _compiler() -> Any:
+    try:
+        return importlib.import_module("torch_tensorrt")
+    except ImportError as error:
+        raise ExportError(
+            f"target 'torch_tensorrt' needs torch_tensorrt ({error}): pip install torch-tensorrt "
+            "beside a CUDA build of torch, or take target 'tensorrt', which needs neither"
+        ) from error
 
 
 def _has_gpu() -> bool:
