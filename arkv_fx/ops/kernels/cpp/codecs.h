@@ -137,10 +137,11 @@ inline void unpack3_pairs(const char* p, int64_t n, char* out, int64_t wide) {
       x[i] = __builtin_shufflevector(load<u64x2>(p + 16 * i), load<u64x2>(p + 48 + 16 * i),
                                      0, 1, 2, 3);
     join_planes(x[0], x[1], x[2], two);
-    for (int i = 0; i < 8; i++) {
-      u64x4 codes = (i < 4 ? two[i] : two[i - 4] >> 4) & nibble;
-      store<u64x2>(out + i * 16, __builtin_shufflevector(codes, codes, 0, 1));
-      store<u64x2>(out + wide + i * 16, __builtin_shufflevector(codes, codes, 2, 3));
+    for (int i = 0; i < 8; i += 2) {
+      const u64x4 a = (i < 4 ? two[i] : two[i - 4] >> 4) & nibble;
+      const u64x4 b = (i < 4 ? two[i + 1] : two[i - 3] >> 4) & nibble;
+      store<u64x4>(out + i * 16, __builtin_shufflevector(a, b, 0, 1, 4, 5));
+      store<u64x4>(out + wide + i * 16, __builtin_shufflevector(a, b, 2, 3, 6, 7));
     }
   }
   unpack3<u64x2>(p, n, 16, out, wide);

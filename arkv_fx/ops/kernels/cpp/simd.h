@@ -85,7 +85,7 @@ INLINE void exponential(vf* x) {
   EACH some[i] = x[i] >= low;
   EACH x[i] = larger(low, x[i]);
   EACH r[i] = x[i] * 1.44269504f + ROUNDER;
-  EACH power[i] = ((vi)r[i] - (vi)spread(ROUNDER) + 127) << 23;
+  EACH power[i] = (vi)r[i] << 23;  // what is to be added to an exponent
   EACH r[i] -= ROUNDER;
   EACH x[i] -= r[i] * 0.693359375f;
   EACH r[i] = x[i] + r[i] * 2.12194440e-4f;
@@ -96,7 +96,7 @@ INLINE void exponential(vf* x) {
   EACH x[i] = r[i] * 1.6666665459e-1f + 5.0000001201e-1f;
   EACH p[i] = p[i] * square[i] + x[i];
   EACH p[i] = p[i] * square[i] + (r[i] + 1.0f);
-  EACH x[i] = bits((vi)(p[i] * bits(power[i])) & some[i]);
+  EACH x[i] = bits(((vi)p[i] + power[i]) & some[i]);
 }
 
 INLINE vf tanh_of(vf x) {
