@@ -51,6 +51,10 @@ def bench(
         int | None,
         typer.Option(min=1, help="Tokens kept per kv head (2048; 1024 in whole models)."),
     ] = None,
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(help="Storage format, most precise first; once or twice (the defaults)."),
+    ] = None,
     contexts: Annotated[
         str | None,
         typer.Option(
@@ -82,6 +86,7 @@ def bench(
         threads=threads,
         lowerings=tuple(str(name) for name in compile or [Lowering.inductor]),
         model=model,
+        tiers=tuple(tier) if tier else None,
     )
     with spinner() as progress:
         found = bench_(section or (), options, progress)

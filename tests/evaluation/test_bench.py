@@ -121,6 +121,11 @@ def test_bytes_are_the_plans(found: list[Measurement]) -> None:
         assert ours and all(row.bytes == plan.nbytes() and row.slots == 64 for row in ours)
 
 
+def test_tiers_are_those_asked_for() -> None:
+    plans = [replace(TINY, tiers=tiers).plan(TINY.cases[0]) for tiers in (None, ("int8",))]
+    assert [[tier.format for tier in plan.tiers] for plan in plans] == [["k8v4", "k4v3"], ["int8"]]
+
+
 def test_the_update_is_the_difference_of_the_medians(found: list[Measurement]) -> None:
     rows = of(found, "update")
     alone, step, rest = (rows[f"arkv-reference {part}"] for part in ("attention", "step", "update"))
@@ -300,6 +305,7 @@ def test_unknown_names_are_refused() -> None:
         (["--contexts", "4k"], "give token counts by commas"),
         (["attention", "--case", "2x4x16", "--slots", "8"], "at least window + sinks"),
         (["model", "--model", "none.json"], "cannot make a model"),
+        (["attention", "--tier", "int9"], "int9"),
         (["--device", "nowhere"], "device 'nowhere'"),
     ],
 )

@@ -76,6 +76,7 @@ class Options:
         rounds: timed calls of each method; whole models take ``steps`` decode steps instead.
         lowerings: how transformed models run, see ``arkv_fx.transform``.
         backend: the ``torch.compile`` backend of everything else that is compiled.
+        tiers: storage formats, most precise first.
         model: a name as in ``arkv_fx.models.load``, or a config file: random weights.
     """
 
@@ -92,10 +93,12 @@ class Options:
     lowerings: tuple[str, ...] = ("inductor",)
     backend: str = "inductor"
     model: str = "smollm2"
+    tiers: tuple[str, ...] | None = None
 
     def config(self, slots: int) -> ArkvConfig:
-        """The default configuration with room for so many tokens."""
-        return ArkvConfig(budget=self.slots or slots)
+        """The default configuration, but for ``tiers``, with room for so many tokens."""
+        config = ArkvConfig(budget=self.slots or slots)
+        return config if self.tiers is None else config.replace(tiers=self.tiers)
 
     def plan(self, case: Case, slots: int = 2048) -> LayerPlan:
         """The plan of a layer under ``config``."""

@@ -29,7 +29,7 @@ def compile_(options: Options, progress: Callable[[str], None]) -> list[Measurem
         slots = options.config(1024).budget
         order = Order(
             method, options.model, dtype_name(options.dtype), str(options.device), slots or 0,
-            options.threads, options.backend,
+            options.threads, options.backend, options.tiers,
         )  # fmt: skip
         row = replace(empty, slots=slots) if method.startswith("arkv") else empty
         with TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class Order:
     slots: int
     threads: int
     backend: str
+    tiers: Sequence[str] | None = None
 
     def options(self) -> Options:
         """The same for loading and configuring."""
@@ -44,6 +45,7 @@ class Order:
             slots=self.slots,
             backend=self.backend,
             model=self.model,
+            tiers=None if self.tiers is None else tuple(self.tiers),
         )
 
 

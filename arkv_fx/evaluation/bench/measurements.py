@@ -15,6 +15,7 @@ import transformers
 from rich.table import Table
 
 from arkv_fx import plots
+from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import EvaluationError
 from arkv_fx.evaluation.bench.cases import Options
 from arkv_fx.evaluation.bench.timing import Timing, cache_bytes
@@ -84,11 +85,13 @@ def conditions(options: Options) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(options.device) if cuda else str(options.device),
         "cpu": _cpu_name(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": options.threads,
         "cache_bytes": cache_bytes(options.device),
         "dtype": dtype_name(options.dtype),
+        "tiers": options.tiers or ArkvConfig().tiers,
         "batch": options.batch,
         "rounds": options.rounds,
         "steps": options.steps,

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from arkv_fx.ops.kernels import Step
 
 address = Tensor.data_ptr
+# As Inductor's code makes its buffers: on a cold cache the dispatcher costs a tenth of the step.
+empty = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 
 
 def make_direct_step(plan: LayerPlan) -> Step | None:
@@ -40,7 +42,7 @@ def make_direct_step(plan: LayerPlan) -> Step | None:
     constants, operator = constants_of(plan), make_step(plan)
     if constants is None or operator is None:
         return None
-    dtype, heads = plan.dtype, plan.heads
+    dtype, heads, v_dim = plan.dtype, plan.heads, plan.v_dim
     sizes = [heads, plan.k_dim, plan.v_dim, NUMBERS.index(DTYPES[dtype]), len(constants.codecs)]
     numbers = [array("q", part).tobytes() for part in (sizes, *constants[:2])]
     numbers.append(array("d", constants.weights).tobytes())
@@ -69,7 +71,8 @@ def make_direct_step(plan: LayerPlan) -> Step | None:
             _check(q, k, v, state, plan)
             known, shapes = where, now
         batch, all_heads = now[0][:2]
-        out = q.new_empty((batch, all_heads, 1, plan.v_dim))
+        size = (batch, all_heads, 1, v_dim)
+        out: Tensor = empty(size, (all_heads * v_dim, v_dim, v_dim, 1), dtype)
         run(
             *numbers, batch, all_heads // heads, knobs.scale, knobs.softcap,
             address(q), address(k), address(v), where, address(out),
