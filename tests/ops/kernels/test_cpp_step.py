@@ -17,6 +17,7 @@ from kernel_cases import recorded
 from reference_attention import MASKS, TOLERANCE, Layer, make_mask
 from torch import Tensor
 
+import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 import arkv_fx.ops.update as update
 from arkv_fx.errors import KernelError
 from arkv_fx.ops.attend import attend
