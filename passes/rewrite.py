@@ -25,6 +25,9 @@ import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 
 Attention = tuple[tuple[Any, ...], dict[str, Any]]
 
+STATE, START, OFFSET = "arkv_state_", "arkv_start_", "arkv_offset"
+"""Added inputs: prefixes for a site's state and its start in a buffer; the tokens before a call."""
+
 
 def run(graph: GraphModule, context: Context) -> None:
     """Insert placeholders and operators, replace the uses of the old attention."""
@@ -36,7 +39,7 @@ def run(graph: GraphModule, context: Context) -> None:
         assert site.plan is not None
         if (key := site.cache_key) not in states:
             states[key] = [
-                placeholder(graph, f"arkv_state_{site.ordinal}_{i}")
+                placeholder(graph, f"{STATE}{site.ordinal}_{i}")
                 for i in range(len(site.plan.specs()))
             ]
             for node, spec in zip(states[key], site.plan.specs(), strict=True):
@@ -47,7 +50,7 @@ def run(graph: GraphModule, context: Context) -> None:
                 anchor = placeholder(graph, f"arkv_anchor_{site.ordinal}")
                 _proxy_cache(graph, site, anchor)
             if site.source == "buffer":
-                start = placeholder(graph, f"arkv_start_{site.ordinal}")
+                start = placeholder(graph, f"{START}{site.ordinal}")
                 like = example(site.new_k)
                 start.meta = {"example_value": like.new_empty((), dtype=torch.int64, device="cpu")}
                 starts[key] = start

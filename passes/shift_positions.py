@@ -14,7 +14,7 @@ import torch
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.fold import is_constant
 from arkv_fx.passes.nodes import arguments, example, is_symbol, op_name, shape
-from arkv_fx.passes.rewrite import placeholder
+from arkv_fx.passes.rewrite import OFFSET, placeholder
 from torch.fx import GraphModule, Node
 
 SLICE = ["x", "dim", "start", "end", "step"]
@@ -44,9 +44,9 @@ def offset_input(graph: GraphModule, context: Context) -> Node:
     """The input ``arkv_offset``, behind all others; made on first use."""
     inputs: list[Node] = list(graph.graph.find_nodes(op="placeholder"))
     for node in inputs:
-        if node.name == "arkv_offset":
+        if node.name == OFFSET:
             return node
-    offset = placeholder(graph, "arkv_offset")
+    offset = placeholder(graph, OFFSET)
     like = example(context.fused[0].new_k)
     offset.meta["val"] = like.new_empty((), dtype=torch.int64, device="cpu")
     return offset

@@ -17,24 +17,25 @@ from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ArkvError, ExportError
 from arkv_fx.export.captured import (
+    PROMPT,
     Call,
     Captured,
     check_constants,
     check_model,
     check_sites,
     names_of,
+    sample_ids,
     state_inputs,
     stray,
 )
-from arkv_fx.export.offset import OFFSET, count_from_offset
-from arkv_fx.insert import random_ids
+from arkv_fx.export.offset import count_from_offset
 from arkv_fx.passes import pipeline
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import example, shape
+from arkv_fx.passes.rewrite import OFFSET
 from arkv_fx.passes.site import first_over_caches
 from arkv_fx.transformed import own_code
 
-PROMPT = 13
 PAST = ("past", "cache")
 PLACES = ("pos", "start")
 """What the names of arguments for a past, or for positions, hold."""
@@ -62,10 +63,7 @@ class _Tracer:
         self, model: nn.Module, config: ArkvConfig, calibration: Calibration | None, batch: int
     ) -> None:
         self.name, self.config, self.calibration = type(model).__name__, config, calibration
-        ids = random_ids(model, batch)
-        if ids is None:
-            raise ExportError(f"{self.name}: it has no embedding of tokens")
-        self.ids = ids[:, :1].repeat(1, PROMPT + 2)
+        self.ids = sample_ids(model, batch)[:, :1].repeat(1, PROMPT + 2)
         others = [*inspect.signature(model.forward).parameters.values()][1:]
         self.others = [p for p in others if p.kind is p.POSITIONAL_OR_KEYWORD]
         # Calls write to buffers, and may count somewhere.

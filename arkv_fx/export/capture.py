@@ -13,7 +13,7 @@ from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError
 from arkv_fx.export.captured import (
-    STATE,
+    PROMPT,
     Call,
     Captured,
     check_constants,
@@ -27,11 +27,10 @@ from arkv_fx.layers import cached_layers, own_state, text_config, windows
 from arkv_fx.lower import Compiled
 from arkv_fx.model_caches import new_cache
 from arkv_fx.passes.nodes import example
+from arkv_fx.passes.rewrite import STATE
 from arkv_fx.passes.site import first_over_caches
 from arkv_fx.transform import restore, transform
 from arkv_fx.transformed import Transformed, own_code
-
-PROMPT = 13  # tokens of the sample: a size that no other extent of a model is likely to have
 
 
 class _Recorder(ArkvBackend):

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from arkv_fx.errors import ExportError, TransformError
+from arkv_fx.insert import random_ids
+from arkv_fx.passes.rewrite import STATE
 from arkv_fx.passes.site import Site
 
-STATE = "arkv_state_"
+PROMPT = 13  # tokens of the sample: a size that no other extent of a model is likely to have
 
 
 @dataclass
@@ -71,6 +73,18 @@ def check_model(model: nn.Module) -> None:
         raise TransformError("the model is transformed: call arkv_fx.restore(model) first")
     if model.training:
         raise ExportError(f"{type(model).__name__} is in training mode: call model.eval()")
+
+
+def sample_ids(model: nn.Module, batch: int) -> Tensor:
+    """Token ids [batch, tokens] that every embedding of the model knows.
+
+    Raises:
+        ExportError: if it has none.
+    """
+    ids = random_ids(model, batch)
+    if ids is None:
+        raise ExportError(f"{type(model).__name__}: it has no embedding of tokens")
+    return ids
 
 
 def check_sites(name: str, sites: Sequence[Site]) -> None:

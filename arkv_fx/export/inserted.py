@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_leaves
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError
-from arkv_fx.export.captured import STATE, Captured, names_of, state_inputs
-from arkv_fx.insert import Inserted, insert, random_ids
+from arkv_fx.export.captured import Captured, names_of, sample_ids, state_inputs
+from arkv_fx.insert import Inserted, insert
 from arkv_fx.insert_program import Program, build
 from arkv_fx.passes.nodes import shape
+from arkv_fx.passes.rewrite import OFFSET, STATE
 from arkv_fx.transform import restore
 
 
@@ -28,10 +29,7 @@ def capture_inserted(
             position to its logits, which reach over the whole text.
         TransformError: if no cache can be inserted.
     """
-    ids = random_ids(model, batch)
-    if ids is None:
-        raise ExportError(f"{type(model).__name__}: it has no embedding of tokens")
-    insert(model, config, calibration, "eager", ids)
+    insert(model, config, calibration, "eager", sample_ids(model, batch))
     try:
         state = model.arkv
         assert isinstance(state, Inserted)
@@ -70,13 +68,13 @@ def _bind(
             constants[node.name] = names.get(id(value), f"constant.{node.name}")
             if id(value) not in names:  # made in the forward, and nobody's attribute
                 values[constants[node.name]] = value
-        elif not node.name.startswith(STATE) and node.name != "arkv_offset":
+        elif not node.name.startswith(STATE) and node.name != OFFSET:
             inputs[node.name] = "input_ids"
     return Captured(
         graph, constants, inputs, {}, program.context.caches, state_inputs(graph),
         _logits(graph, program), values,
         ("input_ids",) if program.fresh else ("input_ids", "position_ids"),
-        "arkv_offset", bound,
+        OFFSET, bound,
     )  # fmt: skip
 
 

@@ -19,11 +19,9 @@ from torch.fx import GraphModule, Node
 from arkv_fx.errors import ExportError
 from arkv_fx.passes.fold import is_constant, look_at, what_is_shown
 from arkv_fx.passes.nodes import arguments, example, module_path, op_name, shape, whole_index
-from arkv_fx.passes.rewrite import placeholder
+from arkv_fx.passes.rewrite import OFFSET, START, placeholder
 from arkv_fx.passes.site import Site
 
-OFFSET = "arkv_offset"
-START = "arkv_start_"
 ARITHMETIC = {"add", "iadd", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne"}
 MANY = 4096
 SCALARS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)

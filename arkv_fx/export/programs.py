@@ -17,7 +17,8 @@ from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError
 from arkv_fx.export.absorbed import capture_absorbed
-from arkv_fx.export.capture import PROMPT, capture
+from arkv_fx.export.capture import capture
+from arkv_fx.export.captured import PROMPT
 from arkv_fx.export.formats import ExportPlan
 from arkv_fx.export.groups import Group, group_layers
 from arkv_fx.export.inserted import capture_inserted

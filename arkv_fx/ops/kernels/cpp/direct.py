@@ -43,7 +43,7 @@ def make_direct_step(plan: LayerPlan) -> Step | None:
     if constants is None or operator is None:
         return None
     dtype, heads, v_dim = plan.dtype, plan.heads, plan.v_dim
-    sizes = [heads, plan.k_dim, plan.v_dim, NUMBERS.index(DTYPES[dtype]), len(constants.codecs)]
+    sizes = [heads, plan.k_dim, v_dim, NUMBERS.index(DTYPES[dtype]), len(constants.codecs)]
     numbers = [array("q", part).tobytes() for part in (sizes, *constants[:2])]
     numbers.append(array("d", constants.weights).tobytes())
     fields = len(plan.specs())

@@ -107,17 +107,14 @@ INLINE vf tanh_of(vf x) {
 }
 
 typedef float f8 __attribute__((vector_size(32)));
-typedef int32_t i8 __attribute__((vector_size(32)));
 
 #if defined(__AVX512BW__)
 #define HALVES(x)                                             \
   __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),      \
       __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15)
 template <class F> INLINE f8 fold(vf x, F f) { return f(HALVES(x)); }
-template <class F> INLINE i8 fold(vi x, F f) { return f(HALVES(x)); }
 #else
-template <class F> INLINE f8 fold(vf x, F) { return x; }
-template <class F> INLINE i8 fold(vi x, F) { return x; }
+template <class V, class F> INLINE V fold(V x, F) { return x; }
 #endif
 
 // Each of eight vectors reduced to one number by f, in order.
