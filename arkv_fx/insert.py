@@ -23,6 +23,7 @@ from arkv_fx.capture import Captured, capture
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import CacheError, TransformError, UnknownOptionError
 from arkv_fx.insert_program import Program, build
+from arkv_fx.replay import notes
 from arkv_fx.report import Report
 from arkv_fx.self_check import ROOMY, SAMPLE, self_check, stretched
 
@@ -63,7 +64,8 @@ class Inserted:
         """Every attention site seen so far: fused or not and why, slots and bytes."""
         found = [p.sites for p in self.programs.values()]
         found += [self._program(i, True, False, 0).sites for i in range(len(self.captured))]
-        return Report.of(found, self.config)
+        replays = [p.replay for p in self.programs.values() if p.replay is not None]
+        return Report.of(found, self.config, notes(replays))
 
     def run(self, *args: Any, cache: ArkvCache | None = None, **kwargs: Any) -> Any:
         """The full forward, or with a cache its answer for the new tokens alone."""

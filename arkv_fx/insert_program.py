@@ -22,7 +22,8 @@ from arkv_fx.passes.context import Context, Insertion
 from arkv_fx.passes.fold import size_at
 from arkv_fx.passes.nodes import example
 from arkv_fx.passes.site import Site
-from arkv_fx.state.session import Session, check_finite
+from arkv_fx.replay import Replay
+from arkv_fx.state.session import LayerState, Session, check_finite
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Program:
     compiled: Compiled
     context: Context
     fresh: bool
+    replay: Replay | None = None
 
     @property
     def sites(self) -> list[Site]:
@@ -53,18 +55,21 @@ class Program:
     def __call__(self, inputs: Sequence[Any], session: Session, seen: int) -> Any:
         """The flat outputs for new tokens behind the ``seen`` ones of the session."""
         extra: list[Tensor] = []
-        states = []
+        states: dict[int, LayerState] = {}
         for site in self.context.caches:
             assert site.plan is not None and site.layer is not None
             device = example(site.new_k).device
             state = session.layer(site.layer, site.plan, site.batch, device)
-            states.append((site.layer, state))
+            states[site.layer] = state
             extra += state.tensors
         if not self.fresh:
-            extra.append(torch.tensor(seen))
+            extra.append(torch.full((), seen, device=example(self.context.fused[0].new_k).device))
         with torch.no_grad():
-            out = self.compiled(*inputs, *extra)
-        check_finite(states)
+            if self.replay is not None:
+                out = self.replay([*inputs, *extra], [*states.values()])
+            else:
+                out = self.compiled(*inputs, *extra)
+        check_finite(states.items())
         return out
 
 
@@ -81,7 +86,7 @@ def build(
     """Run the passes on a copy of the captured graph and lower what they made.
 
     Args:
-        lowering: "eager" or "inductor".
+        lowering: see ``arkv_fx.transform``.
         fresh: for the first call of a sequence.
         one: for one new token: all extents are then numbers.
         columns: the most tokens that biases by position must reach over, if there are any.
@@ -113,7 +118,10 @@ def build(
             "compiling took the number of tokens for a constant: it equals another extent of the "
             "model; pass a sample with another number of tokens, or compile='eager'"
         )
-    return Program(work, compiled, context, fresh)
+    replay = None
+    if one and lowering == "reduce-overhead":
+        replay = Replay(compiled, work, insertion.constants)
+    return Program(work, compiled, context, fresh, replay)
 
 
 def _fakes(graph: GraphModule, context: Context, one: bool) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +19,17 @@ class Report:
 
     ``nbytes`` are per sequence, and of a cache that several attentions share they stand in the row
     of the one that updates it; ``full_nbytes`` are those of the full cache in the model's dtype
-    at ``context`` tokens.
+    at ``context`` tokens. ``notes`` say what else was asked for and cannot be.
     """
 
     rows: tuple[dict[str, Any], ...]
     context: int
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, graphs: Sequence[Sequence[Site]], config: ArkvConfig) -> Report:
+    def of(
+        cls, graphs: Sequence[Sequence[Site]], config: ArkvConfig, notes: Iterable[str] = ()
+    ) -> Report:
         """Merge the sites of all graphs: one is fused if every graph with a cache fused it."""
         merged: dict[tuple[str, int], dict[int | None, dict[str, Any]]] = {}
         for sites in graphs:
@@ -42,7 +45,8 @@ class Report:
                 if site.layer not in same or same[site.layer]["fused"]:
                     same[site.layer] = row
         rows = [row for same in merged.values() for row in same.values()]
-        return cls(tuple(r for r in rows if not any(_names(o, r) for o in rows)), config.context)
+        alone = tuple(r for r in rows if not any(_names(o, r) for o in rows))
+        return cls(alone, config.context, tuple(dict.fromkeys(notes)))
 
     @property
     def fused(self) -> int:
@@ -74,7 +78,7 @@ class Report:
                 lines.append(f"  fused    {row['path']}: {row['ring']} native + {tiers}{shared}")
             else:
                 lines.append(f"  not      {row['path']}: {row['reason']}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  note     {note}" for note in self.notes)])
 
 
 def _names(other: dict[str, Any], row: dict[str, Any]) -> bool:

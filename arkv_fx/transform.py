@@ -40,7 +40,10 @@ def transform(
         calibration: OQ ratios from ``arkv_fx.calibrate``; without one each layer takes
             ``config.oq_ratio``.
         compile: "inductor" to compile the rewritten graph, once for all layers of one shape;
-            "eager" to run it as it is, with the reference operators.
+            "eager" to run it as it is, with the reference operators; "reduce-overhead" for
+            "inductor" with decode steps replayed from a CUDA graph, as in torch.compile: from a
+            sequence's second decoded token on. The memory of a sequence that has ended is kept for
+            the next. Where steps cannot be recorded ``model.arkv.report()`` says why.
         insert_cache: for a model that knows no cache: its forward takes token ids [B, T] (or
             embeddings [B, T, C]) and answers for all of them. ``model(ids, cache=cache)`` with an
             ``ArkvCache(model)`` then answers for the new tokens, which follow those before; without

@@ -29,6 +29,7 @@ from arkv_fx.model_caches import (
     take_cache,
 )
 from arkv_fx.passes.context import Probe, StandIn
+from arkv_fx.replay import notes
 from arkv_fx.report import Report
 
 # Each batch size, a mask or none, one token or many: a model in real use needs more graphs than
@@ -100,7 +101,7 @@ class Transformed:
                 ids = torch.zeros(1, 8, dtype=torch.long, device=weight.device)
                 both = {"decoder_input_ids": ids} if is_encoder_decoder(self.model) else {}
                 self.model(ids, **both)
-        return Report.of(self.backend.sites, self.config)
+        return Report.of(self.backend.sites, self.config, notes(self.backend.replays))
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward with an ArkvCache where a cache is wanted."""

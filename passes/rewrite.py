@@ -52,7 +52,7 @@ def run(graph: GraphModule, context: Context) -> None:
             if site.source == "buffer":
                 start = placeholder(graph, f"{START}{site.ordinal}")
                 like = example(site.new_k)
-                start.meta = {"example_value": like.new_empty((), dtype=torch.int64, device="cpu")}
+                start.meta = {"example_value": like.new_empty((), dtype=torch.int64)}
                 starts[key] = start
         attention = _replace(graph, site, states[key], starts.get(key), context)
         if site.behind is not None:

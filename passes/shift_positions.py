@@ -48,7 +48,7 @@ def offset_input(graph: GraphModule, context: Context) -> Node:
             return node
     offset = placeholder(graph, OFFSET)
     like = example(context.fused[0].new_k)
-    offset.meta["val"] = like.new_empty((), dtype=torch.int64, device="cpu")
+    offset.meta["val"] = like.new_empty((), dtype=torch.int64)
     return offset
 
 

@@ -67,16 +67,21 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
     compile: Annotated[
         list[Lowering] | None,
-        typer.Option(help="How transformed models run (inductor). May be repeated."),
+        typer.Option(
+            help="How transformed models run (inductor, and reduce-overhead on a GPU). May be "
+            "repeated."
+        ),
     ] = None,
     json: JsonFile = None,
     plot: Annotated[Path | None, typer.Option(help="An image file to draw it into.")] = None,
 ) -> None:  # fmt: skip
     """Time every method in turn, on one thread and data out of cache, against full caches."""
+    where = device_of(device)
+    lowerings = [Lowering.inductor, Lowering.reduce_overhead][: 2 if where.type == "cuda" else 1]
     options = Options(
         cases=tuple(get_case(name) for name in case or list(CASES)[:1]),
         dtype=getattr(torch, dtype),
-        device=device_of(device),
+        device=where,
         batch=batch,
         slots=slots,
         contexts=_numbers(contexts) if contexts else None,
@@ -84,7 +89,7 @@ def bench(
         rounds=rounds,
         steps=steps,
         threads=threads,
-        lowerings=tuple(str(name) for name in compile or [Lowering.inductor]),
+        lowerings=tuple(str(name) for name in compile or lowerings),
         model=model,
         tiers=tuple(tier) if tier else None,
     )

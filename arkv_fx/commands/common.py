@@ -54,6 +54,7 @@ class Lowering(StrEnum):
 
     eager = "eager"
     inductor = "inductor"
+    reduce_overhead = "reduce-overhead"
 
 
 Model = Annotated[

@@ -1,0 +1,106 @@
+"""What a recording of a decode graph does with each input: leave it out, hold it, or copy it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from arkv_fx.passes.block_masks import IN_PLACE
+from arkv_fx.passes.nodes import example, op_name
+from arkv_fx.passes.rewrite import STATE
+
+# Where one operand is a tensor of integers, a 0-dim one in place of a number gives the same.
+ARITHMETIC = {"add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne"}
+
+
+class Kind(Enum):
+    """One input of a decode graph."""
+
+    UNUSED = auto()
+    WEIGHT = auto()
+    """Stays where it is; the recording reads it there."""
+    STATE = auto()
+    """Likewise, but of the sequence at hand."""
+    GIVEN = auto()
+    """New in each call: copied into a tensor of the recording."""
+
+
+def kinds(graph: GraphModule, weights: Collection[str]) -> dict[Node, Kind]:
+    """The kind of every input, in order; ``weights`` names some of the model's tensors."""
+    return {n: _kind(n, weights) for n in graph.graph.find_nodes(op="placeholder")}
+
+
+def _kind(node: Node, weights: Collection[str]) -> Kind:
+    if not node.users:
+        return Kind.UNUSED
+    if node.name.startswith(STATE):
+        return Kind.STATE
+    # Dynamo's word for parameters and buffers of modules.
+    static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") is not None
+    return Kind.WEIGHT if static or node.name in weights else Kind.GIVEN
+
+
+def why_not(graph: GraphModule, inputs: Mapping[Node, Kind]) -> str:
+    """Why a decode graph cannot be recorded, "" if nothing speaks against it."""
+    for node in graph.graph.nodes:
+        if op_name(node) == "kv_update":
+            return "a layer keeps all its keys and values in full precision, and they grow"
+    places = {_storage(node): node for node, kind in inputs.items() if kind is Kind.GIVEN}
+    places.pop(None, None)
+    for node in graph.graph.nodes:
+        for target in _written(node):
+            # Views of an input share its memory, in the tracer's examples as in life.
+            if (found := places.get(_storage(target))) is not None:
+                return f"it writes to its input {found.name}, of which a recording has a copy"
+    return ""
+
+
+def _storage(node: Node) -> int | None:
+    value = example(node)
+    return int(value.untyped_storage()._cdata) if isinstance(value, Tensor) else None
+
+
+def _written(node: Node) -> Iterator[Node]:
+    """The nodes whose values a node changes."""
+    name, target = op_name(node), node.target
+    if isinstance(target, torch._ops.OpOverload):
+        for argument, value in zip(target._schema.arguments, node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                yield from _nodes(value)
+    elif name == "setitem" or name in IN_PLACE or (name.endswith("_") and name[-2:] != "__"):
+        yield from _nodes(node.args[:1])
+    yield from _nodes(node.kwargs.get("out"))
+
+
+def _nodes(value: Any) -> Iterator[Node]:
+    if isinstance(value, Node):
+        yield value
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for part in value:
+            yield from _nodes(part)
+
+
+def numbers_as_tensors(graph: GraphModule, device: torch.device) -> None:
+    """Make inputs that are numbers, and are only added to tensors of integers, 0-dim int64 tensors.
+
+    The position that a model counts in Python is one: as a number it would be part of the
+    recording.
+    """
+    for node in graph.graph.find_nodes(op="placeholder"):
+        value = example(node)
+        if isinstance(value, torch.SymInt) and node.users and all(map(_is_integral, node.users)):
+            like = next(example(u) for u in node.users)
+            node.meta = {"example_value": like.new_empty((), dtype=torch.int64, device=device)}
+
+
+def _is_integral(node: Node) -> bool:
+    if op_name(node) not in ARITHMETIC or node.kwargs:
+        return False
+    values = [example(x) for x in node.args if isinstance(x, Node)]
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    return len(tensors) == 1 and tensors[0].dtype == torch.int64 and tensors[0].dim() > 0

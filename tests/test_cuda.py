@@ -1,0 +1,120 @@
+"""What only a GPU can tell: the Triton kernels and CUDA graphs as they run there."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from reference_attention import TOLERANCE
+from torch import Tensor
+
+from arkv_fx import ArkvConfig, models, restore, transform
+from arkv_fx.evaluation.bench.cases import CASES, Options, copy_of, filled
+from arkv_fx.ops.attend import attend
+from arkv_fx.ops.attention import Knobs
+from arkv_fx.ops.formats import FORMATS
+from arkv_fx.plan import plan_layer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+CUDA = torch.device("cuda")
+SMALL = ArkvConfig(budget=48, window=8, sinks=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tier", sorted(FORMATS))
+@pytest.mark.parametrize("batch", [1, 8])
+def test_triton_is_the_reference(tier: str, dtype: torch.dtype, batch: int) -> None:
+    case = CASES["llama-3-8b"]
+    config = ArkvConfig(budget=1024).replace(tiers=("native", tier))
+    plan = plan_layer(
+        config, heads=case.heads, k_dim=case.dim, v_dim=case.dim, dtype=dtype, where=case.name
+    )
+    state = filled(plan, 4, 1500, batch, CUDA)
+    outs: dict[str, Tensor] = {}
+    for kernel in ("reference", "triton"):
+        own = copy_of(state)
+        torch.manual_seed(0)
+        q, k, v = (
+            torch.randn(batch, heads, 1, case.dim, dtype=dtype, device=CUDA)
+            for heads in (case.q_heads, case.heads, case.heads)
+        )
+        outs[kernel] = attend(
+            q, k, v, None, own.tensors, plan, Knobs(case.scale), False, kernel
+        ).float()
+    # Outputs are means of a thousand values of about 1 each.
+    error = (outs["triton"] - outs["reference"]).abs().max()
+    assert error <= TOLERANCE[dtype]
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "one": {"batch": 1},
+    "batch": {"batch": 3},
+    "padding": {"batch": 2, "padded": 7},
+    "beams": {"batch": 1, "num_beams": 3},
+}
+
+
+def generate(model: Any, batch: int, padded: int = 0, **options: Any) -> list[list[int]]:
+    ids = torch.randint(1, 128, (batch, 60), generator=torch.Generator().manual_seed(0)).to(CUDA)
+    mask = torch.ones_like(ids)
+    mask[0, :padded] = 0
+    with torch.no_grad():
+        out: Tensor = model.generate(
+            ids, attention_mask=mask, max_new_tokens=30, do_sample=False, **options
+        )
+    return out.tolist()
+
+
+def test_replayed_steps_answer_as_those_that_run() -> None:
+    model = models.random_model("llama").to(CUDA)
+    transform(model, SMALL, compile="inductor")
+    want = {name: generate(model, **call) for name, call in CALLS.items()}
+    restore(model)
+    transform(model, SMALL, compile="reduce-overhead")
+    for _ in range(2):
+        for name, call in CALLS.items():
+            assert generate(model, **call) == want[name], name
+    replays = model.arkv.backend.replays
+    assert sum(r.replayed for r in replays) > 100
+    assert not any(r.reason for r in replays)
+
+
+def test_sequence_after_sequence_takes_no_more_memory() -> None:
+    model = models.random_model("llama").to(CUDA)
+    transform(model, SMALL, compile="reduce-overhead")
+    used = []
+    for _ in range(6):
+        generate(model, 1)
+        gc.collect()
+        torch.cuda.empty_cache()
+        used.append(torch.cuda.memory_reserved())
+    assert len(set(used[2:])) == 1
+
+
+def test_compiled_and_eager_agree() -> None:
+    model = models.random_model("llama").to(CUDA)
+    found = []
+    for lowering in ("eager", "inductor"):
+        transform(model, SMALL, compile=lowering)
+        ids = torch.arange(1, 61, device=CUDA)[None]
+        with torch.no_grad():
+            out = model(ids, use_cache=True)
+            for token in range(20):
+                step = torch.tensor([[token + 1]], device=CUDA)
+                out = model(step, past_key_values=out.past_key_values)
+        found.append(out.logits)
+        restore(model)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+def test_bench_runs_there() -> None:
+    from arkv_fx.evaluation.bench import bench
+
+    options = Options(
+        cases=(CASES["smollm2"],), dtype=torch.bfloat16, device=CUDA, slots=128, contexts=(256,),
+        rounds=2, prompt=256,
+    )  # fmt: skip
+    rows = bench(("attention", "update", "prefill"), options, lambda text: None)
+    assert any(r.method.startswith("arkv-triton") and r.median_us for r in rows)
