@@ -52,6 +52,12 @@ def test_every_format_with_every_dtype(tiers: str, dtype: torch.dtype) -> None:
         check(case)
 
 
+@pytest.mark.parametrize("tiers", ["int8", "k8v4", "k4v3"])
+def test_rounding_does_not_grow_with_the_slots(tiers: str) -> None:
+    """Codes are unsigned: their sum, before the zero points come off, dwarfs that of the values."""
+    check(Case(2100, (0,), 2, 4, 128, 128, ((tiers, 2000),)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_far_within_its_rounding(dtype: torch.dtype) -> None:
     """An outlier channel in the queries, as models have them, makes 16 bits coarser for others."""

@@ -250,11 +250,15 @@ class Attention {
       int64_t stride;
       const char* codes = rows(codec, s.v.codes, D, first, n, room, &stride);
       if (!queries.integers(codec)) {
-        if (rotated(codec))
-          for (int64_t g = 0; g < team.size; g++)
-            for (int64_t j = 0; j < n; j += W)
-              shift[g] += load<vf>(weights[g] + j) * load<vf>(zeros + j);
         SUM_ROWS[codec][team.size - 1](codes, stride, n, D, weights, sum, v_wide);
+        if (!rotated(codec)) continue;
+        // Taken off at once: the sum of codes is far larger than that of values, and its rounding
+        // would stay.
+        vf off[MOST] = {};
+        for (int64_t g = 0; g < team.size; g++)
+          for (int64_t j = 0; j < n; j += W)
+            off[g] += load<vf>(weights[g] + j) * load<vf>(zeros + j);
+        lower(sum, sums(off), team.size);
         continue;
       }
       int16_t small[MOST][BLOCK];
@@ -274,10 +278,14 @@ class Attention {
       SUM_BYTES[team.size - 1](codes, stride, n, D, small, (const float*)&unit, sum, v_wide);
     }
     store(masses + index * MOST, sums(mass));
-    const f8 shifts = sums(shift);
-    for (int64_t g = 0; g < team.size; g++)
+    lower(sum, sums(shift), team.size);
+  }
+
+  // Takes `by[g]` off all sums of query g.
+  void lower(float* sum, f8 by, int64_t size) const {
+    for (int64_t g = 0; g < size; g++)
       for (int64_t j = 0; j < v_wide; j += W)
-        store(sum + g * v_wide + j, load<vf>(sum + g * v_wide + j) - shifts[g]);
+        store(sum + g * v_wide + j, load<vf>(sum + g * v_wide + j) - by[g]);
   }
 
   void join(const Team& team) {
