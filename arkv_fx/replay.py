@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map_only
 
-from arkv_fx.passes.nodes import example
+from arkv_fx.passes.nodes import shape
 from arkv_fx.replay_inputs import Kind, kinds, why_not
 from arkv_fx.state.session import LayerState
 
@@ -72,11 +72,10 @@ class Recording:
                 state.tensors = home
         self.owners = [ref(state) for state in states]
 
-    def take(self, kinds: Sequence[Kind], inputs: Sequence[Any]) -> None:
-        """Copy what is new to where it is read."""
-        for kind, home, value in zip(kinds, self.inputs, inputs, strict=True):
-            if kind is Kind.GIVEN and isinstance(value, Tensor):
-                home.copy_(value)
+    def take(self, new: Sequence[int], inputs: Sequence[Any]) -> None:
+        """Copy the ``new`` ones of the inputs to where they are read."""
+        for i in new:
+            self.inputs[i].copy_(inputs[i])
 
 
 class Replay:
@@ -92,8 +91,13 @@ class Replay:
     ) -> None:
         inputs = kinds(graph, weights)
         self.compiled, self.kinds = compiled, [*inputs.values()]
-        self.names = [node.name for node in inputs]
-        self.tensors = [isinstance(example(node), Tensor) for node in inputs]
+        self.weights = [i for i, kind in enumerate(self.kinds) if kind is Kind.WEIGHT]
+        self.given = {
+            i: node.name for i, (node, kind) in enumerate(inputs.items()) if kind is Kind.GIVEN
+        }
+        self.tensors = [
+            i for i, node in enumerate(inputs) if i in self.given and shape(node) is not None
+        ]
         self.reason = why_not(graph, inputs)
         """Why steps are not recorded, "" if they are."""
         self.replayed = 0
@@ -106,10 +110,10 @@ class Replay:
         """The graph's outputs; ``inputs`` hold the tensors of ``states``, too."""
         devices = {state.tensors[0].device for state in states}
         device = next(iter(devices))
-        inputs = [
-            torch.full((), x, device=device) if wanted and isinstance(x, int) else x
-            for wanted, x in zip(self.tensors, inputs, strict=True)
-        ]
+        inputs = [*inputs]
+        for i in self.tensors:
+            if isinstance(inputs[i], int):  # see `numbers_as_tensors`
+                inputs[i] = torch.full((), inputs[i], device=device)
         record = RECORDERS.get(device.type)
         if record is None:
             self.reason = f"there are no graphs to record on {device.type}"
@@ -131,7 +135,7 @@ class Replay:
                 return self._give_up(f"recording failed: {error}", inputs)
             self.recordings.setdefault(key, []).append(recording)
         recording.adopt(states)
-        recording.take(self.kinds, inputs)
+        recording.take(self.tensors, inputs)
         recording.launch()
         self.replayed += 1
         # The recording's own outputs are overwritten by the next step.
@@ -141,8 +145,7 @@ class Replay:
         self, inputs: Sequence[Any], states: Sequence[LayerState], device: torch.device
     ) -> tuple[Any, ...]:
         """What must be the same for a recording to be used again, by input."""
-        given = zip(self.kinds, inputs, strict=True)
-        used = [_look(x, device) if kind is Kind.GIVEN else None for kind, x in given]
+        used = [_look(inputs[i], device) for i in self.given]
         return (*used, tuple(state.batch for state in states))
 
     def _changed(self, key: Any, states: Sequence[LayerState]) -> str | None:
@@ -154,7 +157,8 @@ class Replay:
         *new, batch = key
         if old_batch != batch:
             return None
-        return next((n for n, a, b in zip(self.names, old, new, strict=True) if a != b), None)
+        pairs = zip(self.given.values(), old, new, strict=True)
+        return next((name for name, a, b in pairs if a != b), None)
 
     def _give_up(self, reason: str, inputs: Sequence[Any]) -> Any:
         self.reason = reason
@@ -177,8 +181,7 @@ class Replay:
         return found
 
     def _weights(self, inputs: Sequence[Any]) -> list[int]:
-        given = zip(self.kinds, inputs, strict=True)
-        return [x.data_ptr() for kind, x in given if kind is Kind.WEIGHT]
+        return [inputs[i].data_ptr() for i in self.weights]
 
     def _record(
         self, record: Recorder, device: torch.device, inputs: Sequence[Any],

@@ -16,12 +16,13 @@ from models_outside import gpt_fast
 from models_outside.sample import ROOMY, TOLERANCE, TOTAL, ids, random_weights
 from tape import Tape, record_tape
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from arkv_fx import ArkvCache, ArkvConfig, models, replay, restore, transform
 from arkv_fx.backend import ArkvBackend
 from arkv_fx.replay import RECORDERS, Recording, Replay
-from arkv_fx.replay_inputs import Kind
+from arkv_fx.replay_inputs import Kind, kinds, why_not
 from arkv_fx.zoo.configs import tiny_model
 
 SMALL = ArkvConfig(budget=48, window=8, sinks=2)
@@ -200,6 +201,29 @@ def test_a_cache_that_is_written_in_place_is_named() -> None:
     recorded(model)
     assert generate(model, prompt()) == want
     assert "it writes to its input" in str(model.arkv.report())
+
+
+@pytest.mark.parametrize("way", ["view", "setitem", "out", "none"])
+def test_writes_are_seen_through_views(way: str) -> None:
+    def call(x: Tensor, y: Tensor) -> Tensor:
+        if way == "view":
+            x.transpose(0, 1)[0].add_(y)
+        elif way == "setitem":
+            x[1] = y
+        elif way == "out":
+            torch.add(y, 1, out=x[0])
+        else:
+            x = x.clone().add_(y)
+        return x.sum()
+
+    reasons = []
+
+    def backend(graph: GraphModule, inputs: Any) -> Any:
+        reasons.append(why_not(graph, kinds(graph, ())))
+        return graph.forward
+
+    torch.compile(call, backend=backend)(torch.ones(3, 3), torch.ones(3))
+    assert [bool(r) for r in reasons] == [way != "none"]
 
 
 def test_a_step_that_looks_at_numbers_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
