@@ -82,10 +82,11 @@ def load_model(options: Options) -> PreTrainedModel:
         )
     try:
         config = AutoConfig.from_pretrained(path)
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=options.dtype)
+        with options.device:  # billions of random numbers take a CPU minutes
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=options.dtype)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(f"cannot make a model from {options.model!r}: {error}") from error
-    ready: PreTrainedModel = model.to(options.device).eval()
+    ready: PreTrainedModel = model.eval()
     return ready
 
 
