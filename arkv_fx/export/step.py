@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from arkv_fx.export.captured import Captured
 from arkv_fx.export.groups import Group
+from arkv_fx.ops.arrivals import Arrivals
 from arkv_fx.ops.attend import Seen, columns, look, peek, settle
 from arkv_fx.ops.attention import Knobs
-from arkv_fx.ops.update import Arrivals
 from arkv_fx.state.view import view
 
 ATTEND = torch.ops.arkv.attend.default

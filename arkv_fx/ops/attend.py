@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from arkv_fx.ops.arrivals import Arrivals
 from arkv_fx.ops.attention import (
     Knobs,
     allowed,
@@ -24,10 +25,11 @@ from arkv_fx.ops.attention import (
     softmax,
     value_sum,
 )
+from arkv_fx.ops.exchange import exchange_one
 from arkv_fx.ops.formats import get_format
 from arkv_fx.ops.kernels import get_kernel, get_step
+from arkv_fx.ops.merge import merge_many
 from arkv_fx.ops.scores import Observation, Stats
-from arkv_fx.ops.update import Arrivals, exchange_one, merge_many
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.view import View, view
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from reference_attention import Layer, make_mask
 from torch import Tensor
 
 import arkv_fx.ops.attend as attend_module
-import arkv_fx.ops.update as update
+from arkv_fx.ops import arrivals, exchange, merge
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.scores import SCORES
 from arkv_fx.plan import LayerPlan, Tier
@@ -178,14 +179,19 @@ def test_tokens_are_conserved(score: str) -> None:
     conserved()
 
 
-def untied(*args: Any, original: Any = update._rank) -> Tensor:
+def untied(*args: Any, original: Any = arrivals.rank_tokens) -> Tensor:
     """Ranks without ties: equal ones (up to the order of sums) are told apart by position."""
     return (original(*args).double() * 1e4).round() / 1e4 + args[1] * 1e-6
 
 
+def rank_by(patch: pytest.MonkeyPatch, ranks: Callable[..., Tensor]) -> None:
+    for form in (exchange, merge):
+        patch.setattr(form, "rank_tokens", ranks)
+
+
 def merge_one(held: Any, new: Any, updated: Any, kernel: str) -> None:
     """The decode step by way of the sorting form."""
-    update.merge_many(held, new, updated, False, kernel)
+    merge.merge_many(held, new, updated, False, kernel)
 
 
 def compare_forms(history: tuple[LayerPlan, list[Tensor], int]) -> None:
@@ -201,7 +207,7 @@ def compare_forms(history: tuple[LayerPlan, list[Tensor], int]) -> None:
         other_generator.set_state(generator.get_state())
         valid = torch.rand(layer.batch, 1, generator=torch.Generator().manual_seed(seed)) < 0.8
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(update, "_rank", untied)
+            rank_by(patch, untied)
             step(layer, valid, generator)
             patch.setattr(attend_module, "exchange_one", merge_one)
             step(other, valid, other_generator)
@@ -270,7 +276,7 @@ def test_a_tie_keeps_the_holder(form: str, monkeypatch: pytest.MonkeyPatch) -> N
     """Compressing a token costs precision, so an equal one is not displaced."""
     if form == "merge":
         monkeypatch.setattr(attend_module, "exchange_one", merge_one)
-    monkeypatch.setattr(update, "_rank", lambda held, pos, *_: _equal(pos))
+    rank_by(monkeypatch, lambda held, pos, *_: _equal(pos))
     tiers = (Tier("int8", 2), Tier("int4", 2))
     plan = LayerPlan(1, DIM, DIM, torch.float32, 2, 0, 0, tiers, "mass")
     layer, generator = Layer(plan, 1), torch.Generator().manual_seed(0)
@@ -316,24 +322,24 @@ def _renewed(segment: Any, *args: Any) -> Any:
 
 
 BROKEN = {
-    "a demoted token also stays": ("_choose_moves", _twice, "held twice"),
-    "padding is stored": ("_move_tokens", _ignores_wins, "encoded again|not exact"),
-    "what leaves the ring is lost": ("_leavers", _nothing_leaves, "dropped with"),
-    "codes are mixed up": ("gather", _shifted, "another token|encoded again|not exact"),
-    "codes are renewed": ("_store", _renewed, "encoded again|another token|not exact"),
+    "a demoted token also stays": (exchange, "_choose_moves", _twice, "held twice"),
+    "padding is stored": (exchange, "_move_tokens", _ignores_wins, "encoded again|not exact"),
+    "what leaves the ring is lost": (merge, "_leavers", _nothing_leaves, "dropped with"),
+    "codes are mixed up": (merge, "gather", _shifted, "another token|encoded again|not exact"),
+    "codes are renewed": (merge, "_store", _renewed, "encoded again|another token|not exact"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_update_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    attribute, replacement, message = BROKEN[name]
+    form, attribute, replacement, message = BROKEN[name]
     tiers = (Tier("int8", 4), Tier("int4", 3))
     plan = LayerPlan(2, DIM, DIM, torch.float32, 3, 1, 0, tiers, "mass")
     generator = torch.Generator().manual_seed(5)
     calls = [torch.rand(2, n, generator=generator) < 0.8 for n in (6, 3, 9, *[1] * 12, 6, 1, 1)]
     run((plan, calls, 1))
-    original = getattr(update, attribute)
-    monkeypatch.setattr(update, attribute, lambda *args: replacement(*args, original))
+    original = getattr(form, attribute)
+    monkeypatch.setattr(form, attribute, lambda *args: replacement(*args, original))
     with pytest.raises(AssertionError, match=message):
         run((plan, calls, 1))
 
@@ -342,14 +348,14 @@ def test_different_forms_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     plan = LayerPlan(2, DIM, DIM, torch.float32, 2, 1, 0, (Tier("native", 3),), "mass")
     history = (plan, [torch.ones(1, 9, dtype=torch.bool)], 0)
     compare_forms(history)
-    merge = update.merge_many
+    merge_many = merge.merge_many
 
     def backwards(*args: Any) -> None:
         """Merge by the opposite order of the tokens."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(update, "_rank", lambda *call: -untied(*call).nan_to_num(neginf=9.0))
-            merge(*args)
+            rank_by(patch, lambda *call: -untied(*call).nan_to_num(neginf=9.0))
+            merge_many(*args)
 
-    monkeypatch.setattr(update, "merge_many", backwards)
+    monkeypatch.setattr(merge, "merge_many", backwards)
     with pytest.raises(AssertionError, match="different tokens"):
         compare_forms(history)

@@ -18,8 +18,8 @@ from reference_attention import MASKS, TOLERANCE, Layer, make_mask
 from torch import Tensor
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
-import arkv_fx.ops.update as update
 from arkv_fx.errors import KernelError
+from arkv_fx.ops import exchange
 from arkv_fx.ops.attend import attend
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.kernels import Step
@@ -97,9 +97,11 @@ def history(case: Case) -> Iterator[tuple[Layer, Call, Knobs]]:
 
 
 class Ranks:
-    """Stands in for ``update._rank`` and remembers per head how clear the decisions were."""
+    """Stands in for ``exchange.rank_tokens``, remembers per head how clear decisions were."""
 
-    def __init__(self, margin: float, original: Callable[..., Tensor] = update._rank) -> None:
+    def __init__(
+        self, margin: float, original: Callable[..., Tensor] = exchange.rank_tokens
+    ) -> None:
         self.original, self.margin = original, margin
         self.doubtful: Tensor | None = None  # [B, Hkv]
 
@@ -119,7 +121,7 @@ def advance(
     """One step of ``attend``; its output and the heads whose decisions were close."""
     ranks = Ranks(margin)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(update, "_rank", ranks)
+        patch.setattr(exchange, "rank_tokens", ranks)
         out = attend(*call, state, plan, knobs, False, kernel)
     return out, ranks.doubtful
 
@@ -297,7 +299,7 @@ def test_attend_takes_it() -> None:
     state = [t.clone() for t in layer.state.tensors]
     expected = step_of(layer.plan)(*call, state, knobs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(update, "_rank", None)  # not needed any more
+        patch.setattr(exchange, "rank_tokens", None)  # not needed any more
         out = attend(*call, layer.state.tensors, layer.plan, knobs, False, "cpp")
     assert torch.equal(out, expected)
     assert all(torch.equal(*pair) for pair in zip(state, layer.state.tensors, strict=True))

@@ -1,5 +1,5 @@
 // The state after a decoded token, one head at a time: what arkv_fx/ops/attend.py does after the
-// attention, and exchange_one of arkv_fx/ops/update.py.
+// attention, and exchange_one of arkv_fx/ops/exchange.py.
 #pragma once
 #include "attend.h"
 #include "rank.h"
