@@ -170,14 +170,16 @@ class _Runner:
     def __call__(self, *inputs: Any) -> Any:
         extra: list[Tensor] = []
         states: list[LayerState] = []
-        sessions: list[Session] = []
+        sessions: dict[Node | None, Session] = {}
         anchors, buffers = Anchors(), Buffers()
         starts: set[int] = set()
         for site, layer, device in zip(self.sites, self.layers, self.device, strict=True):
             assert site.plan is not None
             if site.source == "marker":
-                session = find_session(self._input(site.handle, inputs))
-                sessions.append(session)
+                session = sessions.get(site.handle)
+                if session is None:
+                    session = find_session(self._input(site.handle, inputs))
+                    sessions[site.handle] = session
                 state = session.layer(layer, site.plan, site.batch, device)
                 extra += state.tensors
             else:
@@ -199,7 +201,7 @@ class _Runner:
         anchors.refuse_strangers(inputs)
         buffers.refuse_strangers(inputs)
         buffers.doubt()
-        for session in sessions:  # in doubt until the whole step is done
+        for session in sessions.values():  # in doubt until the whole step is done
             session.tokens = -1
         if self.replay is not None:
             out = self.replay([*inputs, *extra], states)

@@ -126,11 +126,13 @@ class Session:
                 "a batch cannot change in mid-sequence: start a new cache, or use "
                 "batch_select_indices / batch_repeat_interleave"
             )
-        if state.plan is not plan and state.plan != plan:
-            raise CacheError(
-                f"layer {index}: the cache was begun under another configuration or calibration "
-                "than the one the model is transformed with now; start a new cache"
-            )
+        if state.plan is not plan:
+            if state.plan != plan:
+                raise CacheError(
+                    f"layer {index}: the cache was begun under another configuration or "
+                    "calibration than the one the model is transformed with now; start a new cache"
+                )
+            state.plan = plan  # the next step's look is enough then
         return state
 
     def counts(self, tokens: Tensor) -> bool:
