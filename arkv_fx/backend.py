@@ -254,7 +254,9 @@ def arkv_backend(
     """
     settings = dict(options or {})
     if mode not in (None, "default", "reduce-overhead"):
-        raise UnknownOptionError(f"mode={mode!r}: the arkv backend knows reduce-overhead")
+        raise UnknownOptionError(
+            f"mode={mode!r}: the arkv backend has 'default' and 'reduce-overhead'"
+        )
     lowering = settings.pop("compile", mode if mode == "reduce-overhead" else "inductor")
     calibration = settings.pop("calibration", None)
     backend = ArkvBackend(ArkvConfig.make(settings), calibration, compile=lowering)
