@@ -335,6 +335,7 @@ def test_documented_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -
         return []
 
     monkeypatch.setattr("arkv_fx.commands.bench.bench_", fake)
+    monkeypatch.setattr("arkv_fx.commands.bench.device_of", torch.device)  # there may be no GPU
     monkeypatch.setattr("arkv_fx.commands.bench.measurements_.write", lambda *args: None)
     monkeypatch.setattr("arkv_fx.commands.bench.measurements_.plot", lambda *args: None)
     result = CliRunner().invoke(app, shlex.split(line.partition("#")[0])[1:])
