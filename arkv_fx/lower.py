@@ -37,7 +37,8 @@ ATTEND = torch.ops.arkv.attend.default
 ATTENTIONS = (ATTEND, torch.ops.arkv.peek.default)
 
 # Moving a tensor's reads behind its update makes Inductor copy the tensor: all of a tier's codes.
-SETTINGS = {"reorder_for_locality": False}
+# A product and its sum are one instruction, with one rounding, where the compiler may join them.
+SETTINGS = {"reorder_for_locality": False, "cpp.enable_floating_point_contract_flag": "fast"}
 # Pieces without symbolic sizes, whatever graph, model or calibration they come from.
 compiled_pieces: dict[Any, Compiled] = {}
 

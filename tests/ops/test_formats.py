@@ -260,3 +260,16 @@ def test_inductor_encodes_with_the_scale_it_stores() -> None:
     compiled = torch.compile(Int4().encode, dynamic=False)(x)
     for ours, theirs in zip(Int4().encode(x), compiled, strict=True):
         assert (ours == theirs).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("dim", [64, 128, 144])
+def test_codes_read_four_bytes_at_a_time_are_the_same_numbers(name: str, dim: int) -> None:
+    codec, x = CODECS[name], torch.randn(2, 3, dim)
+    parts = codec.encode(x)
+    plain, wide = (
+        found.gather(torch.stack([r * u for r, u in zip(found.runs, found.units, strict=True)], -2))
+        for found in (codec.unpack(parts), codec.unpack_words(parts))
+    )
+    assert torch.equal(plain, wide)
+    assert torch.equal(codec.unpack_words(parts).gather(codec.unpack_words(parts).deal(x)), x)

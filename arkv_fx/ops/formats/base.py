@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -41,12 +41,26 @@ class Unpacked:
     two for each: masking bits where they lie is cheaper than shifting them down, and a factor is
     free once it is taken into the query or the sum. `scale` and `zero` are `[..., 1]`, or None
     where the format has none.
+
+    With `turns` > 1 the elements of a longer run are dealt in turn to as many runs that follow
+    each other: to the first of them the first element, the one after `turns` more, and so on.
     """
 
     runs: list[Tensor]
     units: tuple[float, ...] = (1.0,)
     scale: Tensor | None = None
     zero: Tensor | None = None
+    turns: int = 1
+
+    def deal(self, x: Tensor) -> Tensor:
+        """Vectors `[..., D]` in the order of the runs: `[..., runs, D / runs]`."""
+        dealt: Tensor = x.unflatten(-1, (len(self.runs) // self.turns, -1, self.turns))
+        return dealt.transpose(-1, -2).flatten(-3, -2)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The inverse of `deal`."""
+        dealt: Tensor = x.unflatten(-2, (-1, self.turns))
+        return dealt.transpose(-1, -2).flatten(-3)
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,25 @@ class Codec(ABC):
     def unpack(self, parts: Sequence[Tensor]) -> Unpacked:
         """What `encode` gave as numbers: the kernels' form of `decode`, without its products."""
 
+    def split_words(self, words: Tensor) -> tuple[list[Tensor], tuple[float, ...]] | None:
+        """Runs and units of codes read four bytes at a time, int32 `[..., bytes / 4]`.
+
+        Byte after byte belongs to the next of four runs. None for a codec that has no such form.
+        """
+        return None
+
+    def unpack_words(self, parts: Sequence[Tensor]) -> Unpacked:
+        """`unpack` with codes read four bytes at a time, where the codec and their number allow.
+
+        For compilers that widen each byte on its own: with AVX2 Inductor does so through memory.
+        Fewer bytes than a vector register holds (64 with AVX-512) are faster one by one.
+        """
+        found, codes = self.unpack(parts), parts[0]
+        if codes.dtype.itemsize > 1 or codes.shape[-1] < 64 or codes.shape[-1] % 4:
+            return found
+        split = self.split_words(codes.view(torch.int32))
+        return found if split is None else replace(found, runs=split[0], units=split[1], turns=4)
+
     def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
         """The vectors `[..., dim]` in `dtype` from what `encode` gave, in the STORED basis.
 
@@ -114,6 +147,12 @@ class Codec(ABC):
     def nbytes(self, dim: int, native: torch.dtype) -> int:
         """Exact bytes per token and kv head, scales included."""
         return sum(field.nbytes for field in self.fields(dim, native))
+
+
+def top_bytes(words: Tensor) -> list[Tensor]:
+    """The four bytes of int32 words, lowest first, each moved to the top of an int32."""
+    top = -0x1000000
+    return [words << 24, words << 16 & top, words << 8 & top, words & top]
 
 
 def round_to_scale_dtype(x: Tensor) -> Tensor:

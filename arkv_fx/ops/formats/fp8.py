@@ -6,9 +6,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from arkv_fx.ops.formats.base import SCALE_DTYPE, Codec, Field, Unpacked, symmetric_scale
+from arkv_fx.ops.formats.base import (
+    SCALE_DTYPE,
+    Codec,
+    Field,
+    Unpacked,
+    symmetric_scale,
+    top_bytes,
+)
 
 TOP = 448.0  # the largest e4m3 number
+BIAS = 2.0**120  # what codes with their bits in the places of a float32's are too small by
 
 
 class Fp8(Codec):
@@ -30,7 +38,17 @@ class Fp8(Codec):
 
     def unpack(self, parts: Sequence[Tensor]) -> Unpacked:
         codes, scale = parts
-        # On the bits, since the library's conversion is slow: sign, exponent and mantissa in their
-        # float32 places, and the exponents' bias made good by 2^120. Exact, subnormals too.
-        bits = (codes.view(torch.int8).to(torch.int32) << 20) & -0x78100000
-        return Unpacked([bits.view(torch.float32)], (2.0**120,), scale.to(torch.float32))
+        bits = codes.view(torch.int8).to(torch.int32) << 20
+        return Unpacked([_as_float32(bits)], (BIAS,), scale.to(torch.float32))
+
+    def split_words(self, words: Tensor) -> tuple[list[Tensor], tuple[float, ...]]:
+        return [_as_float32(byte >> 4) for byte in top_bytes(words)], (BIAS,) * 4
+
+
+def _as_float32(bits: Tensor) -> Tensor:
+    """The numbers times 2^-120 of codes whose exponents begin at bit 23; exact, subnormals too.
+
+    On the bits, since the library's conversion is slow: sign, exponent and mantissa in their
+    float32 places.
+    """
+    return (bits & -0x78100000).view(torch.float32)

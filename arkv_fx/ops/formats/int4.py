@@ -23,3 +23,10 @@ class Int4(RotatedAffine):
     def split(self, packed: Tensor) -> list[Tensor]:
         wide = packed.to(torch.int32)  # Inductor does not vectorise bit operations of uint8
         return [wide & 15, wide & 240]
+
+    def split_words(self, words: Tensor) -> tuple[list[Tensor], tuple[float, ...]]:
+        # Masked where they lie; the last byte one lower, or a code's top bit would be the sign.
+        places = [(words, 0), (words, 8), (words, 16), (words >> 8, 16)]
+        runs = [word & mask << place for mask in (15, 240) for word, place in places]
+        units = [unit * 2.0**-place for unit in self.units for _, place in places]
+        return [run.to(torch.float32) for run in runs], tuple(units)

@@ -6,7 +6,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from arkv_fx.ops.formats.base import SCALE_DTYPE, Codec, Field, Unpacked, symmetric_scale
+from arkv_fx.ops.formats.base import (
+    SCALE_DTYPE,
+    Codec,
+    Field,
+    Unpacked,
+    symmetric_scale,
+    top_bytes,
+)
 
 TOP = 127.0
 
@@ -31,3 +38,7 @@ class Int8(Codec):
     def unpack(self, parts: Sequence[Tensor]) -> Unpacked:
         codes, scale = parts
         return Unpacked([codes.to(torch.float32)], scale=scale.to(torch.float32))
+
+    def split_words(self, words: Tensor) -> tuple[list[Tensor], tuple[float, ...]]:
+        # From the top of a word, the sign is right.
+        return [byte.to(torch.float32) for byte in top_bytes(words)], (2.0**-24,) * 4

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from arkv_fx.ops.attention import Knobs, cap, softmax
+from arkv_fx.ops.formats.base import Unpacked
 from arkv_fx.ops.kernels.columns import (
     centre_logits,
     column_bias,
@@ -29,15 +30,16 @@ def attend_one(
     query_pos: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``Kernel``; one new token."""
-    parts = [_logits(q, segment) for segment in held.segments]
-    own = (q.squeeze(3).float() * k.float()).sum(-1)
-    logits = cap(torch.cat([*parts, own[..., None]], -1) * knobs.scale, knobs)
+    least = lowest(held, query_pos)[:, None, None, None]
+    parts = []
+    for segment in held.segments:
+        found = cap(_logits(q, segment) * knobs.scale, knobs)
+        parts.append(found.masked_fill(segment.pos[:, :, None] <= least, float("-inf")))
+    own = (q.squeeze(3).float() * k.float()).sum(-1, keepdim=True)
+    logits = torch.cat([*parts, cap(own * knobs.scale, knobs)], -1)
     bias = column_bias(mask, held, q.shape[2])
     if bias is not None:
         logits = logits + bias
-    seen = held.pos > lowest(held, query_pos)[:, None, None]
-    seen = torch.nn.functional.pad(seen, (0, 1), value=True)  # the new token itself
-    logits = logits.masked_fill(~seen[:, :, None], float("-inf"))
     probs = softmax(logits[:, :, :, None], knobs.sink_logits)
     shares = written(probs.squeeze(3))
     outs = [_mix(shares[..., s.start : s.start + s.slots], s) for s in held.segments]
@@ -46,42 +48,44 @@ def attend_one(
 
 def _logits(q: Tensor, segment: Segment) -> Tensor:
     """q . k of all slots, before scale, float32 [B, Hkv, G, C]."""
-    keys = segment.format.key.unpack(segment.k)
+    keys = segment.format.key.unpack_words(segment.k)
     rows = stored_query(q, segment)
-    chunks = rows.chunk(len(keys.runs), -1)
-    parts = [written(part * unit) for part, unit in zip(chunks, keys.units, strict=True)]
-    common = centre_logits(q, segment)
-    out = []
+    parts = written((keys.deal(rows) * _units(keys, rows)).contiguous())
+    dots = []
     for g in range(rows.shape[2]):
-        products = [x[:, :, g, None] * run for x, run in zip(parts, keys.runs, strict=True)]
-        dot = functools.reduce(torch.add, products).sum(-1)
-        if keys.zero is not None:
-            dot = dot - keys.zero.squeeze(-1) * rows[:, :, g].sum(-1, keepdim=True)
-        if keys.scale is not None:
-            dot = dot * keys.scale.squeeze(-1)
-        if common is not None:
-            dot = dot + common[:, :, g, None]
-        out.append(dot)
-    return torch.stack(out, 2)
+        products = [parts[:, :, g, None, None, i] * x[:, :, None] for i, x in enumerate(keys.runs)]
+        dots.append(functools.reduce(torch.add, products).sum(-1))
+    logits = torch.cat(dots, 2)
+    if keys.zero is not None:
+        logits = logits - keys.zero.transpose(-1, -2) * rows.sum(-1, keepdim=True)
+    if keys.scale is not None:
+        logits = logits * keys.scale.transpose(-1, -2)
+    common = centre_logits(q, segment)
+    return logits if common is None else logits + common[..., None]
 
 
 def _mix(shares: Tensor, segment: Segment) -> Tensor:
     """Sum of share times stored value, float32 [B, Hkv, G, Dv]; shares [B, Hkv, G, C]."""
-    values = segment.format.value.unpack(segment.v)
+    values = segment.format.value.unpack_words(segment.v)
     if values.scale is not None:
-        shares = written(shares * values.scale.squeeze(-1)[:, :, None])
-    out = []
-    for g in range(shares.shape[2]):
-        weight = shares[:, :, g, :, None]
-        sums = [
-            (weight * run).sum(2) * unit
-            for run, unit in zip(values.runs, values.units, strict=True)
-        ]
-        mixed = torch.cat(sums, -1)
-        if values.zero is not None:
-            mixed = mixed - (weight * values.zero).sum(2)
-        out.append(mixed)
-    return torch.stack(out, 2)
+        shares = written(shares * values.scale.transpose(-1, -2))
+    groups = shares.shape[2]
+    # One list of sums, and nothing done to any of them: so they are written where `cat` wants them.
+    sums = [
+        (shares[:, :, g, None, :, None] * run[:, :, None]).sum(3)
+        for g in range(groups)
+        for run in values.runs
+    ]
+    mixed = torch.cat(sums, 2).unflatten(2, (groups, -1))
+    mixed = values.gather(mixed * _units(values, mixed))
+    if values.zero is None:
+        return mixed
+    return mixed - (shares * values.zero.transpose(-1, -2)).sum(-1, keepdim=True)
+
+
+def _units(found: Unpacked, like: Tensor) -> Tensor:
+    """The units of the runs, to be multiplied by numbers [..., runs, D / runs]."""
+    return torch.tensor(found.units, device=like.device)[:, None]
 
 
 def written(x: Tensor) -> Tensor:

@@ -18,14 +18,15 @@ from arkv_fx.plan import LayerPlan, Tier
 from arkv_fx.state.session import LayerState
 
 PLAN = LayerPlan(
-    2, 32, 32, torch.float32, 4, 1, 0, (Tier("k8v4", 72), Tier("k4v3", 136)), "combined"
+    2, 64, 64, torch.float32, 4, 1, 0, (Tier("k8v4", 72), Tier("k4v3", 136)), "combined"
 )
 
 
-# A sum that reads bytes: accumulator, load of codes, addition, with no other accumulator between.
+# A sum that reads codes: accumulator, load of bytes or of four at a time, addition, with no other
+# accumulator between.
 FUSED = re.compile(
     r"acc0_vec = at::vec::Vectorized<float>\(0\);(?:(?!acc0_vec =)[\s\S])*?"
-    r"Vectorized<u?int8_t>::loadu(?:(?!acc0_vec =)[\s\S])*?acc0_vec = tmp_acc0_vec \+"
+    r"Vectorized<(?:u?int8|int32)_t>::loadu(?:(?!acc0_vec =)[\s\S])*?acc0_vec = tmp_acc0_vec \+"
 )
 
 
@@ -51,7 +52,7 @@ def test_a_broken_form_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) ->
 def generated(kernel: str, plan: LayerPlan = PLAN, **settings: bool) -> str:
     """Inductor's code of one decode step."""
     tensors = LayerState(plan, 1, torch.device("cpu")).tensors
-    q, k, v = (torch.randn(1, heads, 1, 32) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(1, heads, 1, PLAN.k_dim) for heads in (4, 2, 2))
     text = plan.to_json()
 
     def step(*args: torch.Tensor) -> torch.Tensor:
