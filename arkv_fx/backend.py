@@ -137,7 +137,7 @@ def _example_state(context: Context, example_inputs: Sequence[Any]) -> list[Tens
 
 
 def _takes_one(site: Site) -> bool:
-    return (shape(site.new_k) or ())[2:3] == (1,)
+    return same_size((shape(site.new_k) or ())[2], 1)
 
 
 def _is_meta(value: Any) -> bool:
@@ -164,8 +164,8 @@ class _Runner:
 
     def begins_unknown(self) -> bool:
         """Whether many tokens may come to a buffer that is empty or not."""
-        sizes = [shape(s.new_k) or () for s in self.sites if s.source == "buffer" and not s.fresh]
-        return any(not same_size(size[2], 1) for size in sizes)
+        unknown = [s for s in self.sites if s.source == "buffer" and not s.fresh]
+        return not all(_takes_one(s) for s in unknown)
 
     def __call__(self, *inputs: Any) -> Any:
         extra: list[Tensor] = []

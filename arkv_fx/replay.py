@@ -43,10 +43,12 @@ RECORDERS: dict[str, Recorder] = {"cuda": record_cuda}
 class Recording:
     """One decode step over one state.
 
-    ``inputs`` are what it reads, ``weights`` the addresses of the model's tensors among them,
-    ``homes`` the state tensors of each layer, and ``owners`` whose they are.
+    ``key`` must be the same for it to be used again; ``inputs`` are what it reads, ``weights`` the
+    addresses of the model's tensors among them, ``homes`` the state tensors of each layer, and
+    ``owners`` whose they are.
     """
 
+    key: Any
     inputs: list[Any]
     weights: list[int]
     homes: list[list[Tensor]]
@@ -102,7 +104,7 @@ class Replay:
         """Why steps are not recorded, "" if they are."""
         self.replayed = 0
         """Steps that were replayed."""
-        self.recordings: dict[Any, list[Recording]] = {}
+        self.recordings: list[Recording] = []
         self.last: tuple[list[ref[LayerState]], Any] | None = None
         self.warm: set[Any] = set()
 
@@ -130,10 +132,10 @@ class Replay:
         recording = self._find(key, inputs, states)
         if recording is None:
             try:
-                recording = self._record(record, device, inputs, states)
+                recording = self._record(record, device, key, inputs, states)
             except RuntimeError as error:  # nothing has been computed, so nothing is lost
                 return self._give_up(f"recording failed: {error}", inputs)
-            self.recordings.setdefault(key, []).append(recording)
+            self.recordings.append(recording)
         recording.adopt(states)
         recording.take(self.tensors, inputs)
         recording.launch()
@@ -171,20 +173,18 @@ class Replay:
     ) -> Recording | None:
         """The sequence's own recording, or one that nobody uses; at most one such is kept."""
         weights = self._weights(inputs)
-        for known in self.recordings.values():
-            known[:] = [r for r in known if r.weights == weights]
-        same = self.recordings.get(key, [])
+        known = [r for r in self.recordings if r.weights == weights]
+        same = [r for r in known if r.key == key]
         found = next((r for r in same if r.is_of(states)), None)
         found = found or next((r for r in same if r.idle), None)
-        for known in self.recordings.values():
-            known[:] = [r for r in known if r is found or not r.idle]
+        self.recordings = [r for r in known if r is found or not r.idle]
         return found
 
     def _weights(self, inputs: Sequence[Any]) -> list[int]:
         return [inputs[i].data_ptr() for i in self.weights]
 
     def _record(
-        self, record: Recorder, device: torch.device, inputs: Sequence[Any],
+        self, record: Recorder, device: torch.device, key: Any, inputs: Sequence[Any],
         states: Sequence[LayerState],
     ) -> Recording:  # fmt: skip
         # Made under inference_mode they could not be written outside of it.
@@ -193,7 +193,7 @@ class Replay:
             outputs, launch = record(lambda: self.compiled(*held), device)
         homes = [state.tensors for state in states]
         owners = [ref(state) for state in states]
-        return Recording(held, self._weights(inputs), homes, owners, outputs, launch)
+        return Recording(key, held, self._weights(inputs), homes, owners, outputs, launch)
 
 
 def notes(replays: Iterable[Replay]) -> list[str]:

@@ -10,12 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from arkv_fx.passes.block_masks import IN_PLACE
-from arkv_fx.passes.nodes import example, op_name
+from arkv_fx.passes.nodes import ARITHMETIC, example, op_name, writes_in_place
 from arkv_fx.passes.rewrite import STATE
-
-# Where one operand is a tensor of integers, a 0-dim one in place of a number gives the same.
-ARITHMETIC = {"add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne"}
 
 
 class Kind(Enum):
@@ -67,12 +63,12 @@ def _storage(node: Node) -> int | None:
 
 def _written(node: Node) -> Iterator[Node]:
     """The nodes whose values a node changes."""
-    name, target = op_name(node), node.target
+    target = node.target
     if isinstance(target, torch._ops.OpOverload):
         for argument, value in zip(target._schema.arguments, node.args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 yield from _nodes(value)
-    elif name == "setitem" or name in IN_PLACE or (name.endswith("_") and name[-2:] != "__"):
+    elif op_name(node) == "setitem" or writes_in_place(node):
         yield from _nodes(node.args[:1])
     yield from _nodes(node.kwargs.get("out"))
 
@@ -99,6 +95,7 @@ def numbers_as_tensors(graph: GraphModule, device: torch.device) -> None:
 
 
 def _is_integral(node: Node) -> bool:
+    """Whether a 0-dim tensor of integers in place of a number gives ``node`` the same value."""
     if op_name(node) not in ARITHMETIC or node.kwargs:
         return False
     values = [example(x) for x in node.args if isinstance(x, Node)]

@@ -6,11 +6,10 @@ torch enters and leaves by calls that return nothing.
 
 from __future__ import annotations
 
-from arkv_fx.passes.nodes import op_name
+from arkv_fx.passes.nodes import op_name, writes_in_place
 from torch.fx import GraphModule, Node
 
 FRESH = {"new_zeros", "zeros", "zeros_like", "new_ones", "ones", "full", "new_full"}
-IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "iand", "ior", "ixor"}
 ENTERS, LEAVES = "_vmap_increment_nesting", "_vmap_decrement_nesting"
 
 
@@ -21,13 +20,11 @@ def makers(call: Node) -> list[Node]:
         node = todo.pop()
         if node in seen or node.op not in ("call_function", "call_method"):
             continue
-        name = op_name(node)
-        in_place = name.endswith("_") and name not in ("and_", "or_") and not name.endswith("__")
-        if in_place or name in IN_PLACE:
+        if writes_in_place(node):
             continue  # the model may read later what this writes
         seen[node] = None
         todo += node.all_input_nodes
-        writes = {"setitem"} if name in FRESH else set()
+        writes = {"setitem"} if op_name(node) in FRESH else set()
         todo += [u for u in node.users if op_name(u) in writes | {"_assert_tensor_metadata"}]
     return [*seen]
 

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "iand", "ior", "ixor"}
+ARITHMETIC = {"add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne"}
+
 
 def op_name(node: Any) -> str:
     """The bare name of what a node calls ("cat", "scaled_dot_product_attention"), or ""."""
@@ -25,6 +28,13 @@ def op_name(node: Any) -> str:
     if isinstance(target, torch._ops.OpOverloadPacket):
         return target._qualified_op_name.split("::")[-1]
     return getattr(target, "__name__", "")
+
+
+def writes_in_place(node: Any) -> bool:
+    """Whether a node's name says that it changes its first argument: ``add_``, ``+=``."""
+    name = op_name(node)
+    named = name.endswith("_") and name not in ("and_", "or_") and not name.endswith("__")
+    return named or name in IN_PLACE
 
 
 def example(node: Any) -> Any:

@@ -11,11 +11,10 @@ from reference_attention import TOLERANCE
 from torch import Tensor
 
 from arkv_fx import ArkvConfig, models, restore, transform
-from arkv_fx.evaluation.bench.cases import CASES, Options, copy_of, filled
+from arkv_fx.evaluation.bench.cases import CASES, Options, copy_of, filled, new_token
 from arkv_fx.ops.attend import attend
 from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.formats import FORMATS
-from arkv_fx.plan import plan_layer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = torch.device("cuda")
@@ -27,22 +26,15 @@ SMALL = ArkvConfig(budget=48, window=8, sinks=2)
 @pytest.mark.parametrize("batch", [1, 8])
 def test_triton_is_the_reference(tier: str, dtype: torch.dtype, batch: int) -> None:
     case = CASES["llama-3-8b"]
-    config = ArkvConfig(budget=1024).replace(tiers=("native", tier))
-    plan = plan_layer(
-        config, heads=case.heads, k_dim=case.dim, v_dim=case.dim, dtype=dtype, where=case.name
-    )
+    options = Options(dtype=dtype, device=CUDA, batch=batch, tiers=("native", tier))
+    plan = options.plan(case, 1024)
+    token = new_token(case, options)
     state = filled(plan, 4, 1500, batch, CUDA)
     outs: dict[str, Tensor] = {}
     for kernel in ("reference", "triton"):
-        own = copy_of(state)
-        torch.manual_seed(0)
-        q, k, v = (
-            torch.randn(batch, heads, 1, case.dim, dtype=dtype, device=CUDA)
-            for heads in (case.q_heads, case.heads, case.heads)
-        )
-        outs[kernel] = attend(
-            q, k, v, None, own.tensors, plan, Knobs(case.scale), False, kernel
-        ).float()
+        own = copy_of(state).tensors
+        out = attend(*token, None, own, plan, Knobs(case.scale), False, kernel)
+        outs[kernel] = out.float()
     # Outputs are means of a thousand values of about 1 each.
     error = (outs["triton"] - outs["reference"]).abs().max()
     assert error <= TOLERANCE[dtype]

@@ -18,11 +18,18 @@ from torch.fx import GraphModule, Node
 
 from arkv_fx.errors import ExportError
 from arkv_fx.passes.fold import is_constant, look_at, what_is_shown
-from arkv_fx.passes.nodes import arguments, example, module_path, op_name, shape, whole_index
+from arkv_fx.passes.nodes import (
+    ARITHMETIC,
+    arguments,
+    example,
+    module_path,
+    op_name,
+    shape,
+    whole_index,
+)
 from arkv_fx.passes.rewrite import OFFSET, START, placeholder
 from arkv_fx.passes.site import Site
 
-ARITHMETIC = {"add", "iadd", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne"}
 MANY = 4096
 SCALARS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -162,7 +169,7 @@ class _Rewriter:
             start, end = given.pop("start", 0), given.pop("end")
             span = self._span(start, end) if given.pop("step", 1) == 1 else None
             return None if span is None else _count(self.graph, *span, given)
-        if name in ARITHMETIC and not any(self._hangs(x) for x in node.kwargs.values()):
+        if name in ARITHMETIC | {"iadd"} and not any(self._hangs(x) for x in node.kwargs.values()):
             args = [self._tensor(x) if self._hangs(x) else x for x in node.args]
             if None not in args:
                 return self.graph.graph.create_node(node.op, node.target, tuple(args), node.kwargs)
