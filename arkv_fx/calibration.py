@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arkv_fx.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Attention statistics of one layer (see ``arkv_fx.statistics``) and what follows from them.
+    """Attention statistics of one layer (``calibrating.attention_statistics``) and what follows.
 
     ``share`` is the layer's budget in units of the configured one (1 unless "measured"), and
     ``divergence`` what compressing this layer alone did to the predictions, KL in nats.
@@ -95,3 +99,16 @@ class Calibration:
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise CalibrationError(f"{path}: damaged calibration: {error}") from error
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Class and shape of a model: names, shapes of its parameters, and a sample of the weights."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        # A few numbers tell two trainings of one architecture apart, in whatever dtype.
+        sample = parameter.detach().flatten()[:4].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(sample.numpy().tobytes())
+    return f"{type(model).__name__}-{digest.hexdigest()[:16]}"

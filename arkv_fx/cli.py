@@ -6,11 +6,11 @@ import typer
 
 from arkv_fx.commands import evaluate
 from arkv_fx.commands.bench import bench
+from arkv_fx.commands.calibrate_report import calibrate, report
 from arkv_fx.commands.common import Group
 from arkv_fx.commands.doctor import doctor
-from arkv_fx.commands.export import export
+from arkv_fx.commands.export_graphs import export
 from arkv_fx.commands.generate import generate
-from arkv_fx.commands.inspect import calibrate, report
 from arkv_fx.commands.zoo import zoo
 
 app = typer.Typer(

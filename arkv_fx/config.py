@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from arkv_fx.errors import ConfigError, UnknownOptionError
+from arkv_fx.formats import get_format
+from arkv_fx.scores import make_score
 
 PAPER_TAUS = (7.774380648611771, 5.407015096778621, 5.527702582901318)
 """tau1 (entropy), tau2 (variance), tau3 (kurtosis) as published with arXiv 2603.08727."""
-PAPER_GAMMA = 263.8108280337562
-"""Weight of the variance term in the published heavy-hitter score."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class ArkvConfig:
         budget: tokens kept per kv head and layer, sinks and window included (the paper's budget).
         bytes: bytes kept per layer and sequence.
         tiers: storage formats of the tiers beyond the window, most precise first: ``(Original,
-            Quantized)`` or one format for all. See ``arkv_fx.ops.formats.FORMATS``.
+            Quantized)`` or one format for all. See ``arkv_fx.formats.FORMATS``.
         window: most recent tokens, always in the model's dtype.
         window_format: "native", or "bf16" to hold window and sinks of a float32 model in two bytes.
         sinks: first tokens of a sequence, always in the model's dtype.
         oq_ratio: share of Originals where no calibration gives one per layer: a share of tokens
             under ``budget``, of bytes under the other two.
-        score: name in ``arkv_fx.ops.scores.SCORES``; ``score_options`` are its parameters.
+        score: name in ``arkv_fx.scores.SCORES``; ``score_options`` are its parameters.
         calibration: how ``arkv_fx.calibrate`` finds OQ ratios: ``"measured"`` tries budgets and
             ratios on each layer alone and gives each its share of the bytes, ``"normalised"`` and
             ``"paper"`` derive ratios from attention statistics, all layers keeping equal budgets.
@@ -58,9 +58,6 @@ class ArkvConfig:
     round_to: int = 8
 
     def __post_init__(self) -> None:
-        from arkv_fx.ops.formats import get_format
-        from arkv_fx.ops.scores import make_score
-
         given = [n for n in ("compression", "budget", "bytes") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ConfigError(f"give one of compression, budget and bytes, not {given}")

@@ -10,8 +10,8 @@ import torch
 
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ConfigError
-from arkv_fx.ops.formats import Format, get_format
-from arkv_fx.ops.scores import Score, make_score
+from arkv_fx.formats import Format, get_format
+from arkv_fx.scores import Score, make_score
 
 
 @dataclass(frozen=True)

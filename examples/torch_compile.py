@@ -4,7 +4,7 @@ import torch
 from transformers import DynamicCache
 
 import arkv_fx  # noqa: F401  (registers the backend when the package is not installed)
-from arkv_fx.backend import arkv_backend
+from arkv_fx.compile.backend import arkv_backend
 from arkv_fx.models import random_model
 from arkv_fx.state.anchors import absorbed_nbytes
 

@@ -2,8 +2,8 @@
 
 Matches ``F.scaled_dot_product_attention``, ``torch._C._nn.scaled_dot_product_attention``, the aten
 overload, and ``arkv::attention``, to which transformers' attention interface leads what SDPA cannot
-express (``arkv_fx.interface``). Does NOT fire on hand-written softmax attention (``find_softmax``),
-nor on attention with dropout.
+express (``huggingface.attention_interface``). Does NOT fire on hand-written softmax attention
+(``find_softmax``), nor on attention with dropout.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ from transformers import (
 )
 
 import arkv_fx
-from arkv_fx import ArkvCache, ArkvConfig, Calibration, backend, models, preset, restore, transform
-from arkv_fx.backend import ArkvBackend, arkv_backend
+from arkv_fx import ArkvCache, ArkvConfig, Calibration, models, preset, restore, transform
+from arkv_fx.compile import backend
+from arkv_fx.compile.backend import ArkvBackend, arkv_backend
 from arkv_fx.errors import (
     AbsorbedCacheError,
     ArkvError,
@@ -34,8 +35,8 @@ from arkv_fx.errors import (
     UnknownOptionError,
     UnsupportedFormatError,
 )
+from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.attend import attend
-from arkv_fx.ops.attention import Knobs
 from arkv_fx.plan import LayerPlan, Tier
 from arkv_fx.state.session import LayerState, check_finite
 from arkv_fx.zoo.configs import tiny_model
@@ -162,7 +163,7 @@ def test_a_head_dim_that_a_format_cannot_store_is_named() -> None:
 
 
 def test_a_calibration_of_another_model_is_refused() -> None:
-    from arkv_fx.transform import fingerprint
+    from arkv_fx.calibration import fingerprint
 
     mine, other = models.random_model("llama"), models.random_model("llama", seed=1)
     calibration = Calibration(fingerprint(other), "paper", (1.0, 1.0, 1.0), (64,), ())

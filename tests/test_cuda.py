@@ -12,9 +12,9 @@ from torch import Tensor
 
 from arkv_fx import ArkvConfig, models, restore, transform
 from arkv_fx.evaluation.bench.cases import CASES, Options, copy_of, filled, new_token
+from arkv_fx.formats import FORMATS
+from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.attend import attend
-from arkv_fx.ops.attention import Knobs
-from arkv_fx.ops.formats import FORMATS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = torch.device("cuda")

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from arkv_fx import ArkvCache, ArkvConfig, models, transform
-from arkv_fx.backend import ArkvBackend
+from arkv_fx.compile.backend import ArkvBackend
 
 PROMPT, STEPS = 40, 40
 ROOMY = ArkvConfig(budget=128, tiers=("native",))

@@ -16,9 +16,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 import arkv_fx.ops.attend as attend_module
 from arkv_fx import ArkvCache, ArkvConfig, models, transform
-from arkv_fx.ops.attention import Knobs
-from arkv_fx.ops.scores import SCORES
+from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.plan import LayerPlan, Tier
+from arkv_fx.scores import SCORES
 from arkv_fx.state.session import Session
 
 EVICTING = ArkvConfig(budget=24, window=4, sinks=2, tiers=("int8", "int4"))

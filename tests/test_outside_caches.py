@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from arkv_fx import ArkvConfig, transform
-from arkv_fx.backend import ArkvBackend
+from arkv_fx.compile.backend import ArkvBackend
 from arkv_fx.errors import AbsorbedCacheError
 
 LENGTHS = [20, 5, *[1] * 15]

@@ -13,8 +13,9 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
-from arkv_fx import ArkvConfig, backend, restore, transform
-from arkv_fx.backend import ArkvBackend
+from arkv_fx import ArkvConfig, restore, transform
+from arkv_fx.compile import backend
+from arkv_fx.compile.backend import ArkvBackend
 from arkv_fx.errors import TransformError
 from arkv_fx.report import Report
 

@@ -13,8 +13,8 @@ import torch
 import typer
 
 from arkv_fx.commands.common import out
-from arkv_fx.evaluation.rows import table
-from arkv_fx.ops.kernels import usable
+from arkv_fx.evaluation.results import table
+from arkv_fx.kernels import usable
 
 REQUIRED = ("torch", "transformers", "safetensors", "typer", "rich", "filelock")
 EXTRAS = {

@@ -22,7 +22,7 @@ from arkv_fx.commands.common import (
 )
 from arkv_fx.evaluation import fidelity as fidelity_
 from arkv_fx.evaluation import passkey as passkey_
-from arkv_fx.evaluation import rows as rows_
+from arkv_fx.evaluation import results as results_
 from arkv_fx.evaluation.methods import METHODS
 
 app = typer.Typer(help="Measure what compression costs.", no_args_is_help=True)
@@ -74,9 +74,9 @@ def fidelity(
             progress=progress,
         )
     if json:
-        rows_.write(json, found)
+        results_.write(json, found)
     shown = fidelity_.means(found) if text is None or len(text) > 1 else found
-    out.print(rows_.table("Fidelity to the full cache", shown))
+    out.print(results_.table("Fidelity to the full cache", shown))
 
 
 @app.command()
@@ -116,5 +116,5 @@ def passkey(
             progress=progress,
         )
     if json:
-        rows_.write(json, found)
-    out.print(rows_.table("Passkey retrieval", found))
+        results_.write(json, found)
+    out.print(results_.table("Passkey retrieval", found))

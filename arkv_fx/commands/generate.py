@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from arkv_fx.cache import ArkvCache
 from arkv_fx.commands.common import (
     Budget,
     CalibrationFile,
@@ -37,8 +36,9 @@ from arkv_fx.commands.common import (
     write_json,
 )
 from arkv_fx.errors import EvaluationError
+from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.runtime import OnnxSession
-from arkv_fx.transform import transform
+from arkv_fx.transforming import transform
 
 COMPILE_WORTHWHILE = 512
 """Tokens from which on compiling pays for itself on a CPU."""

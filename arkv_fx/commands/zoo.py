@@ -9,13 +9,13 @@ import typer
 
 from arkv_fx.commands.common import JsonFile, err, out, spinner
 from arkv_fx.errors import ConfigError, EvaluationError
-from arkv_fx.evaluation import rows as rows_
-from arkv_fx.evaluation.rows import Row
+from arkv_fx.evaluation import results as results_
+from arkv_fx.evaluation.results import Row
 from arkv_fx.zoo import expect as expect_
 from arkv_fx.zoo import page as page_
 from arkv_fx.zoo import run as run_
 from arkv_fx.zoo.configs import KINDS, architectures
-from arkv_fx.zoo.row import worst_first
+from arkv_fx.zoo.outcome import worst_first
 
 # What a terminal is wide enough for; `wrong` names the checks that the other columns are of.
 SHOWN = (
@@ -63,7 +63,7 @@ def zoo(
             if csv:
                 page_.write_csv(csv, found)
             if json:
-                rows_.write(json, found)
+                results_.write(json, found)
             if page:
                 page_.write_page(page, found)
             if expect and expected is None:
@@ -76,7 +76,7 @@ def zoo(
 def _show(found: list[Row]) -> None:
     found = sorted(found, key=worst_first)
     shown = [{c: row[c] for c in SHOWN} for row in found]
-    out.print(rows_.table("The zoo", shown))
+    out.print(results_.table("The zoo", shown))
     for row in found:
         if said := row["error"] or row["reasons"]:
             out.print(f"{row['architecture']}: {said}", markup=False, highlight=False)

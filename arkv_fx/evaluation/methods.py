@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ConfigError, UnknownOptionError
-from arkv_fx.layers import sliding_windows
+from arkv_fx.huggingface.layers import sliding_windows
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from arkv_fx.calibration import Calibration
 from arkv_fx.errors import EvaluationError
 from arkv_fx.evaluation import texts
 from arkv_fx.evaluation.methods import FullCache, Setting, get_method, make_config
-from arkv_fx.evaluation.prefill import Contest
-from arkv_fx.evaluation.rows import Row
+from arkv_fx.evaluation.results import Row
+from arkv_fx.evaluation.shared_prefill import Contest
 
 DEFAULT_METHODS = ("full", "evict", "uniform-int4", "paper-512", "paper-1024", "default")
 FILLERS = ("repeated", "prose")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arkv_fx.ops.kernels.reference import gather
-from arkv_fx.ops.scores import Stats
+from arkv_fx.kernels.reference import gather
+from arkv_fx.scores import Stats
 from arkv_fx.state.view import View
 
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arkv_fx.kernels import get_kernel, get_step
+from arkv_fx.kernels.softmax import Knobs, allowed, group
 from arkv_fx.ops.arrivals import Arrivals
-from arkv_fx.ops.attention import Knobs, allowed, group
 from arkv_fx.ops.exchange import exchange_one
-from arkv_fx.ops.kernels import get_kernel, get_step
 from arkv_fx.ops.merge import merge_many
-from arkv_fx.ops.rows import attend_prompt, attend_rows
-from arkv_fx.ops.scores import Observation, Stats
+from arkv_fx.ops.uncompressed import attend_prompt, attend_rows
 from arkv_fx.plan import LayerPlan
+from arkv_fx.scores import Observation, Stats
 from arkv_fx.state.view import View, view
 
 
@@ -43,7 +43,7 @@ def attend(
             token. A token whose own column is hidden from its own row is padding: never stored.
         state: the tensors of ``plan.specs()``, each with a leading batch dimension.
         fresh: the state is known to be empty, so this is a whole prefill.
-        kernel: name in ``arkv_fx.ops.kernels.KERNELS`` of what attends for a single new token, and
+        kernel: name in ``arkv_fx.kernels.KERNELS`` of what attends for a single new token, and
             in ``ENCODERS`` of what makes the codes of many.
         rows: keys [B, Hx, N, Dx] and values [B, Hx, N, Dvx] that the model computes from what is
             cached (multi-head latent attention), for every column that ``columns`` gives and in

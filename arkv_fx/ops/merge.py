@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from arkv_fx.kernels import ENCODERS, Encoder
+from arkv_fx.kernels.codes import best
+from arkv_fx.kernels.reference import encode_rows, gather
 from arkv_fx.ops.arrivals import Arrivals, rank_tokens
-from arkv_fx.ops.codes import best
-from arkv_fx.ops.kernels import ENCODERS, Encoder
-from arkv_fx.ops.kernels.reference import encode_rows, gather
-from arkv_fx.ops.scores import Stats
+from arkv_fx.scores import Stats
 from arkv_fx.state.view import Segment, View
 
 
@@ -30,7 +30,7 @@ def merge_many(
     Args:
         updated: statistics [B, Hkv, N] after the chunk, of ring, tiers and new tokens, or of the
             new tokens alone if ``fresh``.
-        kernel: whose encoder makes the codes, see ``arkv_fx.ops.kernels.ENCODERS``.
+        kernel: whose encoder makes the codes, see ``arkv_fx.kernels.ENCODERS``.
     """
     plan, ring = held.plan, held.ring
     encoder = ENCODERS.get(kernel, encode_rows)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from arkv_fx.errors import CacheError
+from arkv_fx.kernels.softmax import Knobs, full_attention
 from arkv_fx.ops.attend import attend, columns, peek
-from arkv_fx.ops.attention import Knobs, full_attention
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.session import PlainLayer, find_session
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arkv_fx.ops.formats import Codec, Format
-from arkv_fx.ops.scores import Stats
+from arkv_fx.formats import Codec, Format
 from arkv_fx.plan import LayerPlan
+from arkv_fx.scores import Stats
 
 
 @dataclass

@@ -15,20 +15,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from arkv_fx.cache import ArkvCache
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ArkvError, ModelNotFoundError
-from arkv_fx.evaluation.rows import Row
-from arkv_fx.layers import tensors_of
-from arkv_fx.model_caches import is_encoder_decoder, new_cache
+from arkv_fx.evaluation.results import Row
+from arkv_fx.huggingface.cache import ArkvCache
+from arkv_fx.huggingface.layers import tensors_of
+from arkv_fx.huggingface.model_caches import is_encoder_decoder, new_cache
+from arkv_fx.huggingface.transformed import Transformed
 from arkv_fx.report import Report
-from arkv_fx.transform import restore, transform
-from arkv_fx.transformed import Transformed
+from arkv_fx.transforming import restore, transform
 from arkv_fx.zoo import drive
 from arkv_fx.zoo.changes import NOT_CACHEABLE
 from arkv_fx.zoo.configs import tiny_model
 from arkv_fx.zoo.drive import CHUNKED, STEPWISE
-from arkv_fx.zoo.row import VISIBLE, blank, is_wrong, note, status_of
+from arkv_fx.zoo.outcome import VISIBLE, blank, is_wrong, note, status_of
 
 ROOMY = ArkvConfig(budget=128, tiers=("native",))
 SMALL = ArkvConfig(budget=24, window=6, sinks=2, tiers=("int8", "int4"))

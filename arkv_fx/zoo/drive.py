@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from arkv_fx.model_caches import is_encoder_decoder
+from arkv_fx.huggingface.model_caches import is_encoder_decoder
 
 PROMPT, STEPS = 40, 6  # longer than the windows of the tiny models
 STEPWISE = (PROMPT, *[1] * STEPS)

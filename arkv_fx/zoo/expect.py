@@ -17,7 +17,7 @@ import transformers
 from packaging.version import VERSION_PATTERN, Version
 
 from arkv_fx.errors import EvaluationError
-from arkv_fx.evaluation.rows import Row
+from arkv_fx.evaluation.results import Row
 
 COLUMNS = ("status", "sites", "fused", "reasons", "wrong", "raised", "refused", "unasked")
 """The columns that are compared: none that is measured, only what was decided."""

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import transformers
 
-from arkv_fx.evaluation.rows import Row
+from arkv_fx.evaluation.results import Row
 from arkv_fx.zoo.checks import SMALL
 from arkv_fx.zoo.drive import PROMPT, STEPS
-from arkv_fx.zoo.row import COLUMNS, CORRECT, NOT_RUN, TOLERANCE
+from arkv_fx.zoo.outcome import COLUMNS, CORRECT, NOT_RUN, TOLERANCE
 from arkv_fx.zoo.run import summary
 
 SHOWN = (

@@ -12,10 +12,10 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from arkv_fx.errors import ModelNotFoundError
-from arkv_fx.evaluation.rows import Row
+from arkv_fx.evaluation.results import Row
 from arkv_fx.zoo.checks import examine
 from arkv_fx.zoo.configs import KINDS, architectures
-from arkv_fx.zoo.row import CORRECT, NOT_RUN, blank
+from arkv_fx.zoo.outcome import CORRECT, NOT_RUN, blank
 
 LIMIT_S = 600.0
 

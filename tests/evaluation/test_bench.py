@@ -19,15 +19,14 @@ from typer.testing import CliRunner
 from arkv_fx.cli import app
 from arkv_fx.errors import ConfigError, UnknownOptionError
 from arkv_fx.evaluation import bench as package
-from arkv_fx.evaluation.bench import SECTIONS, Measurement, Options, bench, get_case
-from arkv_fx.evaluation.bench import compile as compile_module
+from arkv_fx.evaluation.bench import SECTIONS, Measurement, Options, bench, compilation, get_case
 from arkv_fx.evaluation.bench import timing as timing_
 from arkv_fx.evaluation.bench.compile_once import Order, generated, measure
 from arkv_fx.evaluation.bench.contest import Entrant, compete
 from arkv_fx.evaluation.bench.measurements import conditions, plot, tables, write
 from arkv_fx.evaluation.bench.timing import Rotation, Timing, interleaved
+from arkv_fx.kernels import usable
 from arkv_fx.models import random_model
-from arkv_fx.ops.kernels import usable
 
 ROOT = Path(__file__).parents[2]
 TINY = Options(
@@ -48,8 +47,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Options:
 def found(tiny: Options) -> list[Measurement]:
     """Every section, once; what ``compile`` runs in processes runs in this one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compile_module, "_run", lambda order, folder: measure(order))
-        patch.setattr(compile_module, "BASELINES", ("static-compiled",))
+        patch.setattr(compilation, "_run", lambda order, folder: measure(order))
+        patch.setattr(compilation, "BASELINES", ("static-compiled",))
         patch.setattr(import_module("arkv_fx.evaluation.bench.dispatch"), "LAYERS", 2)
         layers = [name for name in SECTIONS if name != "model"]
         return bench(layers, tiny) + bench(["model"], replace(tiny, contexts=(96,)))
@@ -160,7 +159,7 @@ def test_compile_counts_what_recalibrating_generates(found: list[Measurement]) -
 
 def test_compile_runs_in_a_process_with_a_cache_of_its_own(tiny: Options, tmp_path: Path) -> None:
     order = Order("static-compiled", tiny.model, "float32", "cpu", 64, 1, "eager")
-    assert compile_module._run(order, str(tmp_path))["decode"] > 0
+    assert compilation._run(order, str(tmp_path))["decode"] > 0
 
 
 def test_a_process_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +168,7 @@ def test_a_process_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monke
     script.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(script))
     order = Order("static-compiled", "none", "float32", "cpu", 64, 1, "eager")
-    assert compile_module._run(order, str(tmp_path)) == {"error": "not available: no such model"}
+    assert compilation._run(order, str(tmp_path)) == {"error": "not available: no such model"}
 
 
 def test_generated_graphs_are_counted() -> None:

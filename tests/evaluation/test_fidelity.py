@@ -6,7 +6,7 @@ import torch
 from arkv_fx import ArkvConfig, calibrate
 from arkv_fx.errors import EvaluationError, UnknownOptionError
 from arkv_fx.evaluation.fidelity import entries, fidelity, means
-from arkv_fx.evaluation.rows import Row
+from arkv_fx.evaluation.results import Row
 from arkv_fx.models import load, random_model
 
 SCHEMA = [

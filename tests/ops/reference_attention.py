@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.attend import attend
-from arkv_fx.ops.attention import Knobs
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.session import LayerState
 

@@ -19,10 +19,10 @@ from reference_attention import (
 )
 from torch import Tensor
 
+import arkv_fx.kernels.reference as reference
+import arkv_fx.kernels.softmax as attention_module
 import arkv_fx.ops.attend as attend_module
-import arkv_fx.ops.attention as attention_module
-import arkv_fx.ops.kernels.reference as reference
-from arkv_fx.ops.attention import Knobs
+from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.plan import LayerPlan, Tier
 
 
@@ -269,7 +269,7 @@ def test_a_broken_attention_is_noticed(name: str, monkeypatch: pytest.MonkeyPatc
 
 def test_keys_in_the_wrong_slots_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tier that gives back its neighbour's numbers."""
-    from arkv_fx.ops.formats.int8 import Int8
+    from arkv_fx.formats.int8 import Int8
 
     case = Case((12, 1, 1), tiers=(("int8", 6),))
     check(case, over="slots")

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the marker)
 from arkv_fx import ArkvConfig
-from arkv_fx.backend import ArkvBackend
+from arkv_fx.compile.backend import ArkvBackend
 from arkv_fx.state.session import Session
 
 # A short ring, so that prompts reach the tier, whose slots each head orders in its own way.

@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
 )
 
-from arkv_fx.backend import ArkvBackend
+from arkv_fx.compile.backend import ArkvBackend
 
 SLOPES = torch.linspace(0.1, 0.6, HEADS * GROUPS)
 TABLE = torch.linspace(-1, 1, 40)

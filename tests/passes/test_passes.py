@@ -41,8 +41,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the marker)
 from arkv_fx import ArkvConfig, Calibration
-from arkv_fx.backend import ArkvBackend
 from arkv_fx.calibration import LayerStatistics
+from arkv_fx.compile.backend import ArkvBackend
 from arkv_fx.errors import PassError, UnsupportedFormatError
 from arkv_fx.report import Report
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from arkv_fx import ArkvConfig
 from arkv_fx.errors import ConfigError, UnknownOptionError, UnsupportedFormatError
-from arkv_fx.ops.attention import Knobs
-from arkv_fx.ops.formats import FORMATS
-from arkv_fx.ops.scores import SCORES
+from arkv_fx.formats import FORMATS
+from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.plan import LayerPlan, Tier, plan_layer
+from arkv_fx.scores import SCORES
 from arkv_fx.state.session import LayerState
 
 SHAPES = {"llama": (3, 64), "large": (8, 128), "mqa": (1, 256)}  # kv heads, head dim

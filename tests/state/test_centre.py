@@ -7,7 +7,7 @@ import torch
 from reference_attention import Layer
 from torch import Tensor
 
-from arkv_fx.ops.attention import Knobs
+from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.plan import LayerPlan, Tier
 
 HEADS, DIM, WINDOW, SINKS = 2, 16, 4, 1

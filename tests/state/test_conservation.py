@@ -15,10 +15,10 @@ from reference_attention import Layer, make_mask
 from torch import Tensor
 
 import arkv_fx.ops.attend as attend_module
+from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops import arrivals, exchange, merge
-from arkv_fx.ops.attention import Knobs
-from arkv_fx.ops.scores import SCORES
 from arkv_fx.plan import LayerPlan, Tier
+from arkv_fx.scores import SCORES
 
 RING = 0  # levels: 0 the ring, 1 and 2 the tiers
 EVICTED = 9

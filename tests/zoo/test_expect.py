@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from arkv_fx.cli import app
 from arkv_fx.errors import EvaluationError
 from arkv_fx.zoo import expect, page
-from arkv_fx.zoo.row import COLUMNS, blank
+from arkv_fx.zoo.outcome import COLUMNS, blank
 
 
 def row(name: str, **values: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from arkv_fx.state.session import PlainLayer, Session
 from arkv_fx.zoo import checks, expect
 from arkv_fx.zoo.checks import examine
 from arkv_fx.zoo.configs import architectures
-from arkv_fx.zoo.row import COLUMNS, VISIBLE, blank, is_wrong
+from arkv_fx.zoo.outcome import COLUMNS, VISIBLE, blank, is_wrong
 from arkv_fx.zoo.run import _Worker, run, summary
 
 EXPECTED = Path(__file__).parent / "expected.json"

@@ -11,14 +11,14 @@ from typing import Protocol
 from arkv_fx.errors import UnknownOptionError
 from arkv_fx.evaluation.bench.attention import attention
 from arkv_fx.evaluation.bench.cases import CASES, Case, Options, get_case
-from arkv_fx.evaluation.bench.compile import compile_
+from arkv_fx.evaluation.bench.compilation import compile_
 from arkv_fx.evaluation.bench.dispatch import dispatch
-from arkv_fx.evaluation.bench.export import export_
+from arkv_fx.evaluation.bench.exported_graphs import export_
 from arkv_fx.evaluation.bench.measurements import Measurement
-from arkv_fx.evaluation.bench.model import model
 from arkv_fx.evaluation.bench.prefill import prefill
 from arkv_fx.evaluation.bench.timing import pinned
 from arkv_fx.evaluation.bench.update import update
+from arkv_fx.evaluation.bench.whole_model import model
 
 __all__ = ["CASES", "SECTIONS", "Case", "Measurement", "Options", "Section", "bench", "get_case"]
 

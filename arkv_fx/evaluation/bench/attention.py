@@ -14,7 +14,7 @@ from arkv_fx.evaluation.bench.contest import Entrant, compete
 from arkv_fx.evaluation.bench.layer import attention_step, cold_states, on_states, whole_step
 from arkv_fx.evaluation.bench.measurements import Measurement, dtype_name
 from arkv_fx.evaluation.bench.timing import Call, Rotation, cold_bytes
-from arkv_fx.ops.kernels import get_direct_step, usable
+from arkv_fx.kernels import get_direct_step, usable
 
 CONTEXTS = (4096, 8192, 32768)
 

@@ -21,15 +21,15 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from arkv_fx.cache import ArkvCache
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ModelNotFoundError
 from arkv_fx.evaluation.bench.cases import Options, filled
 from arkv_fx.evaluation.bench.timing import compiled
-from arkv_fx.layers import sliding_windows
+from arkv_fx.huggingface.cache import ArkvCache
+from arkv_fx.huggingface.layers import sliding_windows
 from arkv_fx.models import load
 from arkv_fx.plan import plan_layer
-from arkv_fx.transform import restore, transform
+from arkv_fx.transforming import restore, transform
 
 
 @dataclass(frozen=True)

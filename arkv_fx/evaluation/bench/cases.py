@@ -10,8 +10,8 @@ from torch import Tensor
 
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import UnknownOptionError
+from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.attend import attend
-from arkv_fx.ops.attention import Knobs
 from arkv_fx.ops.no_output import NoOutput
 from arkv_fx.plan import LayerPlan, plan_layer
 from arkv_fx.state.session import LayerState

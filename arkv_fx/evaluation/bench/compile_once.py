@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from arkv_fx.cache import ArkvCache
-from arkv_fx.calibration import Calibration, LayerStatistics
+from arkv_fx.calibration import Calibration, LayerStatistics, fingerprint
 from arkv_fx.evaluation.bench.caches import load_model
 from arkv_fx.evaluation.bench.cases import Options
 from arkv_fx.evaluation.bench.timing import compiled, pinned
-from arkv_fx.layers import sliding_windows
-from arkv_fx.transform import fingerprint, restore, transform
+from arkv_fx.huggingface.cache import ArkvCache
+from arkv_fx.huggingface.layers import sliding_windows
+from arkv_fx.transforming import restore, transform
 
 PROMPT = 128
 

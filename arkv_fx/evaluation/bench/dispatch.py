@@ -12,7 +12,7 @@ from arkv_fx.evaluation.bench.cases import Case, Options, filled, new_token
 from arkv_fx.evaluation.bench.contest import Entrant, compete
 from arkv_fx.evaluation.bench.layer import as_graphs_call_it, plain_step
 from arkv_fx.evaluation.bench.measurements import Measurement, dtype_name
-from arkv_fx.ops.kernels import usable
+from arkv_fx.kernels import usable
 from arkv_fx.plan import LayerPlan
 
 LAYERS = 4

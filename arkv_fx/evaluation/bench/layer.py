@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
+from arkv_fx.compile.pieces import SETTINGS
 from arkv_fx.evaluation.bench.cases import Case, Options, copy_of, filled, new_token
 from arkv_fx.evaluation.bench.timing import Call, Rotation, cold_bytes, compiled
-from arkv_fx.lower import SETTINGS
-from arkv_fx.ops.attention import Knobs, group
-from arkv_fx.ops.kernels import STEPS, get_direct_step, get_kernel
+from arkv_fx.kernels import STEPS, get_direct_step, get_kernel
+from arkv_fx.kernels.softmax import Knobs, group
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.session import LayerState
 from arkv_fx.state.view import View, view

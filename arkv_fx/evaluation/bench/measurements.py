@@ -14,12 +14,12 @@ import torch
 import transformers
 from rich.table import Table
 
-from arkv_fx import plots
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import EvaluationError
 from arkv_fx.evaluation.bench.cases import Options
 from arkv_fx.evaluation.bench.timing import Timing, cache_bytes
-from arkv_fx.evaluation.rows import Row, table
+from arkv_fx.evaluation.plots import pyplot_of
+from arkv_fx.evaluation.results import Row, table
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def plot(rows: Sequence[Measurement], path: str | Path) -> None:
     Raises:
         EvaluationError: if matplotlib is not installed.
     """
-    pyplot = plots.pyplot(EvaluationError)
+    pyplot = pyplot_of(EvaluationError)
     groups: dict[str, list[tuple[str, float]]] = {}
     for row in rows:
         for name, unit in (("tokens_per_s", "tokens/s"), ("cpu_s", "CPU s"), ("median_us", "µs")):

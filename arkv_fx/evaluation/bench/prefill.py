@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
+from arkv_fx.compile.pieces import SETTINGS
 from arkv_fx.evaluation.bench.baselines import causal
 from arkv_fx.evaluation.bench.cases import Case, Options
 from arkv_fx.evaluation.bench.contest import Entrant, compete
 from arkv_fx.evaluation.bench.measurements import Measurement, dtype_name
 from arkv_fx.evaluation.bench.timing import compiled
-from arkv_fx.lower import SETTINGS
-from arkv_fx.ops.kernels import usable
+from arkv_fx.kernels import usable
 from arkv_fx.state.session import LayerState
 
 

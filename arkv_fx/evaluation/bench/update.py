@@ -9,7 +9,7 @@ from arkv_fx.evaluation.bench.cases import Case, Options, new_token
 from arkv_fx.evaluation.bench.contest import Entrant, compete
 from arkv_fx.evaluation.bench.layer import attention_step, cold_states, on_states, whole_step
 from arkv_fx.evaluation.bench.measurements import Measurement, dtype_name
-from arkv_fx.ops.kernels import usable
+from arkv_fx.kernels import usable
 
 
 def update(options: Options, progress: Callable[[str], None]) -> list[Measurement]:

@@ -1,0 +1,1 @@
+"""Captured graphs made runnable: torch.compile's backend, pieces, replay."""

@@ -1,0 +1,106 @@
+"""``export(model)``: a model with its small cache as graphs that run without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from arkv_fx.calibration import Calibration, fingerprint
+from arkv_fx.config import ArkvConfig
+from arkv_fx.errors import ExportError, UnknownOptionError
+from arkv_fx.exporting.description import describe
+from arkv_fx.exporting.programs import make_programs
+from arkv_fx.exporting.targets import TARGETS
+from arkv_fx.runtime.manifest import FILE
+
+__all__ = ["TARGETS", "export"]
+
+
+def export(
+    model: nn.Module,
+    calibration: Calibration | None,
+    out_dir: str | os.PathLike[str],
+    target: str = "onnx",
+    *,
+    config: ArkvConfig | None = None,
+    batch: int = 1,
+    tokenizer: Any = None,
+    insert_cache: bool = False,
+    progress: Callable[[str], None] = lambda message: None,
+    **options: Any,
+) -> Path:
+    """Write a prefill graph, a decode graph and ``arkv.json`` with all that a runner must know.
+
+    The prefill graph takes ``input_ids``, ``attention_mask`` (0 for padding on the left) and
+    ``position_ids``, int64 [batch, tokens], and gives the last token's ``logits`` [batch, 1,
+    vocabulary] and the state ``present.{group}.{tensor}``; the decode graph takes ``input_ids`` and
+    ``position_ids`` [batch, 1] and that state as ``past_key_values.{group}.{tensor}``. A state
+    tensor holds all layers of equal plans, [layers, batch, ...]; every shape but that of the prompt
+    is fixed. Prefill graphs of models outside transformers take ``input_ids`` only: their prompts
+    have no padding. ``arkv_fx.runtime.OnnxSession`` runs the files of target "onnx".
+
+    Args:
+        model: a causal language model in eval mode, not transformed; left as it is. Of
+            transformers; or one that keeps a cache of its own, whose forward takes token ids and
+            positions, or token ids and the past that it returned; or with ``insert_cache`` any.
+        calibration: OQ ratios from ``arkv_fx.calibrate``, or None.
+        out_dir: a folder that does not exist or is empty. It appears when everything is written.
+        target: a name in ``TARGETS``.
+        config: budget, formats and ranking; the default one if None.
+        batch: sequences that run together.
+        tokenizer: saved beside the graphs, if given.
+        insert_cache: for a model that knows no cache, whose forward takes token ids [batch, tokens]
+            alone: its causal self-attention is given one, see ``transform``.
+        progress: called with what is being done.
+        options: of the target.
+
+    Returns:
+        ``out_dir``.
+
+    Raises:
+        UnknownOptionError: for an unknown target or option.
+        ExportError: if anything would be lost, with the site and the reason; nothing is written.
+        CalibrationError: if the calibration is of another model.
+        ConfigError: if the budget does not hold the window and the sinks.
+    """
+    if target not in TARGETS:
+        raise UnknownOptionError(f"unknown target {target!r}; the targets are {', '.join(TARGETS)}")
+    if unknown := sorted(set(options) - set(TARGETS[target].options)):
+        raise UnknownOptionError(
+            f"target {target!r} has no option {', '.join(unknown)}; it has "
+            f"{list(TARGETS[target].options)}"
+        )
+    if batch < 1:
+        raise ExportError(f"batch={batch}: must be >= 1")
+    folder = Path(out_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{folder} exists and is not an empty folder")
+    if calibration is not None:
+        calibration.check(fingerprint(model))
+    config = config or ArkvConfig()
+    TARGETS[target].check(config, **options)
+    progress("capture the model")
+    programs = make_programs(model, config, calibration, batch, insert_cache)
+    saved = "tokenizer" if tokenizer is not None else None
+    sidecar = describe(model, config, programs, target, saved)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work / "tokenizer")
+        TARGETS[target].write(work, programs, sidecar, progress, **options)
+        (work / FILE).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
+        work.chmod(0o755)
+        if folder.exists():
+            folder.rmdir()
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder

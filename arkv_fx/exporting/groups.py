@@ -1,0 +1,80 @@
+"""State tensors of layers with equal plans, stacked: their names, shapes and order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arkv_fx.exporting.export_formats import ExportPlan
+from arkv_fx.plan import TensorSpec
+
+NAMES = {"ring.k.codes": "key", "ring.v.codes": "value"}
+"""What runners know by other names; the rest are called as in ``LayerPlan.specs``."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one plan, for ``batch`` sequences.
+
+    A state tensor is [L, B, ...] of all its layers, or [B, ...] where there is but one: e4m3
+    tensors cannot be cut, and so their layers are not stacked.
+    """
+
+    index: int
+    plan: ExportPlan
+    layers: tuple[int, ...]
+    batch: int
+
+    @property
+    def rows(self) -> int:
+        """Sequences times layers: the batch of an update of all of them."""
+        return self.batch * len(self.layers)
+
+    def shape(self, spec: TensorSpec) -> tuple[int, ...]:
+        """The shape of a state tensor."""
+        lead = (len(self.layers), self.batch) if len(self.layers) > 1 else (self.batch,)
+        return (*lead, *spec.shape)
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of the state tensors, in the order of the plan's specs."""
+        return [f"{prefix}.{self.index}.{NAMES.get(s.name, s.name)}" for s in self.plan.specs()]
+
+    def empty(self) -> list[Tensor]:
+        """The state before the first token."""
+        return [
+            torch.zeros(self.shape(s), dtype=s.dtype)
+            if s.fill == 0
+            else torch.full(self.shape(s), s.fill, dtype=s.dtype)
+            for s in self.plan.specs()
+        ]
+
+    def rows_of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors with layers and sequences as one dimension [L * B, ...]."""
+        if len(self.layers) == 1:
+            return list(tensors)
+        return [x.flatten(0, 1) for x in tensors]
+
+    def layer_of(self, tensors: Sequence[Tensor], place: int) -> list[Tensor]:
+        """The tensors [B, ...] of the layer at ``place`` in the group."""
+        return list(tensors) if len(self.layers) == 1 else [x[place] for x in tensors]
+
+    def stack(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of ``rows_of``."""
+        if len(self.layers) == 1:
+            return list(rows)
+        return [x.unflatten(0, (len(self.layers), self.batch)) for x in rows]
+
+
+def group_layers(plans: Sequence[ExportPlan], batch: int) -> list[Group]:
+    """Groups of layers of equal plans, in the order of their first layers."""
+    members: dict[tuple[ExportPlan, int], list[int]] = {}
+    for layer, plan in enumerate(plans):
+        key = (plan, 0 if plan.stackable else layer)
+        members.setdefault(key, []).append(layer)
+    return [
+        Group(index, plan, tuple(layers), batch)
+        for index, ((plan, _), layers) in enumerate(members.items())
+    ]

@@ -1,0 +1,167 @@
+"""A captured graph as a module without hidden state: state tensors in, state tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node
+from torch.utils._pytree import tree_leaves
+
+from arkv_fx.exporting.captured import Captured
+from arkv_fx.exporting.groups import Group
+from arkv_fx.kernels.softmax import Knobs
+from arkv_fx.ops.arrivals import Arrivals
+from arkv_fx.ops.attend import Seen, columns, look, peek, settle
+from arkv_fx.state.view import view
+
+ATTEND = torch.ops.arkv.attend.default
+PEEK = torch.ops.arkv.peek.default
+COLUMNS = torch.ops.arkv.columns.default
+
+
+class Step(nn.Module):
+    """One call of a model: ``forward(input_ids, ..., *state)`` gives logits and the new state.
+
+    Args:
+        model: whose parameters the graph reads.
+        captured: the graph.
+        groups: how its layers' states are stacked; the state is all groups' tensors in order.
+        fresh: for a prompt, which begins with an empty state and takes none.
+        kernel: "export", or "export_sums" without products of matrices over the state.
+    """
+
+    def __init__(
+        self, model: nn.Module, captured: Captured, groups: Sequence[Group], fresh: bool,
+        kernel: str = "export",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.captured, self.groups, self.fresh = captured, tuple(groups), fresh
+        self.kernel = kernel
+        self.weights = {_attribute(name): name for name in captured.constants.values()}
+        for attribute, name in self.weights.items():
+            value = captured.values.get(name)
+            if value is None:
+                owner, _, key = name.rpartition(".")
+                value = getattr(model.get_submodule(owner), key)
+            self.register_buffer(attribute, value.detach())
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        """The captured graph's arguments in order, then the state."""
+        names = self.captured.arguments
+        given = dict(zip(names, args, strict=False))
+        state = args[len(names) :]
+        run = _Run(self, given, state)
+        logits = run.logits()
+        return (logits, *run.settled())
+
+
+def _attribute(name: str) -> str:
+    return name.replace(".", "_")
+
+
+class _Run(Interpreter):
+    """Runs the graph with our attention in place of the operators that the passes put there."""
+
+    def __init__(self, step: Step, given: dict[str, Tensor], state: Sequence[Tensor]) -> None:
+        super().__init__(step.captured.graph)
+        self.step = step
+        self.given = given
+        rest = iter(state)
+        self.states = [
+            group.empty() if step.fresh else [next(rest) for _ in group.plan.specs()]
+            for group in step.groups
+        ]
+        # The layer that a graph's state placeholder belongs to: (group, place in it).
+        self.owner: dict[str, tuple[int, int]] = {}
+        for layer, names in enumerate(step.captured.states):
+            for g, group in enumerate(step.groups):
+                if layer in group.layers:
+                    self.owner.update(dict.fromkeys(names, (g, group.layers.index(layer))))
+        self.seen: dict[tuple[int, int], Seen] = {}
+
+    def logits(self) -> Tensor:
+        """Run everything; those of the last token [B, 1, vocabulary]."""
+        outputs = tree_leaves(self.run(*self._inputs()))
+        logits: Tensor = outputs[self.step.captured.logits]
+        return logits if logits.shape[1] == 1 else logits[:, -1:]
+
+    def settled(self) -> list[Tensor]:
+        """The new state: the layers of a group have their tokens moved all at once."""
+        out: list[Tensor] = []
+        for g, group in enumerate(self.step.groups):
+            rows = [x.clone() for x in group.rows_of(self.states[g])]
+            seen = [self.seen[g, place] for place in range(len(group.layers))]
+            settle(view(group.plan, rows), _join(seen), self.step.fresh, self.step.kernel)
+            out += group.stack(rows)
+        return out
+
+    def _inputs(self) -> list[Any]:
+        captured = self.step.captured
+        values: list[Any] = []
+        for node in captured.graph.graph.find_nodes(op="placeholder"):
+            name = node.name
+            if name in captured.inputs:
+                values.append(self.given[captured.inputs[name]])
+            elif name in captured.constants:
+                values.append(getattr(self.step, _attribute(captured.constants[name])))
+            elif name == captured.offset:  # no padding, so the same for all sequences
+                values.append(self.given["position_ids"][0, 0])
+            elif name in captured.sizes:
+                argument, dim = captured.sizes[name]
+                values.append(self.given[argument].shape[dim])
+            else:
+                values.append(None)  # a state, which `run_node` looks up, or unused
+        return values
+
+    def run_node(self, n: Node) -> Any:
+        if n.target not in (ATTEND, PEEK, COLUMNS):
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        place = 2 if n.target == COLUMNS else 4
+        names = n.args[place]
+        assert isinstance(names, (list, tuple)) and isinstance(names[0], Node)
+        owner = self.owner[names[0].name]
+        group = self.step.groups[owner[0]]
+        held = group.layer_of(self.states[owner[0]], owner[1])
+        if n.target == COLUMNS:
+            k, v, _, _, fresh = args
+            return columns(k, v, held, group.plan, fresh)
+        q, k, v, mask, _, _, scale, softcap, sinks, fresh = args
+        knobs, rows = Knobs(scale, softcap, sinks), kwargs.get("rows")
+        if n.target == PEEK:
+            return peek(q, k, v, mask, held, group.plan, knobs, fresh, self.step.kernel, rows)
+        out, self.seen[owner] = look(
+            q, k, v, mask, view(group.plan, held), knobs, fresh, self.step.kernel, rows
+        )
+        return out
+
+
+def _join(seen: Sequence[Seen]) -> Seen:
+    """The updates of several layers as that of one with all their sequences."""
+    if len(seen) == 1:
+        return seen[0]
+
+    def cat(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts))
+
+    def each(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: cat([p[name] for p in parts]) for name in parts[0]}
+
+    news = [s.new for s in seen]
+    new = Arrivals(
+        cat([n.k for n in news]),
+        cat([n.v for n in news]),
+        cat([n.pos for n in news]),
+        cat([n.valid for n in news]),
+        each([n.stats for n in news]),
+    )
+    return Seen(
+        new,
+        each([s.updated for s in seen]),
+        each([s.layer for s in seen]),
+        cat([s.finite for s in seen]),
+        seen[0].padded,
+    )

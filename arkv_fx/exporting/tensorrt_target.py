@@ -1,0 +1,158 @@
+"""Target "tensorrt": what target "onnx" writes, and engines of both graphs for each GPU.
+
+Engines are built by TensorRT for RTX, on any machine; only running them needs a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from arkv_fx.config import ArkvConfig
+from arkv_fx.errors import ExportError, UnknownOptionError
+from arkv_fx.exporting import onnx_target
+from arkv_fx.exporting.programs import Programs
+
+CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
+DEFAULT = ("SM86", "SM89", "SM120")
+GRAPHS = ("prefill", "decode")
+FP8_FROM = 89
+LIMIT_S = 600.0
+MOST_SORTED = 3840
+"""Slots of a tier that TensorRT can choose tokens for: the largest K of its TopK."""
+FUSED = "decode_fused"
+
+
+def write(
+    folder: Path,
+    programs: Programs,
+    sidecar: dict[str, Any],
+    progress: Callable[[str], None],
+    capabilities: Sequence[str] = DEFAULT,
+    graphs: Sequence[str] = GRAPHS,
+    longest: int = 4096,
+    limit_s: float = LIMIT_S,
+) -> None:
+    """Write ``decode.SM89.engine`` and so on; the sidecar's ``engines`` say what is in them.
+
+    An engine of the decode graph reads codes inside the kernels that sum over them: it is built
+    from another form of the graph than ONNX Runtime gets.
+
+    Args:
+        capabilities: compute capabilities of GPUs, names in ``CAPABILITIES``.
+        graphs: which graphs get engines.
+        longest: tokens of the longest prompt that an engine takes.
+        limit_s: seconds that one build may take.
+
+    Raises:
+        ExportError: if a tier is larger than TensorRT sorts, or a build fails or takes too long.
+    """
+    _check_sizes(graphs, longest, programs, sidecar)
+    wanted = {graph.name: graph for graph in programs.graphs}
+    if "decode" in graphs:
+        progress("spell out the products of the decode graph")
+        wanted[FUSED] = programs.fused()
+    onnx_target.write_graphs(folder, wanted, sidecar, progress)
+    sidecar["engines"] = []
+    for name in graphs:
+        source = folder / f"{FUSED if name == 'decode' else name}.onnx"
+        span = (programs.least, longest) if name == "prefill" else (0, 0)
+        for capability in capabilities:
+            progress(f"build the {name} engine for {capability}")
+            file = f"{name}.{capability}.engine"
+            found = build(source, folder / file, capability, limit_s, span)
+            if name == "prefill":
+                found |= {"least": span[0], "longest": span[1]}
+            entry = {"file": file, "graph": name, "capability": capability}
+            sidecar["engines"].append(entry | found)
+    (folder / f"{FUSED}.onnx").unlink(missing_ok=True)
+
+
+def build(
+    graph: Path, engine: Path, capability: str, limit_s: float = LIMIT_S,
+    span: tuple[int, int] = (0, 0),
+) -> dict[str, Any]:  # fmt: skip
+    """Build one engine in a process of its own; see ``engine_build.build`` for what it gives.
+
+    Args:
+        span: the least and the largest size of dimensions that vary.
+
+    Raises:
+        ExportError: with what TensorRT said, or that the process ended or took too long.
+    """
+    script = Path(__file__).with_name("engine_build.py")
+    # -P: else this folder's onnx.py would be what `import onnx` finds.
+    arguments = [str(graph), str(engine), capability, *map(str, span)]
+    where = f"{graph.name} for {capability}"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", str(script), *arguments],
+            capture_output=True, text=True, timeout=limit_s,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise ExportError(
+            f"{where}: TensorRT took more than {limit_s:g} seconds; raise limit_s"
+        ) from None
+    try:
+        found: dict[str, Any] = json.loads(done.stdout.strip().rpartition("\n")[2])
+    except ValueError:
+        raise ExportError(
+            f"{where}: the builder ended with exit code {done.returncode}: {done.stderr[-300:]}"
+        ) from None
+    if "error" in found:
+        raise ExportError(f"{where}: TensorRT builds no engine: {found['error']}")
+    return found
+
+
+def check(
+    config: ArkvConfig, capabilities: Sequence[str] = DEFAULT, graphs: Sequence[str] = GRAPHS,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Refuse what needs no graph to be refused; options as in ``write``.
+
+    Raises:
+        UnknownOptionError: for a capability or a graph that there is not.
+        ExportError: if a package is missing, or fp8 is asked for where there is none.
+    """
+    onnx_target.require("onnx", "onnxscript", "tensorrt_rtx")
+    if unknown := [c for c in capabilities if c not in CAPABILITIES]:
+        raise UnknownOptionError(
+            f"unknown compute capabilities {', '.join(map(repr, unknown))}; TensorRT for RTX "
+            f"builds for {', '.join(CAPABILITIES)}"
+        )
+    if unknown := [g for g in graphs if g not in GRAPHS]:
+        raise UnknownOptionError(f"unknown graphs {unknown}; there are 'prefill' and 'decode'")
+    old = [c for c in capabilities if int(c.removeprefix("SM")) < FP8_FROM]
+    if "fp8" in config.tiers and old:
+        raise ExportError(
+            f"{', '.join(old)} have no fp8: it begins with SM{FP8_FROM}; take int8, or newer GPUs"
+        )
+
+
+def _check_sizes(
+    graphs: Sequence[str], longest: int, programs: Programs, sidecar: dict[str, Any]
+) -> None:
+    if "prefill" not in graphs:
+        return
+    if longest < programs.least:
+        raise ExportError(f"longest={longest}: the prompt's graph takes {programs.least} or more")
+    tiers = [tier for group in sidecar["groups"] for tier in group["tiers"]]
+    check_sorted(tiers, ", or graphs=['decode'] and run prompts by ONNX Runtime")
+
+
+def check_sorted(tiers: Sequence[Mapping[str, Any]], otherwise: str = "") -> None:
+    """Refuse a sidecar's tiers from whose candidates TensorRT cannot choose.
+
+    Args:
+        otherwise: what else to do, for the message.
+    """
+    most = max(tier["slots"] for tier in tiers)
+    if most > MOST_SORTED:
+        raise ExportError(
+            f"a tier has {most} slots, and TensorRT chooses at most {MOST_SORTED} tokens at once: "
+            f"give a smaller budget{otherwise}"
+        )

@@ -1,0 +1,68 @@
+"""What int4 and int3 share: (codes - zero) * scale in a rotated basis, packed into bytes."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from arkv_fx.formats.codec import (
+    SCALE_DTYPE,
+    TINY_SCALE,
+    Codec,
+    Field,
+    Unpacked,
+    round_to_scale_dtype,
+)
+from arkv_fx.formats.hadamard import rotate
+
+
+class RotatedAffine(Codec):
+    """Unsigned codes of `bits` bits, one scale and zero per vector, after a Hadamard rotation."""
+
+    bits: ClassVar[int]
+    units: ClassVar[tuple[float, ...]]
+    centred: ClassVar[bool] = True
+
+    @abstractmethod
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes `[..., D]` (uint8, below 2^bits) in bytes `[..., D * bits / 8]`."""
+
+    @abstractmethod
+    def split(self, packed: Tensor) -> list[Tensor]:
+        """The inverse of `pack`: runs `[..., D / n]` of codes, int32, in order, in `units`."""
+
+    def fields(self, dim: int, native: torch.dtype) -> tuple[Field, ...]:
+        self.check(dim)
+        return (
+            Field("codes", dim * self.bits // 8, torch.uint8),
+            Field("scale", 1, SCALE_DTYPE),
+            Field("zero", 1, torch.uint8),
+        )
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.to_stored(x.to(torch.float32))
+        low, high = x.aminmax(dim=-1, keepdim=True)
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)  # so that the zero lies in the span
+        top = 2**self.bits - 1
+        scale = round_to_scale_dtype(((high - low) / top).clamp_min(TINY_SCALE))
+        zero = (-low / scale / self._unit()).round().clamp(0, 255)
+        codes = (x / scale + zero * self._unit()).round().clamp(0, top).to(torch.uint8)
+        return self.pack(codes), scale.to(SCALE_DTYPE), zero.to(torch.uint8)
+
+    def unpack(self, parts: Sequence[Tensor]) -> Unpacked:
+        packed, scale, zero = parts
+        runs = [run.to(torch.float32) for run in self.split(packed)]
+        zero = zero.to(torch.float32) * self._unit()
+        return Unpacked(runs, self.units, scale.to(torch.float32), zero)
+
+    def _unit(self) -> float:
+        """Codes per unit of the stored zero: a byte spans them all, in steps far below a code."""
+        return int(2**self.bits - 1) / 255
+
+    def to_stored(self, x: Tensor) -> Tensor:
+        return rotate(x).to(x.dtype)
+
+    def from_stored(self, x: Tensor) -> Tensor:
+        return rotate(x).to(x.dtype)

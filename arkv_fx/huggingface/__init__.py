@@ -1,0 +1,1 @@
+"""transformers models over an ARKV cache: attention, layers, caches."""

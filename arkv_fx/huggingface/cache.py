@@ -1,0 +1,215 @@
+"""``ArkvCache``: the transformers cache whose ``update`` marks the place for the passes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from arkv_fx.errors import CacheError
+from arkv_fx.huggingface.layers import (
+    CompressedLayer,
+    cached_layers,
+    only_linear,
+    own_state,
+    tensors_of,
+    windows,
+)
+from arkv_fx.state.session import Session, check_finite
+
+
+class ArkvCache(Cache):
+    """State of one batch of sequences of one transformed model.
+
+    ``generate()`` of a transformed model makes one by itself; pass your own to keep a
+    conversation going. Memory is bounded: ``nbytes()`` does not grow with the sequence.
+
+    Args:
+        model: the model that ``arkv_fx.transform`` returned.
+
+    Raises:
+        CacheError: if the model is not transformed.
+    """
+
+    is_compileable = False
+
+    def __init__(self, model: nn.Module) -> None:
+        transformed = getattr(model, "arkv", None)
+        if transformed is None:
+            raise CacheError(
+                f"{type(model).__name__} is not transformed: call arkv_fx.transform(model) first"
+            )
+        layers = cached_layers(model)
+        super().__init__(layers=own_state(layers))
+        self.session = Session(owner=transformed.name)
+        self.model_id = id(transformed)
+        self.handle = self.session.handle
+        self.sliding = [window > 0 for window in windows(layers)]
+        self.linear = only_linear(layers)
+        # Tokens before the step at hand, those that it brings, and how far it has come.
+        self.seen, self.coming, self.last_layer = 0, 0, -1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ArkvCache:
+        """A cache of its own that goes on from the same tokens: prefix reuse."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.session = copy.deepcopy(self.session, memo)
+        twin.handle = twin.session.handle
+        twin.layers = copy.deepcopy(self.layers, memo)
+        return twin
+
+    def __reduce__(self) -> NoReturn:
+        raise CacheError("an ArkvCache is not pickled: copy.deepcopy makes a second one")
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Mark new keys and values [B, Hkv, T, D]; the passes fuse this with the attention."""
+        self.coming, self.last_layer = key_states.shape[-2], layer_idx
+        # Apart, so that a graph traced for an empty cache knows that it is: it may then attend to
+        # the prompt alone, with fused attention.
+        total = self.coming if self.seen == 0 else self.seen + self.coming
+        keys, values = torch.ops.arkv.kv_update(
+            key_states, value_states, self.handle, layer_idx, total
+        )
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens so far, padding included; those of this step once the layer has had them."""
+        return self.seen + self.coming if layer_idx <= self.last_layer else self.seen
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of the next query."""
+        return self.get_seq_length(layer_idx)
+
+    def require(self, owner: Any) -> None:
+        """Refuse to go on with another model's sequence, or with one that a failed step left.
+
+        ``owner`` is the ``model.arkv`` that the cache is used with.
+
+        Raises:
+            CacheError: saying which.
+            NonFiniteError: if that is what stopped the step.
+        """
+        if self.model_id != id(owner):
+            raise CacheError(
+                f"this ArkvCache belongs to {self.session.owner}, not to {owner.name}: keys of one "
+                "model mean nothing to another; make one with ArkvCache(model)"
+            )
+        if self.session.tokens != self.seen:
+            # NaN says more than the step that it stopped.
+            check_finite(self.session.layers.items())
+            raise CacheError(
+                f"the cache counts {self.seen} tokens and its states do not: a step was "
+                "interrupted or failed, or the cache was copied with copy.copy; start a new one "
+                "(copy.deepcopy makes an independent copy)"
+            )
+
+    def end_step(self) -> None:
+        """All layers have had the step's tokens."""
+        self.seen, self.coming, self.last_layer = self.seen + self.coming, 0, -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Masks are made over all positions; slots take their columns by position."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: the sequence may be of any length."""
+        return -1
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Which layers have an attention window."""
+        return self.sliding
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers have no attention, only a recurrent or convolution state."""
+        return self.linear
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """No layer of ours is a dummy."""
+        return [False] * len(self.sliding)
+
+    def __len__(self) -> int:
+        return len(self.sliding)
+
+    def __bool__(self) -> bool:  # an empty cache is still a cache
+        return True
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, -1 before the first call."""
+        for state in self.session.layers.values():
+            return state.batch
+        return -1
+
+    def nbytes(self) -> int:
+        """Bytes of every tensor that the cache holds: codes, scales, scores, positions and all.
+
+        Recurrent and convolution states of hybrid models are counted, too.
+        """
+        own = [t for layer in self.layers for t in tensors_of(layer)]
+        return self.session.nbytes() + sum(t.untyped_storage().nbytes() for t in own)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, for inspection: do not write to them."""
+        out = {"handle": self.handle}
+        for index, state in self.session.layers.items():
+            for spec, tensor in zip(state.plan.specs(), state.tensors, strict=True):
+                out[f"{index}.{spec.name}"] = tensor
+        for index, plain in self.session.plain.items():
+            for name, tensor in zip(("keys", "values"), plain.tensors, strict=False):
+                out[f"{index}.{name}"] = tensor
+        for index, layer in enumerate(self.layers):
+            for number, tensor in enumerate(tensors_of(layer)):
+                out[f"{index}.own{number}"] = tensor
+        return out
+
+    def reset(self) -> None:
+        """Forget the sequence; the cache can be used for a new one."""
+        self.session.reset()
+        self.seen, self.coming, self.last_layer = 0, 0, -1
+        for layer in self._own_layers():
+            layer.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder sequences for beam search; ``beam_idx`` [B] int64."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices``."""
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence ``repeats`` times."""
+        if self.batch_size > 0:
+            self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: what the removed tokens displaced is gone or quantized.
+
+        Raises:
+            CacheError: unless nothing is removed.
+        """
+        if tokens_to_remove == 0:
+            return None
+        raise CacheError(
+            "an ArkvCache cannot be cropped: tokens that the removed ones displaced are already "
+            "quantized or evicted. Assisted decoding and rollback need the full cache "
+            "(arkv_fx.restore); to start over call reset()"
+        )
+
+    def _select(self, rows: Tensor) -> None:
+        for part in self.session.parts():
+            part.select(rows)
+        for layer in self._own_layers():
+            layer.reorder_cache(rows)
+
+    def _own_layers(self) -> list[Any]:
+        """Layers that transformers keeps: recurrent states and indexers."""
+        return [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]

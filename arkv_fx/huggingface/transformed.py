@@ -1,0 +1,222 @@
+"""A transformed model's forward: its arguments, its cache, its compiled graphs."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import PreTrainedModel
+
+from arkv_fx.calibration import Calibration
+from arkv_fx.compile.backend import ArkvBackend
+from arkv_fx.compile.replay import notes
+from arkv_fx.config import ArkvConfig
+from arkv_fx.errors import ArkvError, CacheError, TransformError
+from arkv_fx.huggingface.attention_interface import closed_replaced, masks_left_out
+from arkv_fx.huggingface.cache import ArkvCache
+from arkv_fx.huggingface.layers import cached_layers, kept_whole, text_config, windows
+from arkv_fx.huggingface.model_caches import (
+    CACHE_NAMES,
+    is_encoder_decoder,
+    new_cache,
+    only_looks_ahead,
+    our_cache,
+    take_cache,
+)
+from arkv_fx.passes.context import Probe, StandIn
+from arkv_fx.report import Report
+
+# Each batch size, a mask or none, one token or many: a model in real use needs more graphs than
+# Dynamo's default allows, and falling back to eager would leave the cache behind.
+RECOMPILE_LIMIT = 64
+_NAMES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+# Arguments whose second dimension counts tokens.
+GROWING = (*_NAMES, *(f"decoder_{name}" for name in _NAMES))
+
+
+class Transformed:
+    """What ``model.arkv`` is: configuration, compiled forward and report of a transformed model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ArkvConfig,
+        calibration: Calibration | None,
+        compile: str,
+        probe: Probe | None = None,
+        stand_in: StandIn | None = None,
+    ) -> None:
+        self.name = f"{type(model).__name__}#{id(model):x}"
+        self.config, self.calibration = config, calibration
+        self.text_config = text_config(model)
+        layers = cached_layers(model)
+        self.windows = windows(layers)
+        self.backend = ArkvBackend(
+            config, calibration, compile=compile, sliding=self.windows, probe=probe,
+            stand_in=stand_in, whole=kept_whole(layers),
+        )  # fmt: skip
+        self.original: Callable[..., Any] = model.forward
+        # Attributes of the instance that restore puts back (hooks set forward there).
+        names = ("forward", "_prepare_cache_for_generation")
+        self.replaced = {n: model.__dict__[n] for n in names if n in model.__dict__}
+        self.compiled = torch.compile(own_code(model.forward), backend=self.backend)
+        self.model = model
+        self.mask_name = "decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask"
+        # Some hand the cache on to their decoder without naming it.
+        signature = inspect.signature(model.forward).parameters
+        generates = bool(getattr(model, "can_generate", bool)())
+        self.hands_on = generates and any(p.kind is p.VAR_KEYWORD for p in signature.values())
+        # Forward arguments by position, up to the first that can only be given by name.
+        self.parameters = [
+            name
+            for name, p in signature.items()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
+        # What a model outside transformers may call a cache is its own.
+        self.cache_names = CACHE_NAMES if isinstance(model, PreTrainedModel) else CACHE_NAMES[:1]
+        known = [name for name in self.cache_names if name in self.parameters]
+        self.cache_name = known[0] if known else self.cache_names[-1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise TransformError(
+            "a transformed model cannot be copied: its compiled forward is bound to this model; "
+            "call arkv_fx.restore(model), copy, and transform both"
+        )
+
+    def report(self) -> Report:
+        """Every attention site seen so far: fused or not and why, slots and bytes.
+
+        A model that has not run yet is run once on a few tokens; one without weights
+        (``arkv_fx.models.skeleton``) is only traced.
+        """
+        if not self.backend.sites and "input_ids" in self.parameters:
+            weight = next(self.model.parameters())
+            with weight.fake_mode if isinstance(weight, FakeTensor) else nullcontext():
+                ids = torch.zeros(1, 8, dtype=torch.long, device=weight.device)
+                both = {"decoder_input_ids": ids} if is_encoder_decoder(self.model) else {}
+                self.model(ids, **both)
+        return Report.of(self.backend.sites, self.config, notes(self.backend.replays))
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward with an ArkvCache where a cache is wanted."""
+        given = self.hands_on or any(name in kwargs for name in self.cache_names)
+        if self.cache_name not in self.parameters and not given:
+            return self._call(args, kwargs)
+        kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        cache = take_cache(kwargs, self.cache_names)
+        if cache is None and self._wants_cache(kwargs.get("use_cache")):
+            cache = new_cache(self.model)
+        if cache is not None:
+            kwargs[self.cache_name] = cache
+        if cache is None:
+            # Else the model would make a cache of its own, which nobody compresses.
+            if "use_cache" in self.parameters or self.hands_on:
+                kwargs["use_cache"] = False
+            return self._call((), kwargs)
+        cache = our_cache(cache)
+        cache.require(self)
+        if self.model.training:
+            raise CacheError(
+                "the cache is not differentiated: call model.eval() or use_cache=False"
+            )
+        if self.mask_name in kwargs:
+            kwargs[self.mask_name] = self._needed_mask(cache, kwargs)
+        self._mark_lengths(kwargs)
+        cache.session.active = True
+        calls = self.backend.calls
+        try:
+            with torch.no_grad(), closed_replaced(self.text_config), masks_left_out():
+                out = self._call((), kwargs)
+        finally:
+            cache.session.active = False
+        cache.end_step()
+        if self.backend.calls == calls:
+            raise CacheError(
+                "the model ran without its compiled graphs, so nothing was compressed: "
+                "compilation is switched off, or another torch.compile reached Dynamo's "
+                "recompile limit on the same code; call torch._dynamo.reset() and raise "
+                "torch._dynamo.config.recompile_limit"
+            )
+        cache.session.tokens = cache.seen
+        return out
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        limits = {
+            "recompile_limit": RECOMPILE_LIMIT,
+            "accumulated_recompile_limit": 8 * RECOMPILE_LIMIT,
+            "fail_on_recompile_limit_hit": True,
+            "specialize_float": True,  # scales are constants of a layer
+        }
+        try:
+            with torch._dynamo.config.patch(limits):
+                return self.compiled(*args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            inner = error.inner_exception
+            if isinstance(inner, ArkvError):
+                raise inner from None
+            raise
+
+    def _wants_cache(self, use: bool | None) -> bool:
+        if self.model.training or (use is None and only_looks_ahead(self.model)):
+            return False
+        if use is None:
+            use = getattr(self.text_config, "use_cache", False)
+        return bool(use)
+
+    def _needed_mask(self, cache: ArkvCache, kwargs: dict[str, Any]) -> Any:
+        """The mask, or None where it says nothing that the cache does not know.
+
+        Padding is never stored, so a decoded token may see all that is held: without the mask,
+        which grows, its graph has fixed shapes. Positions must not hang on the mask then.
+        """
+        mask, before = kwargs.get(self.mask_name), cache.session.mask
+        if not (isinstance(mask, Tensor) and mask.dim() == 2):
+            cache.session.mask = None
+            return mask
+        cache.session.mask = mask
+        if bool(mask.all()):  # no [T, S] mask is built at all
+            return None
+        known = (
+            before is not None
+            and kwargs.get("position_ids") is not None
+            # An attention that is not rewritten has its padding in its cache.
+            and not cache.session.plain
+            and not getattr(self.text_config, "alibi", False)
+            # Chunks of attention are counted from the first token that is no padding.
+            and not getattr(self.text_config, "attention_chunk_size", None)
+            and before.shape[1] == cache.seen == mask.shape[1] - 1
+            and torch.equal(before, mask[:, :-1])
+            and bool(mask[:, -1].all())
+            and cache.session.counts(before.sum(1))
+        )
+        return None if known else mask
+
+    def _mark_lengths(self, kwargs: dict[str, Any]) -> None:
+        """Let one graph serve prompts of every length."""
+        for name in GROWING:
+            x = kwargs.get(name)
+            if isinstance(x, Tensor) and x.dim() >= 2 and x.shape[1] > 1:
+                torch._dynamo.maybe_mark_dynamic(x, 1)
+
+
+def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` behind a code object of its own.
+
+    Dynamo counts recompilations per code object, and all transformers models share one: a second
+    model would eat the first one's limit.
+    """
+
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return types.FunctionType(
+        entry.__code__.replace(co_name="arkv_forward"),
+        entry.__globals__,
+        closure=entry.__closure__,
+    )

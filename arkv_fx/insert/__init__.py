@@ -1,0 +1,1 @@
+"""A cache for models that know none."""

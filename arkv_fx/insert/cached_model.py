@@ -1,0 +1,197 @@
+"""A cache for models that know none: ``transform(model, config, insert_cache=True)``.
+
+The model's forward is captured once with a varying number of tokens. Each causal self-attention
+then attends over a state of ours and the new tokens, and positions go on from where the last call
+stopped. Whether that is the same model is tried before anything is answered.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from arkv_fx.calibration import Calibration
+from arkv_fx.compile.backend import LOWERINGS
+from arkv_fx.compile.replay import notes
+from arkv_fx.config import ArkvConfig
+from arkv_fx.errors import CacheError, TransformError, UnknownOptionError
+from arkv_fx.huggingface.cache import ArkvCache
+from arkv_fx.insert.program import Program, build
+from arkv_fx.insert.self_check import ROOMY, SAMPLE, self_check, stretched
+from arkv_fx.insert.tracing import Captured, capture
+from arkv_fx.report import Report
+
+FEWEST_COLUMNS = 256
+"""Room for so many tokens in a bias by position, at first."""
+
+
+class Inserted:
+    """What ``model.arkv`` is for a model into which a cache was inserted."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ArkvConfig,
+        calibration: Calibration | None,
+        compile: str,
+        sample: tuple[Any, ...] | None,
+    ) -> None:
+        self.name = f"{type(model).__name__}#{id(model):x}"
+        self.model, self.config, self.calibration, self.lowering = (
+            model, config, calibration, compile,
+        )  # fmt: skip
+        self.original: Callable[..., Any] = model.forward
+        self.replaced = {"forward": self.original} if "forward" in model.__dict__ else {}
+        # Each with the symbol of its number of tokens, and whether it has biases by position.
+        self.captured: list[tuple[Captured, Any, bool]] = []
+        self.programs: dict[tuple[int, bool, bool, int], Program] = {}
+        if sample is not None:
+            self._capture(*tree_flatten((sample, {})))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise TransformError(
+            "a transformed model cannot be copied: its graphs are bound to this model; "
+            "call arkv_fx.restore(model), copy, and transform both"
+        )
+
+    def report(self) -> Report:
+        """Every attention site seen so far: fused or not and why, slots and bytes."""
+        found = [p.sites for p in self.programs.values()]
+        found += [self._program(i, True, False, 0).sites for i in range(len(self.captured))]
+        replays = [p.replay for p in self.programs.values() if p.replay is not None]
+        return Report.of(found, self.config, notes(replays))
+
+    def run(self, *args: Any, cache: ArkvCache | None = None, **kwargs: Any) -> Any:
+        """The full forward, or with a cache its answer for the new tokens alone."""
+        if cache is None:
+            return self.original(*args, **kwargs)
+        self._check(cache)
+        leaves, spec = tree_flatten((args, kwargs))
+        # Compiled graphs take the strides that they were traced with.
+        leaves = [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
+        index = self._find(leaves, spec)
+        graph, tokens, _ = self.captured[index]
+        length = _token_count(graph, tokens, leaves)
+        bound = graph.bounds.get(tokens)
+        if bound is not None and cache.seen + length > bound:
+            raise CacheError(
+                f"the cache holds {cache.seen} tokens and {length} more came, but {self.name} "
+                f"knows positions for {bound} only (its tables or an assertion end there)"
+            )
+        program = self._program(index, cache.seen == 0, length == 1, cache.seen + length)
+        cache.session.tokens = -1  # in doubt until the whole step is done
+        out = program(graph.inputs(leaves), cache.session, cache.seen)
+        cache.seen += length
+        cache.session.tokens = cache.seen
+        return graph.output(out)
+
+    def _check(self, cache: Any) -> None:
+        if not isinstance(cache, ArkvCache):
+            raise CacheError(
+                f"cache is a {type(cache).__name__}; pass arkv_fx.ArkvCache(model), or no cache "
+                "for the full forward"
+            )
+        cache.require(self)
+        if self.model.training:
+            raise CacheError("the cache is not differentiated: call model.eval() or pass no cache")
+
+    def _find(self, leaves: list[Any], spec: TreeSpec) -> int:
+        """The graph for a call, captured if it is the first of its kind."""
+        for index, (graph, tokens, _) in enumerate(self.captured):
+            if graph.fits(leaves, spec, tokens):
+                return index
+        for graph, tokens, _ in self.captured:
+            if graph.in_spec == spec:  # a graph of one token would say nothing about positions
+                leaves = stretched(leaves, graph.token_dims(tokens))
+                break
+        self._capture(leaves, spec)
+        return len(self.captured) - 1
+
+    def _capture(self, leaves: list[Any], spec: TreeSpec) -> None:
+        args, kwargs = tree_unflatten(leaves, spec)
+        if self.model.training:
+            raise TransformError("call model.eval() first: a cache is for inference")
+        graph = capture(self.model, self.original, args, kwargs)
+        first = build(graph, ROOMY, None, "eager", fresh=True)
+        later = build(graph, ROOMY, None, "eager", fresh=False, columns=2 * SAMPLE)
+        self_check(self.name, self.original, graph, (first, later), leaves)
+        self.captured.append((graph, first.tokens, first.biased))
+
+    def _program(self, index: int, fresh: bool, one: bool, total: int) -> Program:
+        graph, tokens, biased = self.captured[index]
+        columns = 0
+        if biased and not fresh:  # one more program each time that the text has doubled
+            columns = max(FEWEST_COLUMNS, 1 << (total - 1).bit_length())
+            columns += columns == graph.traced(tokens)  # equal extents would be taken for the same
+        # What is run as it is does not care whether one token comes or many.
+        key = (index, fresh, one and self.lowering != "eager", columns)
+        if key not in self.programs:
+            self.programs[key] = build(
+                graph, self.config, self.calibration, self.lowering,
+                fresh=fresh, one=key[2], columns=columns,
+            )  # fmt: skip
+        return self.programs[key]
+
+
+def insert(
+    model: nn.Module,
+    config: ArkvConfig,
+    calibration: Calibration | None,
+    compile: str,
+    sample: Any,
+) -> nn.Module:
+    """``transform(model, ..., insert_cache=True)``; see there."""
+    if compile not in LOWERINGS:
+        raise UnknownOptionError(f"compile={compile!r}: choose one of {list(LOWERINGS)}")
+    if "cache" in inspect.signature(model.forward).parameters:
+        raise TransformError(
+            f"{type(model).__name__}.forward has an argument `cache` of its own: it is not "
+            "cache-less, and insert_cache needs the name; use transform without insert_cache"
+        )
+    if sample is None:
+        sample = _random_sample(model)
+    elif not isinstance(sample, tuple):
+        sample = (sample,)
+    state = Inserted(model, config, calibration, compile, sample)
+    # An outer torch.compile stops here.
+    run: Callable[..., Any] = torch._dynamo.disable(state.run)
+
+    @functools.wraps(state.original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs) if "cache" in kwargs else state.original(*args, **kwargs)
+
+    model.arkv = state  # type: ignore[assignment]
+    model.forward = forward
+    return model
+
+
+def _random_sample(model: nn.Module) -> tuple[Any, ...] | None:
+    """Arguments for a model whose forward needs only one: token ids."""
+    needed = [
+        p
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    ids = random_ids(model)
+    return (ids,) if len(needed) == 1 and ids is not None else None
+
+
+def random_ids(model: nn.Module, batch: int = 1) -> Tensor | None:
+    """Token ids [batch, SAMPLE] that every embedding of the model knows; None if it has none."""
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    if not tables:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    most = min(t.shape[0] for t in tables)
+    return torch.randint(0, most, (batch, SAMPLE), generator=generator).to(tables[0].device)
+
+
+def _token_count(graph: Captured, tokens: Any, leaves: Sequence[Any]) -> int:
+    leaf, dims = next(iter(graph.token_dims(tokens).items()))
+    return int(leaves[leaf].shape[dims[0]])

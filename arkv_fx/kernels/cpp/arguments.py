@@ -1,0 +1,64 @@
+"""What the operators take: the library they belong to, codecs by number, tensors made plain."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from arkv_fx.errors import KernelError
+from arkv_fx.formats import CODECS, Codec
+from arkv_fx.kernels.softmax import Knobs
+from arkv_fx.plan import LayerPlan
+
+library = torch.library.Library("arkv_cpu", "FRAGMENT")
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "float16"}
+NUMBERS = ("float32", "bf16", "float16", "fp8", "int8", "int4", "int3")  # as codecs.h counts them
+OURS = {name: type(codec) for name, codec in CODECS.items()}
+
+
+def number(codec: Codec, native: torch.dtype) -> int | None:
+    """A codec's index in ``NUMBERS``, for vectors in dtype ``native``; None: it is not known."""
+    if native not in DTYPES or OURS.get(codec.name) is not type(codec):
+        return None
+    return NUMBERS.index(DTYPES[native] if codec.name == "native" else codec.name)
+
+
+@lru_cache(maxsize=256)
+def codecs(plan: LayerPlan) -> list[int] | None:
+    """Per segment, the numbers of the keys' and the values' codec, 1 if keys are centred, slots.
+
+    None if there is a codec or a dtype that the library does not know.
+    """
+    out: list[int] = []
+    for index, (fmt, slots) in enumerate(plan.segments()):
+        for codec in (fmt.key, fmt.value):
+            found = number(codec, plan.dtype)
+            if found is None:
+                return None
+            out.append(found)
+        out += [int(index > 0 and fmt.key.centred), slots]
+    return out
+
+
+def check(q: Tensor, plan: LayerPlan) -> None:
+    """Raise ``KernelError`` for what the library cannot take."""
+    if q.device.type != "cpu" or q.dtype not in DTYPES or q.dtype != plan.dtype:
+        raise KernelError(
+            f"the C++ kernel takes float32, bfloat16 and float16 on a CPU, in the dtype of the "
+            f"cache ({plan.dtype}), not {q.dtype} on {q.device.type}; choose the kernel 'reference'"
+        )
+
+
+def readable(mask: Tensor | None) -> Tensor | None:
+    """A mask in one of the dtypes that the library reads, its strides as they are."""
+    if mask is None or mask.dtype in DTYPES or mask.dtype == torch.bool:
+        return mask
+    return mask.float()
+
+
+def sink(knobs: Knobs) -> Tensor | None:
+    """The sinks' logits [Hq] in float32."""
+    return None if knobs.sink_logits is None else knobs.sink_logits.detach().float().contiguous()

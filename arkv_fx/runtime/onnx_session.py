@@ -1,0 +1,236 @@
+"""``OnnxSession``: text from an exported folder with ONNX Runtime and numpy, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from arkv_fx.errors import EngineError
+from arkv_fx.runtime.manifest import Sidecar, read_sidecar
+from arkv_fx.runtime.sampling import Sampling
+from arkv_fx.runtime.tensors import empty, from_numpy, to_numpy
+
+Tokens = NDArray[np.int64]
+Logits = NDArray[np.float32]
+
+
+class OnnxSession:
+    """One batch of sequences of an exported model.
+
+    Args:
+        folder: what ``arkv_fx.export(..., target="onnx")`` wrote.
+        threads: of ONNX Runtime; 0 for its own choice.
+
+    Raises:
+        EngineError: if the folder is damaged or ONNX Runtime cannot run it.
+    """
+
+    def __init__(self, folder: str | PathLike[str], *, threads: int = 0) -> None:
+        self.sidecar: Sidecar = read_sidecar(Path(folder))
+        self.batch = self.sidecar.batch
+        self._runtime = _onnxruntime()
+        self._prefill = self._open("prefill", threads)
+        self._decode = self._open("decode", threads)
+        self._outputs = ["logits", *(t.output for t in self.sidecar.tensors)]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the sequences."""
+        self._state = [empty(self._runtime, t) for t in self.sidecar.tensors]
+        self._next = np.zeros(self.batch, np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state: codes, scales, scores, positions and all."""
+        return sum(t.nbytes for t in self.sidecar.tensors)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """The state by its input names; bfloat16 and float8 as the bytes that they are."""
+        return {
+            t.input: to_numpy(value, t)
+            for t, value in zip(self.sidecar.tensors, self._state, strict=True)
+        }
+
+    def set_state(self, state: Mapping[str, NDArray[Any]], tokens: ArrayLike) -> None:
+        """Go on from what ``state()`` gave (prefix reuse), now or in another process.
+
+        Args:
+            tokens: [B] how many tokens of each sequence it has seen, padding not counted.
+
+        Raises:
+            EngineError: if tensors are missing or are not of the shape and dtype of the graph's.
+        """
+        self._state = [
+            from_numpy(self._runtime, state.get(t.input), t) for t in self.sidecar.tensors
+        ]
+        self._next = np.asarray(tokens, np.int64).reshape(self.batch)
+
+    def prefill(self, ids: ArrayLike, mask: ArrayLike | None = None) -> Logits:
+        """Begin new sequences.
+
+        Args:
+            ids: [B, T] integers, T >= 1.
+            mask: [B, T], 0 for padding, which stands on the left; all ones by default.
+
+        Returns:
+            The last token's logits [B, vocabulary].
+
+        Raises:
+            EngineError: for tokens of another shape, dtype or vocabulary.
+        """
+        tokens = self._checked(ids)
+        seen = np.ones_like(tokens) if mask is None else np.asarray(mask)
+        if seen.shape != tokens.shape or not np.isin(seen, (0, 1)).all():
+            raise EngineError(f"mask {seen.shape}: give zeros and ones like the ids {tokens.shape}")
+        seen = seen.astype(np.int64)
+        if (np.diff(seen, axis=1) < 0).any() or not seen[:, -1].all():
+            raise EngineError("mask: padding stands on the left, and no sequence is empty")
+        self._check_length(tokens.shape[1])
+        short = self.sidecar.least_prompt - tokens.shape[1]
+        if not self.sidecar.padding:
+            if not seen.all():
+                raise EngineError("mask: this model takes no padding; give equally long prompts")
+            if short > 0:
+                self.reset()
+                return [self.step(column) for column in tokens.T][-1]
+        if short > 0:
+            tokens, seen = (np.pad(x, ((0, 0), (short, 0))) for x in (tokens, seen))
+        positions = np.maximum(seen.cumsum(1) - 1, 0)
+        self.reset()
+        given = {"input_ids": tokens, "attention_mask": seen, "position_ids": positions}
+        wanted = self.sidecar.content["graphs"]["prefill"]["inputs"]
+        logits = self._run(self._prefill, {name: given[name] for name in wanted}, {})
+        self._next = seen.sum(1)
+        return logits
+
+    def step(self, ids: ArrayLike) -> Logits:
+        """Go on with one token for each sequence.
+
+        Args:
+            ids: [B] or [B, 1] integers.
+
+        Returns:
+            Logits [B, vocabulary].
+        """
+        tokens = np.asarray(ids)
+        tokens = self._checked(tokens[:, None] if tokens.ndim == 1 else tokens)
+        if tokens.shape[1] != 1:
+            raise EngineError(f"a step takes one token for each sequence, not {tokens.shape[1]}")
+        self._check_length(int(self._next.max()) + 1)
+        state = {t.input: x for t, x in zip(self.sidecar.tensors, self._state, strict=True)}
+        given = {"input_ids": tokens, "position_ids": self._next[:, None]}
+        logits = self._run(self._decode, given, state)
+        self._next = self._next + 1
+        return logits
+
+    def stream(
+        self, ids: ArrayLike, max_new_tokens: int, *, mask: ArrayLike | None = None,
+        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None,
+        stop: Sequence[int] | None = None,
+    ) -> Iterator[Tokens]:  # fmt: skip
+        """Tokens [B] one after the other; see ``generate``."""
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        if max_new_tokens < 1:
+            raise EngineError(f"max_new_tokens={max_new_tokens}: must be >= 1")
+        ends = np.array(self.sidecar.eos if stop is None else tuple(stop), np.int64)
+        return self._stream(self._checked(ids), mask, max_new_tokens, sampling, ends)
+
+    def _stream(
+        self, ids: Tokens, mask: ArrayLike | None, tokens: int, sampling: Sampling, ends: Tokens
+    ) -> Iterator[Tokens]:
+        generator = sampling.generator()
+        logits = self.prefill(ids, mask)
+        done = np.zeros(self.batch, bool)
+        new = np.zeros(self.batch, np.int64)
+        for count in range(tokens):
+            if count:
+                logits = self.step(new)
+            # A sequence that is done repeats the token that ended it.
+            new = np.where(done, new, sampling.choose(logits, generator))
+            yield new
+            done = done | np.isin(new, ends)
+            if done.all():
+                return
+
+    def generate(
+        self, ids: ArrayLike, max_new_tokens: int = 128, *, mask: ArrayLike | None = None,
+        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None,
+        stop: Sequence[int] | None = None,
+    ) -> Tokens:  # fmt: skip
+        """Continue prompts.
+
+        Args:
+            ids, mask: see ``prefill``.
+            temperature, top_k, top_p, seed: see ``Sampling``; greedy by default.
+            stop: tokens that end a sequence, by default the model's own. A sequence that ended
+                repeats its last token until all have.
+
+        Returns:
+            The new tokens [B, N], N <= ``max_new_tokens``.
+        """
+        new = self.stream(
+            ids, max_new_tokens, mask=mask, temperature=temperature, top_k=top_k, top_p=top_p,
+            seed=seed, stop=stop,
+        )  # fmt: skip
+        return np.stack(list(new), 1)
+
+    def _checked(self, ids: ArrayLike) -> Tokens:
+        tokens = np.asarray(ids)
+        if tokens.dtype.kind not in "iu":
+            raise EngineError(f"ids are {tokens.dtype}; give integers [batch, tokens]")
+        if tokens.ndim != 2 or tokens.shape[0] != self.batch or tokens.shape[1] < 1:
+            raise EngineError(
+                f"ids {tokens.shape}: these graphs take [{self.batch}, tokens]; export with "
+                "another batch for more sequences"
+            )
+        if tokens.min() < 0 or tokens.max() >= self.sidecar.vocabulary:
+            raise EngineError(f"ids must be in 0..{self.sidecar.vocabulary - 1}")
+        return tokens.astype(np.int64)
+
+    def _check_length(self, tokens: int) -> None:
+        longest = self.sidecar.longest_text
+        if longest is not None and tokens > longest:
+            raise EngineError(
+                f"a text of {tokens} tokens: the model knows positions for {longest} only"
+            )
+
+    def _run(self, session: Any, given: dict[str, NDArray[Any]], state: dict[str, Any]) -> Logits:
+        value = self._runtime.OrtValue.ortvalue_from_numpy
+        feeds = {name: value(np.ascontiguousarray(x)) for name, x in given.items()}
+        logits, *new = session.run_with_ort_values(self._outputs, {**feeds, **state})
+        for info, tensor in zip(self.sidecar.tensors, new, strict=True):
+            if info.input.endswith(".bad") and tensor.numpy().any():
+                raise EngineError(
+                    f"{info.output}: keys or values hold NaN or infinity; look at the model's "
+                    "dtype. These sequences are spoilt: call reset()"
+                )
+        self._state = new
+        found: Logits = logits.numpy()[:, -1].astype(np.float32)
+        return found
+
+    def _open(self, name: str, threads: int) -> Any:
+        path = self.sidecar.graph(name)
+        options = self._runtime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        try:
+            return self._runtime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its errors have no common class
+            raise EngineError(f"{path}: ONNX Runtime cannot run it: {error}") from error
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(
+            "running exported graphs needs ONNX Runtime: pip install onnxruntime"
+        ) from error
+    return onnxruntime

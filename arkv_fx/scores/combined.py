@@ -1,0 +1,48 @@
+"""Attention decides precision; novelty decides eviction, except for what attention insists on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arkv_fx.scores.mass import MassScore
+from arkv_fx.scores.novelty import NoveltyScore
+from arkv_fx.scores.score import Observation, Score, Stats, zscore
+
+
+class CombinedScore(Score):
+    """``mass`` for demotion; for eviction max(z(novelty), z(log mass) - ``margin``).
+
+    Attention alone evicts needles, for the last queries never looked at them; novelty alone loses
+    prose. So the least novel go first, but for those whose attention stands out by more than
+    ``margin`` standard deviations. The z-scores are taken over the slots held now: they need no
+    history and can be kept up while decoding.
+    """
+
+    name = "combined"
+
+    def __init__(
+        self, decay: float = 0.99, value_norm: float = 0, age: float = 1, margin: float = 1.5
+    ) -> None:
+        self.mass = MassScore(decay, value_norm, age)
+        self.novelty = NoveltyScore()
+        self.margin = float(margin)
+        self.slot_fields = self.mass.slot_fields + self.novelty.slot_fields
+        self.layer_fields = self.novelty.layer_fields  # type: ignore[method-assign]
+
+    def arrive(self, keys: Tensor, values: Tensor, valid: Tensor, layer: Stats) -> Stats:
+        return {
+            **self.mass.arrive(keys, values, valid, layer),
+            **self.novelty.arrive(keys, values, valid, layer),
+        }
+
+    def observe(self, stats: Stats, seen: Observation) -> Stats:
+        return self.mass.observe(stats, seen)
+
+    def precision(self, stats: Stats, age: Tensor, valid: Tensor) -> Tensor:
+        return self.mass.precision(stats, age, valid)
+
+    def eviction(self, stats: Stats, age: Tensor, valid: Tensor) -> Tensor:
+        attention = zscore(torch.log(self.precision(stats, age, valid) + 1e-9), valid)
+        unusual = zscore(self.novelty.precision(stats, age, valid), valid)
+        return torch.maximum(unusual, attention - self.margin)

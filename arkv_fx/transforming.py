@@ -1,0 +1,119 @@
+"""``transform(model)``: the same model object, now computing over an ARKV cache."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from arkv_fx.calibration import Calibration, fingerprint
+from arkv_fx.config import ArkvConfig
+from arkv_fx.errors import TransformError
+from arkv_fx.huggingface.model_caches import prepare_cache
+from arkv_fx.huggingface.transformed import Transformed
+from arkv_fx.insert.cached_model import Inserted, insert
+from arkv_fx.passes.context import Probe, StandIn
+
+
+def transform(
+    model: nn.Module,
+    config: ArkvConfig | None = None,
+    calibration: Calibration | None = None,
+    *,
+    compile: str = "inductor",
+    insert_cache: bool = False,
+    sample: Any = None,
+) -> nn.Module:
+    """Give a model a small KV cache, in place; ``restore`` undoes it.
+
+    ``generate()``, pipelines and evaluation harnesses go on working: the model makes an
+    ``ArkvCache`` where it made a ``DynamicCache``. Attention that cannot be rewritten goes on
+    computing what it computed, and ``model.arkv.report()`` says which and why.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        config: budget, formats and ranking; the default is a quarter of the bytes at 4096 tokens.
+        calibration: OQ ratios from ``arkv_fx.calibrate``; without one each layer takes
+            ``config.oq_ratio``.
+        compile: "inductor" to compile the rewritten graph, once for all layers of one shape;
+            "eager" to run it as it is, with the reference operators; "reduce-overhead" for
+            "inductor" with decode steps replayed from a CUDA graph, as in torch.compile: from a
+            sequence's second decoded token on. The memory of a sequence that has ended is kept for
+            the next. Where steps cannot be recorded ``model.arkv.report()`` says why.
+        insert_cache: for a model that knows no cache: its forward takes token ids [B, T] (or
+            embeddings [B, T, C]) and answers for all of them. ``model(ids, cache=cache)`` with an
+            ``ArkvCache(model)`` then answers for the new tokens, which follow those before; without
+            ``cache`` the model is what it was. Tokens may come one by one or many at once, without
+            padding.
+        sample: with ``insert_cache``, arguments of the forward (one, or a tuple) on which the
+            cached forward is checked against the full one; random ids if the forward needs only
+            one argument, else the arguments of the first call with a cache.
+
+    Returns:
+        The same model object.
+
+    Raises:
+        TransformError: if it is transformed already; with ``insert_cache``, if it has no causal
+            self-attention or answers otherwise with a cache.
+        CalibrationError: if the calibration is of another model.
+        ConfigError: if the budget does not hold the window and the sinks.
+    """
+    if not insert_cache:
+        return _transform(model, config, calibration, compile=compile)
+    _require_plain(model)
+    if calibration is not None:
+        calibration.check(fingerprint(model))
+    return insert(model, config or ArkvConfig(), calibration, compile, sample)
+
+
+def _require_plain(model: nn.Module) -> None:
+    if hasattr(model, "arkv"):
+        raise TransformError("the model is transformed already: call arkv_fx.restore(model) first")
+    if not isinstance(model, nn.Module):
+        raise TransformError(f"transform takes an nn.Module, not a {type(model).__name__}")
+
+
+def _transform(
+    model: nn.Module,
+    config: ArkvConfig | None,
+    calibration: Calibration | None,
+    *,
+    compile: str,
+    probe: Probe | None = None,
+    stand_in: StandIn | None = None,
+) -> nn.Module:
+    _require_plain(model)
+    if calibration is not None:
+        calibration.check(fingerprint(model))
+    state = Transformed(model, config or ArkvConfig(), calibration, compile, probe, stand_in)
+
+    # An outer torch.compile stops here: what is inside is compiled already.
+    run: Callable[..., Any] = torch._dynamo.disable(state.run)
+
+    @functools.wraps(state.original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)
+
+    model.arkv = state  # type: ignore[assignment]
+    model.forward = forward
+    if hasattr(model, "_prepare_cache_for_generation"):
+        model._prepare_cache_for_generation = functools.partial(prepare_cache, model)  # type: ignore[assignment]
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo ``transform``; the same object, as it was.
+
+    Raises:
+        TransformError: if the model is not transformed.
+    """
+    if not hasattr(model, "arkv"):
+        raise TransformError(f"{type(model).__name__} is not transformed: nothing to restore")
+    state: Transformed | Inserted = model.arkv  # type: ignore[assignment]
+    for name in ("arkv", "forward", "_prepare_cache_for_generation"):
+        model.__dict__.pop(name, None)
+    model.__dict__.update(state.replaced)
+    return model

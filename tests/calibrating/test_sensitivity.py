@@ -1,0 +1,158 @@
+"""Measured calibration: what a layer minds, and where the bytes go."""
+
+from __future__ import annotations
+
+import itertools
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+import arkv_fx
+from arkv_fx import ArkvCache, ArkvConfig
+from arkv_fx.calibrating import sensitivity
+from arkv_fx.calibrating.sensitivity import SHARES, Option, allocate, divergences
+from arkv_fx.calibration import Calibration, LayerStatistics, fingerprint
+from arkv_fx.config import PAPER_TAUS
+from arkv_fx.errors import CalibrationError, ConfigError
+from arkv_fx.models import random_model
+
+CONFIG = ArkvConfig(compression=4.0, window=8, round_to=1)
+EVICT = ArkvConfig(compression=4.0, window=8, round_to=1, tiers=("native",), score="mass")
+IDS = torch.randint(1, 128, (1, 192), generator=torch.Generator().manual_seed(0))
+CONTEXT = 168  # an eighth of the tokens is predicted
+
+
+def summed(chosen: dict[int, Option], costs: sensitivity.Divergences) -> float:
+    return sum(costs[layer][option] for layer, option in chosen.items())
+
+
+costs = st.lists(
+    st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=4
+).map(
+    lambda rows: {
+        layer: {Option(s, 0.1): x for s, x in zip((0.5, 1.0, 2.0), row, strict=True)}
+        for layer, row in enumerate(rows)
+    }
+)  # fmt: skip
+
+
+@given(costs)
+def test_allocation_keeps_the_budget_and_is_no_worse_than_equal_shares(
+    costs: sensitivity.Divergences,
+) -> None:
+    chosen = allocate(costs)
+    assert sum(o.share for o in chosen.values()) <= len(costs) + 1e-9
+    halves = {layer: Option(0.5, 0.1) for layer in costs}
+    assert summed(chosen, costs) <= summed(halves, costs) + 1e-9
+
+
+def test_allocation_is_the_best_there_is_where_gains_diminish() -> None:
+    def curve(scale: float) -> dict[Option, float]:
+        return {Option(s, 0.1): scale * 4**-s for s in SHARES}
+
+    costs = {0: curve(1.0), 1: curve(30.0), 2: curve(0.01)}
+    every = (
+        dict(zip(costs, options, strict=True))
+        for options in itertools.product(*(costs[layer] for layer in costs))
+    )
+    best = min(
+        summed(chosen, costs) for chosen in every if sum(o.share for o in chosen.values()) <= 3
+    )
+    chosen = allocate(costs)
+    assert summed(chosen, costs) <= 1.1 * best
+    assert chosen[1].share > chosen[0].share >= chosen[2].share
+
+
+def test_a_richer_option_of_the_same_bytes_is_taken() -> None:
+    costs = {0: {Option(1.0, 0.1): 0.5, Option(1.0, 0.7): 0.2, Option(2.0, 0.1): 0.0}}
+    assert allocate(costs) == {0: Option(1.0, 0.7)}
+
+
+def test_a_layer_that_does_not_matter_costs_nothing_and_gets_least() -> None:
+    model = random_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+    before = model(IDS).logits
+    found = divergences(model, IDS, None, CONFIG)
+    assert torch.equal(model(IDS).logits, before)  # restored, nothing left behind
+    assert max(found[1].values()) < 1e-8
+    assert found[0][Option(0.5, CONFIG.oq_ratio)] > 100 * 1e-8
+    assert found[0][Option(2.0, CONFIG.oq_ratio)] < found[0][Option(0.5, CONFIG.oq_ratio)]
+    chosen = allocate(found)
+    assert chosen[0].share > 1 and chosen[1].share == SHARES[0]
+
+
+@pytest.mark.parametrize("pad", [0, 20])
+def test_a_trial_is_what_the_real_cache_does(pad: int) -> None:
+    """One layer evicts, the other holds everything: by hand, through the transformed model."""
+    model = random_model("llama")
+    mask = torch.ones_like(IDS)
+    mask[:, :pad] = 0
+    found = divergences(model, IDS, mask, EVICT)[0][Option(0.5, EVICT.oq_ratio)]
+    reference = model(IDS, attention_mask=mask).logits[:, CONTEXT:].log_softmax(-1)
+    rows = tuple(LayerStatistics(i, 1, 1, 1, 1, 0.0, share) for i, share in ((0, 0.5), (1, 9.0)))
+    calibration = Calibration(fingerprint(model), "measured", PAPER_TAUS, (192,), rows)
+    arkv_fx.transform(model, EVICT.replace(context=CONTEXT), calibration, compile="eager")
+    cache = ArkvCache(model)
+    model(IDS[:, :CONTEXT], attention_mask=mask[:, :CONTEXT], past_key_values=cache)
+    ours = model(IDS[:, CONTEXT:], attention_mask=mask, past_key_values=cache).logits
+    kl = (reference.exp() * (reference - ours.log_softmax(-1))).sum(-1).mean()
+    assert found > 1e-6
+    assert found == pytest.approx(float(kl), rel=1e-2)
+
+
+def test_shares_are_spent_and_no_more() -> None:
+    model = random_model("llama")
+    uniform = arkv_fx.transform(model, CONFIG.replace(context=192), compile="eager")
+    equal = uniform.arkv.report().nbytes
+    arkv_fx.restore(model)
+    found = arkv_fx.calibrate(model, [IDS, IDS.flip(1)], CONFIG)
+    assert found.mode == "measured" and found.samples == (192, 192)
+    assert sum(row.share for row in found.layers) <= len(found.layers)
+    assert all(row.divergence is not None for row in found.layers)
+    arkv_fx.transform(model, CONFIG.replace(context=192), found, compile="eager")
+    assert model.arkv.report().nbytes <= equal
+
+
+def test_sliding_layers_keep_their_plan() -> None:
+    found = arkv_fx.calibrate(random_model("gemma3"), IDS, CONFIG)
+    sliding, full = found.layers
+    assert (sliding.share, sliding.divergence) == (1.0, None)
+    assert full.divergence is not None
+
+
+def test_a_token_budget_is_shared_out_too() -> None:
+    config = ArkvConfig(budget=48, window=8, tiers=("native",), score="mass")
+    model = random_model("llama")
+    found = arkv_fx.calibrate(model, IDS, config)
+    arkv_fx.transform(model, config, found, compile="eager")
+    slots = [row["slots"] for row in model.arkv.report().rows]
+    assert slots == [round(48 * row.share) for row in found.layers]
+
+
+def test_refusals() -> None:
+    model = random_model("llama")
+    with pytest.raises(CalibrationError, match="too short to measure layers"):
+        arkv_fx.calibrate(model, IDS[:, :14], CONFIG)
+    with pytest.raises(CalibrationError, match="longer prompts, or calibration='normalised'"):
+        arkv_fx.calibrate(model, IDS, ArkvConfig(budget=400, window=8, tiers=("native",)))
+    with pytest.raises(ConfigError, match="does not hold the window"):
+        arkv_fx.calibrate(model, IDS, ArkvConfig(compression=60.0, window=8))
+    assert not hasattr(model, "arkv")
+
+
+def test_broken_trials_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: trials that read the full cache say that nothing matters."""
+
+    original = sensitivity.Trials.attend
+
+    def attend(self: sensitivity.Trials, *args: object) -> Tensor:
+        self.now = None
+        return original(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sensitivity.Trials, "attend", attend)
+    with pytest.raises(AssertionError):
+        test_a_trial_is_what_the_real_cache_does(0)

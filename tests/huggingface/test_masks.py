@@ -1,0 +1,66 @@
+"""Masks of transformers while a cache of ours is in use: left out where they say nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+
+from arkv_fx import ArkvConfig, transform
+from arkv_fx.huggingface.attention_interface import mask
+from arkv_fx.models import random_model
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "window", "padded", "left_out"),
+    [
+        (1, 9, None, False, True),
+        (9, 9, None, False, True),
+        (4, 9, None, False, False),
+        (1, 9, None, True, False),
+        (9, 9, None, True, False),
+        (1, 9, 9, False, False),
+        (1, 9, 10, False, True),
+    ],
+)
+def test_a_mask_is_left_out_only_where_it_says_nothing(
+    queries: int, keys: int, window: int | None, padded: bool, left_out: bool
+) -> None:
+    given: dict[str, Any] = {"q_offset": keys - queries, "local_size": window}
+    if window is not None:
+        given["mask_function"] = sliding_window_causal_mask_function(window)
+    if padded:
+        given["attention_mask"] = torch.arange(keys)[None] > 2
+    whole = sdpa_mask(1, queries, keys, allow_is_causal_skip=False, **given)
+    found = mask(1, queries, keys, **given)
+    if left_out:
+        assert found is None
+        # What attention without a mask sees: all, or as many new tokens as there are, causally.
+        every = torch.ones(queries, keys, dtype=torch.bool)
+        assert torch.equal(whole[0, 0], every if queries == 1 else every.tril())
+    else:
+        assert found is not None and torch.equal(found, whole)
+
+
+def test_one_that_must_be_there_is() -> None:
+    """Of a model that adds to it: it is never left out then."""
+    other = causal_mask_function
+    assert mask(1, 1, 9, 8, mask_function=other, allow_is_causal_skip=False) is not None
+
+
+@torch.no_grad()
+def test_other_models_keep_theirs() -> None:
+    model = random_model("llama", num_hidden_layers=1)
+    transform(model, ArkvConfig(budget=32, window=4), compile="eager")
+    model(torch.ones(1, 5, dtype=torch.long))
+    assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is sdpa_mask
+    with pytest.raises((TypeError, RuntimeError, IndexError)):
+        model(torch.full((1, 5), 10**6))
+    assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is sdpa_mask
