@@ -46,7 +46,7 @@ compiled_pieces: dict[Any, Compiled] = {}
 @lru_cache(maxsize=1)
 def _sources() -> str:
     """A digest of this package: graphs hold only the names of our operators, not what they do."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
