@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from arkv_fx.errors import ConfigError, UnknownOptionError
-from arkv_fx.formats import get_format
+from arkv_fx.formats import FORMATS, get_format
+from arkv_fx.registry import Registry
 from arkv_fx.scores import make_score
 
 PAPER_TAUS = (7.774380648611771, 5.407015096778621, 5.527702582901318)
@@ -86,10 +87,10 @@ class ArkvConfig:
             raise UnknownOptionError(
                 f"calibration={self.calibration!r}: choose 'measured', 'normalised' or 'paper'"
             )
-        if self.window_format not in ("native", "bf16"):
-            raise UnknownOptionError(
-                f"window_format={self.window_format!r}: choose 'native' or 'bf16'"
-            )
+        plain = [f.name for f in FORMATS.values() if f.key.plain and f.value.plain]
+        if self.window_format not in plain:
+            choices = " or ".join(map(repr, plain))
+            raise UnknownOptionError(f"window_format={self.window_format!r}: choose {choices}")
         for name in self.tiers:
             get_format(name)
         make_score(self.score, dict(self.score_options))
@@ -152,7 +153,21 @@ def _require(ok: bool, name: str, config: ArkvConfig, allowed: str) -> None:
         raise ConfigError(f"{name}={getattr(config, name)!r}: must be {allowed}")
 
 
-PRESETS = {"default": ArkvConfig, "paper": ArkvConfig.paper}
+@dataclass(frozen=True)
+class Preset:
+    """A configuration by name: ``make(**options)`` gives it with some options changed."""
+
+    name: str
+    make: Callable[..., ArkvConfig]
+
+
+PRESETS: Registry[Preset] = Registry(
+    "preset",
+    (
+        Preset("default", lambda **options: ArkvConfig.make(options)),
+        Preset("paper", ArkvConfig.paper),
+    ),
+)
 
 
 def preset(name: str, **options: Any) -> ArkvConfig:
@@ -161,8 +176,4 @@ def preset(name: str, **options: Any) -> ArkvConfig:
     Raises:
         UnknownOptionError: for an unknown preset or option.
     """
-    if name not in PRESETS:
-        raise UnknownOptionError(f"unknown preset {name!r}; known: {sorted(PRESETS)}")
-    if name == "paper":
-        return ArkvConfig.paper(**options)
-    return ArkvConfig.make(options)
+    return PRESETS.find(name).make(**options)

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from arkv_fx.calibration import Calibration
-from arkv_fx.compile.pieces import Compiled, compile_graph, compile_pieces
-from arkv_fx.compile.replay import Replay
+from arkv_fx.compile.pieces import Compiled, compile_graph, compile_pieces, slower_kernels
+from arkv_fx.compile.replay import Replay, notes
 from arkv_fx.compile.replay_inputs import numbers_as_tensors
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import UnknownOptionError
@@ -96,6 +96,13 @@ class ArkvBackend:
             begin = replace(context, first=True, sites=[], state_inputs=[])
             runner.first = self._lower(pipeline.apply(graph, begin), inputs, True)
         return self._counted(runner)
+
+    def notes(self) -> list[str]:
+        """What the report says beside the sites: steps not replayed, kernels that lack a format."""
+        found = notes(self.replays)
+        if self.lowering == "inductor":
+            found += slower_kernels(site for sites in self.sites for site in sites)
+        return found
 
     def _counted(self, compiled: Compiled) -> Compiled:
         """Count calls, so that a model that runs without its graphs is noticed."""

@@ -8,7 +8,7 @@ Inductor minutes. The idea is that of vLLM's piecewise compilation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from hashlib import sha256
@@ -26,10 +26,11 @@ from torch.fx.node import map_arg
 from torch.fx.passes.split_module import split_module
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
-from arkv_fx.kernels import get_direct_step, usable
+from arkv_fx.kernels import get_direct_step, missing_forms, usable
 from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.attend import peek
 from arkv_fx.passes.nodes import example
+from arkv_fx.passes.site import Site
 from arkv_fx.plan import LayerPlan
 
 Compiled = Callable[..., Any]
@@ -182,6 +183,16 @@ def _whole_step(attend: Node, kernel: str, plan: LayerPlan) -> Compiled | None:
         return step(q, k, v, seen, [args[i] for i in held], here)
 
     return run
+
+
+def slower_kernels(sites: Iterable[Site]) -> list[str]:
+    """Which layers' formats keep them from the fastest kernel of their device, for the report."""
+    found = [
+        missing_forms(example(site.new_k).device, site.plan)
+        for site in sites
+        if site.fused and site.plan is not None
+    ]
+    return sorted({note for notes in found for note in notes})
 
 
 def _is_static(value: Any) -> bool:

@@ -15,12 +15,29 @@ from torch import nn
 from arkv_fx.calibration import Calibration, fingerprint
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError, UnknownOptionError
+from arkv_fx.exporting import (
+    onnx_target,
+    tensorrt_target,
+    torch_target,
+    torch_tensorrt_target,
+)
 from arkv_fx.exporting.description import describe
 from arkv_fx.exporting.programs import make_programs
-from arkv_fx.exporting.targets import TARGETS
+from arkv_fx.exporting.target import Target
+from arkv_fx.registry import Registry
 from arkv_fx.runtime.manifest import FILE
 
-__all__ = ["TARGETS", "export"]
+__all__ = ["TARGETS", "Target", "export"]
+
+TARGETS: Registry[Target] = Registry(
+    "target",
+    (
+        onnx_target.TARGET,
+        tensorrt_target.TARGET,
+        torch_target.TARGET,
+        torch_tensorrt_target.TARGET,
+    ),
+)
 
 
 def export(
@@ -70,12 +87,10 @@ def export(
         CalibrationError: if the calibration is of another model.
         ConfigError: if the budget does not hold the window and the sinks.
     """
-    if target not in TARGETS:
-        raise UnknownOptionError(f"unknown target {target!r}; the targets are {', '.join(TARGETS)}")
-    if unknown := sorted(set(options) - set(TARGETS[target].options)):
+    chosen = TARGETS.find(target)
+    if unknown := sorted(set(options) - set(chosen.options)):
         raise UnknownOptionError(
-            f"target {target!r} has no option {', '.join(unknown)}; it has "
-            f"{list(TARGETS[target].options)}"
+            f"target {target!r} has no option {', '.join(unknown)}; it has {list(chosen.options)}"
         )
     if batch < 1:
         raise ExportError(f"batch={batch}: must be >= 1")
@@ -85,7 +100,7 @@ def export(
     if calibration is not None:
         calibration.check(fingerprint(model))
     config = config or ArkvConfig()
-    TARGETS[target].check(config, **options)
+    chosen.check(config, **options)
     progress("capture the model")
     programs = make_programs(model, config, calibration, batch, insert_cache)
     saved = "tokenizer" if tokenizer is not None else None
@@ -95,7 +110,7 @@ def export(
     try:
         if tokenizer is not None:
             tokenizer.save_pretrained(work / "tokenizer")
-        TARGETS[target].write(work, programs, sidecar, progress, **options)
+        chosen.write(work, programs, sidecar, progress, **options)
         (work / FILE).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
         work.chmod(0o755)
         if folder.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from inspect import getdoc
 from typing import Any
 
 import torch
@@ -13,14 +14,8 @@ from arkv_fx.config import ArkvConfig
 from arkv_fx.exporting.groups import Group
 from arkv_fx.exporting.programs import PAST, PRESENT, Graph, Programs
 from arkv_fx.huggingface.layers import text_config
+from arkv_fx.plan import LayerPlan
 from arkv_fx.runtime.manifest import VERSION
-
-PACKING = {
-    "int4": "int8 bytes: 16 * high nibble + low nibble - 128; the low nibbles are the first half "
-    "of the vector; zero is less 128; value = (nibble - zero * 15 / 255) * scale, Hadamard-rotated",
-    "int8": "value = code * scale",
-    "fp8": "float8 e4m3fn; value = code * scale",
-}
 
 
 def describe(
@@ -28,9 +23,8 @@ def describe(
 ) -> dict[str, Any]:
     """The sidecar's content, ready for JSON."""
     text = text_config(model)
-    codecs = {
-        c.name for g in programs.groups for f, _ in g.plan.segments() for c in (f.key, f.value)
-    }
+    plans = [LayerPlan.parse(group.plan.to_json()) for group in programs.groups]
+    codecs = {c.name: c for plan in plans for f, _ in plan.segments() for c in f.codecs}
     return {
         "version": VERSION,
         "target": target,
@@ -48,7 +42,7 @@ def describe(
         "graphs": {graph.name: _io(graph) for graph in programs.graphs},
         "groups": [_group(group) for group in programs.groups],
         "state_bytes": sum(len(g.layers) * g.plan.nbytes(g.batch) for g in programs.groups),
-        "packing": {name: text for name, text in PACKING.items() if name in codecs},
+        "packing": {name: c.packing or getdoc(c) for name, c in sorted(codecs.items())},
         "tokenizer": tokenizer,
         "versions": {name: version(name) for name in ("arkv-fx", "torch", "transformers")},
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arkv_fx.exporting.export_formats import ExportPlan
+from arkv_fx.exporting.export_plan import ExportPlan
 from arkv_fx.plan import TensorSpec
 
 NAMES = {"ring.k.codes": "key", "ring.v.codes": "value"}

@@ -15,6 +15,7 @@ import torch
 
 from arkv_fx.errors import ExportError
 from arkv_fx.exporting.programs import Graph, Programs
+from arkv_fx.exporting.target import Target
 from arkv_fx.runtime.manifest import METADATA, OPSET
 
 if TYPE_CHECKING:
@@ -141,3 +142,6 @@ def share_weights(models: Sequence[ir.Model], folder: Path) -> None:
     for values, tensor in zip(owners.values(), external, strict=True):
         for value in values:
             value.const_value = tensor
+
+
+TARGET = Target("onnx", write)

@@ -19,7 +19,7 @@ from arkv_fx.errors import ExportError
 from arkv_fx.exporting.absorbed import capture_absorbed
 from arkv_fx.exporting.capture import capture
 from arkv_fx.exporting.captured import PROMPT
-from arkv_fx.exporting.export_formats import ExportPlan
+from arkv_fx.exporting.export_plan import ExportPlan
 from arkv_fx.exporting.groups import Group, group_layers
 from arkv_fx.exporting.inserted import capture_inserted
 from arkv_fx.exporting.stateless import Step

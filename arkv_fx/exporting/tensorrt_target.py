@@ -16,6 +16,9 @@ from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError, UnknownOptionError
 from arkv_fx.exporting import onnx_target
 from arkv_fx.exporting.programs import Programs
+from arkv_fx.exporting.target import Target
+from arkv_fx.formats import get_format
+from arkv_fx.formats.codec import ByteCodec
 
 CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
 DEFAULT = ("SM86", "SM89", "SM120")
@@ -126,6 +129,13 @@ def check(
         )
     if unknown := [g for g in graphs if g not in GRAPHS]:
         raise UnknownOptionError(f"unknown graphs {unknown}; there are 'prefill' and 'decode'")
+    for name in config.tiers:
+        codecs = get_format(name).exported().codecs
+        if strange := {codec.name for codec in codecs if isinstance(codec, ByteCodec)}:
+            raise ExportError(
+                f"format {name!r} stores {', '.join(sorted(strange))}, whose bytes TensorRT cannot "
+                "read; take another, or target 'onnx'"
+            )
     old = [c for c in capabilities if int(c.removeprefix("SM")) < FP8_FROM]
     if "fp8" in config.tiers and old:
         raise ExportError(
@@ -156,3 +166,6 @@ def check_sorted(tiers: Sequence[Mapping[str, Any]], otherwise: str = "") -> Non
             f"a tier has {most} slots, and TensorRT chooses at most {MOST_SORTED} tokens at once: "
             f"give a smaller budget{otherwise}"
         )
+
+
+TARGET = Target("tensorrt", write, ("capabilities", "graphs", "longest", "limit_s"), check)

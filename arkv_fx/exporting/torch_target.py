@@ -1,6 +1,7 @@
 """Target "torch": each graph as an ``ExportedProgram``, for ``torch.export.load``.
 
-Loading needs ``import arkv_fx.kernels.codes``, which registers the operators that the graphs carry.
+Loading needs ``import arkv_fx.formats.graph_operators``, which registers the operators that the
+graphs carry.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from arkv_fx.exporting.programs import Programs
+from arkv_fx.exporting.target import Target
 
 
 def write(
@@ -23,3 +25,6 @@ def write(
         progress(f"write {file}")
         torch.export.save(graph.program, folder / file)
         sidecar["graphs"][graph.name]["file"] = file
+
+
+TARGET = Target("torch", write)

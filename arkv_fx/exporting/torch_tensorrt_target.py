@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-import arkv_fx.kernels.codes  # noqa: F401  (registers the operators)
+import arkv_fx.formats.graph_operators  # noqa: F401  (registers the operators)
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError
 from arkv_fx.exporting.programs import Graph, Programs
+from arkv_fx.exporting.target import Target
 from arkv_fx.exporting.tensorrt_target import check_sorted
 
 
@@ -126,3 +127,6 @@ def _inputs(graph: Graph, compiler: Any, span: tuple[int, int]) -> list[Any]:
         )
         for x in graph.inputs.values()
     ]  # fmt: skip
+
+
+TARGET = Target("torch_tensorrt", write, ("longest",), check)

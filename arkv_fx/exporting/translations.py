@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset21
 
-import arkv_fx.kernels.codes  # noqa: F401  (registers the operators)
+import arkv_fx.formats.graph_operators  # noqa: F401  (registers the operators)
 
 op: Any = opset21  # its types are narrower than what it takes
 FLOAT8 = ir.DataType.FLOAT8E4M3FN

@@ -1,26 +1,27 @@
 """Storage formats: a codec for keys and a codec for values, by name.
 
-To add one: a `Codec` in a file of its own, a line in `CODECS` and a line in `FORMATS`.
+To add one: a `Codec` in a file of its own and `FORMATS.add(Format("its name", codec, codec))`.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
 
-from arkv_fx.errors import UnknownOptionError, UnsupportedFormatError
+from arkv_fx.errors import UnsupportedFormatError
 from arkv_fx.formats.bf16 import Bf16
-from arkv_fx.formats.codec import Codec, Field
+from arkv_fx.formats.codec import Codec, CppForm, Field, Unpacked
 from arkv_fx.formats.fp8 import Fp8
 from arkv_fx.formats.int3 import Int3
 from arkv_fx.formats.int4 import Int4
 from arkv_fx.formats.int8 import Int8
 from arkv_fx.formats.native import Native
+from arkv_fx.registry import Registry
 
-__all__ = ["CODECS", "FORMATS", "Codec", "Field", "Format", "get_format"]
+__all__ = ["CODECS", "FORMATS", "Codec", "CppForm", "Field", "Format", "Unpacked", "get_format"]
 
-CODECS: dict[str, Codec] = {
-    codec.name: codec for codec in (Native(), Bf16(), Fp8(), Int8(), Int4(), Int3())
-}
+CODECS: Registry[Codec] = Registry("codec", (Native(), Bf16(), Fp8(), Int8(), Int4(), Int3()))
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,36 @@ class Format:
             except UnsupportedFormatError as error:
                 raise UnsupportedFormatError(f"format {self.name!r}, {part}: {error}") from None
 
+    def exported(self) -> Format:
+        """The format in graphs that leave torch; raises `UnsupportedFormatError` without one."""
+        key, value = self.key.exported(), self.value.exported()
+        if key is None or value is None:
+            missing = sorted({c.name for c in self.codecs if c.exported() is None})
+            raise UnsupportedFormatError(
+                f"format {self.name!r} stores {', '.join(missing)}, which cannot be exported"
+            )
+        return Format(self.name, key, value)
 
-FORMATS: dict[str, Format] = {
-    name: Format(name, CODECS[key], CODECS[value])
-    for name, key, value in (
-        ("native", "native", "native"),
-        ("bf16", "bf16", "bf16"),
-        ("fp8", "fp8", "fp8"),
-        ("int8", "int8", "int8"),
-        ("k8v4", "int8", "int4"),
-        ("int4", "int4", "int4"),
-        ("k4v3", "int4", "int3"),
-    )
-}
+    @property
+    def codecs(self) -> tuple[Codec, Codec]:
+        """Of keys and of values."""
+        return self.key, self.value
 
 
-def get_format(name: str) -> Format:
-    """The format called `name`; raises `UnknownOptionError`, which lists the names there are."""
-    if name not in FORMATS:
-        raise UnknownOptionError(f"unknown format {name!r}; the formats are {', '.join(FORMATS)}")
-    return FORMATS[name]
+FORMATS: Registry[Format] = Registry(
+    "format",
+    (
+        Format(name, CODECS[key], CODECS[value])
+        for name, key, value in (
+            ("native", "native", "native"),
+            ("bf16", "bf16", "bf16"),
+            ("fp8", "fp8", "fp8"),
+            ("int8", "int8", "int8"),
+            ("k8v4", "int8", "int4"),
+            ("int4", "int4", "int4"),
+            ("k4v3", "int4", "int3"),
+        )
+    ),
+)
+
+get_format = FORMATS.find

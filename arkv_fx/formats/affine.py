@@ -1,5 +1,7 @@
 """What int4 and int3 share: (codes - zero) * scale in a rotated basis, packed into bytes."""
 
+from __future__ import annotations
+
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -8,13 +10,17 @@ import torch
 from torch import Tensor
 
 from arkv_fx.formats.codec import (
+    BYTE_SHIFT,
     SCALE_DTYPE,
     TINY_SCALE,
     Codec,
     Field,
     Unpacked,
     round_to_scale_dtype,
+    signed,
+    stored_scale,
 )
+from arkv_fx.formats.graph_operators import widen
 from arkv_fx.formats.hadamard import rotate
 
 
@@ -66,3 +72,28 @@ class RotatedAffine(Codec):
 
     def from_stored(self, x: Tensor) -> Tensor:
         return rotate(x).to(x.dtype)
+
+
+class ExportedAffine(RotatedAffine):
+    """Packed codes and zeros in signed bytes, 128 less; packing and splitting are arithmetic."""
+
+    def fields(self, dim: int, native: torch.dtype) -> tuple[Field, ...]:
+        return signed(super().fields(dim, native))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.to_stored(x.to(torch.float32))
+        low = x.amin(-1, keepdim=True).clamp(max=0.0)
+        high = x.amax(-1, keepdim=True).clamp(min=0.0)
+        top = 2**self.bits - 1
+        stored, scale = stored_scale((high - low) / top)
+        zero = (-low / scale / self._unit()).round().clamp(0, 255)
+        codes = (x / scale + zero * self._unit()).round().clamp(0, top)
+        shifted = (self.pack(codes) - BYTE_SHIFT).to(torch.int8)
+        return shifted, stored, (zero - BYTE_SHIFT).to(torch.int8)
+
+    def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
+        packed, scale, zero = parts
+        runs = self.split(widen(packed) + BYTE_SHIFT)
+        codes = torch.cat(runs, -1) if len(runs) > 1 else runs[0]
+        offset = (zero.to(torch.float32) + BYTE_SHIFT) * self._unit()
+        return ((codes - offset) * scale.to(torch.float32)).to(dtype)

@@ -1,5 +1,7 @@
 """bfloat16: two bytes an element whatever the model's dtype."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -13,6 +15,9 @@ class Bf16(Codec):
     """Stores a vector in bfloat16, which for a bfloat16 model is unchanged."""
 
     name: ClassVar[str] = "bf16"
+    plain: ClassVar[bool] = True
+    triton: ClassVar[str] = "bf16"
+    packing: ClassVar[str] = "value = code"
 
     def fields(self, dim: int, native: torch.dtype) -> tuple[Field, ...]:
         self.check(dim)

@@ -1,9 +1,11 @@
 """What a storage format is: a codec turns one vector into a few small tensors and back."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,11 +66,35 @@ class Unpacked:
 
 
 @dataclass(frozen=True)
+class CppForm:
+    """What the C++ kernel is compiled with for a codec whose codes it can read and make.
+
+    Its fields are codes, a scale and, for codes of less than a byte, a zero.
+    """
+
+    row: str
+    """Type of `codecs.h` that reads codes, unpacked to bytes, as floats."""
+    top: int
+    """The largest code."""
+    bits: int = 8
+    """Of one code; below 8, codes are packed and stand for a rotated vector."""
+    pack: str = ""
+    """Function of `vectors.h` that packs bytes, `name(codes, D, to)`, and, with `un` before it, one
+    of `codecs.h` that unpacks them, `name(codes, rows, D, to, stride)`."""
+    integers: bool = True
+    """Whether codes are integers, which half-precision models multiply as such."""
+
+
+@dataclass(frozen=True)
 class Codec(ABC):
     """How one vector (the key or the value of one token and kv head) is stored.
 
     Codecs hold no state, so two of one class are equal, also after pickling. All arithmetic is in
     float32, and nothing depends on the data but the data: everything traces and exports.
+
+    `fields`, `encode` and `unpack` are the reference, from which Inductor makes code; all else is
+    optional. A kernel whose form of a codec is missing leaves its layers to the next one. Forms are
+    not inherited: a subclass may store other bytes.
     """
 
     name: ClassVar[str]
@@ -76,6 +102,29 @@ class Codec(ABC):
     """Vector lengths must be a multiple of this."""
     centred: ClassVar[bool] = False
     """Whether keys are stored as their difference to the head's centre, see `plan.LayerPlan`."""
+    plain: ClassVar[bool] = False
+    """Whether numbers are stored and not codes, so that the ring may hold them."""
+    cpp: ClassVar[CppForm | None] = None
+    """The C++ kernel's form; plain numbers need none."""
+    triton: ClassVar[str] = ""
+    """The Triton kernel's form: the name in `kernels/triton/codecs.py` under which it is read."""
+    packing: ClassVar[str] = ""
+    """For readers of `arkv.json`: how the exported fields become numbers."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("plain", "cpp", "triton", "packing", "exported"):
+            if name not in vars(cls):
+                setattr(cls, name, vars(Codec)[name])
+
+    def exported(self) -> Codec | None:
+        """The codec that graphs outside of torch compute with: the same numbers, other arithmetic.
+
+        None where there can be none. ONNX cannot select unsigned bytes: they are held as int8, less
+        128.
+        """
+        held = self.fields(self.multiple, torch.float32)
+        return ByteCodec(self) if any(f.dtype == torch.uint8 for f in held) else self
 
     def check(self, dim: int) -> None:
         """Raise `UnsupportedFormatError` unless vectors of `dim` elements can be stored."""
@@ -161,7 +210,15 @@ def round_to_scale_dtype(x: Tensor) -> Tensor:
     On the bits, because Inductor computes bfloat16 in float32 and drops the rounding of a cast
     there and back: the codes would be made with another scale than the one that is stored.
     """
+    if torch.compiler.is_exporting():  # no bits of float32 outside of torch, but real casts
+        return x.to(SCALE_DTYPE).to(torch.float32)
     return ((x.view(torch.int32) + 0x8000) & ~0xFFFF).view(torch.float32)
+
+
+def stored_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """In exported graphs: a scale as it is stored, and the float32 number that this is."""
+    stored = x.clamp_min(TINY_SCALE).to(SCALE_DTYPE)
+    return stored, stored.to(torch.float32)
 
 
 def symmetric_scale(x: Tensor, top: float) -> Tensor:
@@ -170,3 +227,52 @@ def symmetric_scale(x: Tensor, top: float) -> Tensor:
     float32 in and out, rounded to `SCALE_DTYPE`.
     """
     return round_to_scale_dtype((x.abs().amax(-1, keepdim=True) / top).clamp_min(TINY_SCALE))
+
+
+BYTE_SHIFT = 128  # an unsigned byte less this is an int8
+
+
+@dataclass(frozen=True)
+class ByteCodec(Codec):
+    """A codec in exported graphs, its unsigned bytes as int8, 128 less; all else is as it was."""
+
+    codec: Codec
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The codec's."""
+        return self.codec.name
+
+    @property
+    def centred(self) -> bool:  # type: ignore[override]
+        """The codec's."""
+        return self.codec.centred
+
+    def fields(self, dim: int, native: torch.dtype) -> tuple[Field, ...]:
+        return signed(self.codec.fields(dim, native))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            (p.to(torch.int32) - BYTE_SHIFT).to(torch.int8) if p.dtype == torch.uint8 else p
+            for p in self.codec.encode(x)
+        )
+
+    def unpack(self, parts: Sequence[Tensor]) -> Unpacked:
+        held = self.codec.fields(self.codec.multiple, torch.float32)
+        return self.codec.unpack(
+            [
+                (p.to(torch.int32) + BYTE_SHIFT).to(torch.uint8) if f.dtype == torch.uint8 else p
+                for p, f in zip(parts, held, strict=True)
+            ]
+        )
+
+    def to_stored(self, x: Tensor) -> Tensor:
+        return self.codec.to_stored(x)
+
+    def from_stored(self, x: Tensor) -> Tensor:
+        return self.codec.from_stored(x)
+
+
+def signed(fields: Sequence[Field]) -> tuple[Field, ...]:
+    """Fields as exported graphs hold them: bytes in int8."""
+    return tuple(replace(f, dtype=torch.int8) if f.dtype == torch.uint8 else f for f in fields)

@@ -1,6 +1,7 @@
 """The Hadamard rotation: it spreads an outlier channel over all channels before few-bit codes."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -32,6 +33,26 @@ def rotate(x: Tensor) -> Tensor:
 
     D = m * 2^k has m blocks of 2^k channels, so an odd D is left as it is.
     """
+    if torch.compiler.is_exporting():
+        return _by_constant(x)
     size = block(x.shape[-1])
     blocks = x.to(torch.float32).reshape(*x.shape[:-1], -1, size)
     return (blocks @ hadamard(size, x.device)).reshape(x.shape)
+
+
+@lru_cache
+def constant(dim: int) -> Tensor:
+    """The matrix for vectors of `dim`, kept: its bits are no exported graph's business.
+
+    Graphs find it only if it was made before their trace began.
+    """
+    return hadamard(block(dim), torch.device("cpu"))
+
+
+def _by_constant(x: Tensor) -> Tensor:
+    matrix = constant(x.shape[-1])
+    if len(matrix) == x.shape[-1]:
+        return x.to(torch.float32) @ matrix
+    blocks = x.to(torch.float32).unflatten(-1, (-1, len(matrix)))
+    rotated: Tensor = (blocks @ matrix).flatten(-2)
+    return rotated

@@ -1,5 +1,7 @@
 """Full precision: the vector as the model made it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -13,6 +15,9 @@ class Native(Codec):
     """Stores a vector unchanged, in the dtype it comes in."""
 
     name: ClassVar[str] = "native"
+    plain: ClassVar[bool] = True
+    triton: ClassVar[str] = "native"
+    packing: ClassVar[str] = "value = code"
 
     def fields(self, dim: int, native: torch.dtype) -> tuple[Field, ...]:
         self.check(dim)

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from arkv_fx.calibration import Calibration
 from arkv_fx.compile.backend import ArkvBackend
-from arkv_fx.compile.replay import notes
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ArkvError, CacheError, TransformError
 from arkv_fx.huggingface.attention_interface import closed_replaced, masks_left_out
@@ -101,7 +100,7 @@ class Transformed:
                 ids = torch.zeros(1, 8, dtype=torch.long, device=weight.device)
                 both = {"decoder_input_ids": ids} if is_encoder_decoder(self.model) else {}
                 self.model(ids, **both)
-        return Report.of(self.backend.sites, self.config, notes(self.backend.replays))
+        return Report.of(self.backend.sites, self.config, self.backend.notes())
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward with an ArkvCache where a cache is wanted."""

@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from arkv_fx.calibration import Calibration
 from arkv_fx.compile.backend import LOWERINGS
+from arkv_fx.compile.pieces import slower_kernels
 from arkv_fx.compile.replay import notes
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import CacheError, TransformError, UnknownOptionError
@@ -65,7 +66,10 @@ class Inserted:
         found = [p.sites for p in self.programs.values()]
         found += [self._program(i, True, False, 0).sites for i in range(len(self.captured))]
         replays = [p.replay for p in self.programs.values() if p.replay is not None]
-        return Report.of(found, self.config, notes(replays))
+        said = notes(replays)
+        if self.lowering != "eager":
+            said += slower_kernels(site for sites in found for site in sites)
+        return Report.of(found, self.config, said)
 
     def run(self, *args: Any, cache: ArkvCache | None = None, **kwargs: Any) -> Any:
         """The full forward, or with a cache its answer for the new tokens alone."""

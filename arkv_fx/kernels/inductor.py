@@ -21,6 +21,7 @@ from arkv_fx.kernels.columns import (
     lowest,
     stored_query,
 )
+from arkv_fx.kernels.kernel import Kernel
 from arkv_fx.kernels.softmax import Knobs, cap, softmax
 from arkv_fx.state.view import Segment, View
 
@@ -29,7 +30,7 @@ def attend_one(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, held: View, knobs: Knobs,
     query_pos: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See ``Kernel``; one new token."""
+    """See ``Attend``; one new token."""
     least = lowest(held, query_pos)[:, None, None, None]
     parts = []
     for segment in held.segments:
@@ -91,3 +92,6 @@ def _units(found: Unpacked, like: Tensor) -> Tensor:
 def written(x: Tensor) -> Tensor:
     """``x``, made once: a restride keeps Inductor from computing it again in an inner loop."""
     return x.as_strided(x.size(), x.stride())
+
+
+KERNEL = Kernel("inductor", attend_one, priority=10)

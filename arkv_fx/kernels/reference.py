@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from arkv_fx.formats import Codec, get_format
+from arkv_fx.kernels.kernel import Kernel
 from arkv_fx.kernels.softmax import (
     Knobs,
     cap,
@@ -22,7 +23,7 @@ def attend_columns(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, held: View, knobs: Knobs,
     query_pos: Tensor, *, sums: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See ``Kernel``; T may be any number of new tokens. ``sums``: see ``key_logits``."""
+    """See ``Attend``; T may be any number of new tokens. ``sums``: see ``key_logits``."""
     plan, length = held.plan, k.shape[2]
     offset = held.seen + length - (mask.shape[-1] if mask is not None else 0)
     logits = [
@@ -60,3 +61,6 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     first = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * slots
     rows = x.reshape(-1, width).index_select(0, (first + index).flatten())
     return rows.view(batch, heads, -1, width)
+
+
+KERNEL = Kernel("reference", attend_columns, priority=0)

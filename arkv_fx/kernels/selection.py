@@ -6,12 +6,15 @@ build at all.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from arkv_fx.formats import Codec
-from arkv_fx.kernels.codes import to_e4m3, widen
-from arkv_fx.kernels.reference import gather
+from arkv_fx.formats.graph_operators import to_e4m3, widen
+from arkv_fx.kernels.kernel import Kernel, Writer
+from arkv_fx.kernels.reference import attend_columns, gather
 
 
 def encode_empty(
@@ -59,3 +62,11 @@ def _select(taken: Tensor, new: Tensor, old: Tensor) -> Tensor:
     if old.dtype == torch.float8_e4m3fn:
         return to_e4m3(torch.where(taken, widen(new), widen(old)))
     return torch.where(taken, new, old)
+
+
+_WRITER = Writer(take_slot, store_vector)
+# For graphs that leave torch alone, so never taken unasked.
+KERNEL = Kernel("export", attend_columns, encode=encode_empty, writer=_WRITER)
+SUMS = Kernel(
+    "export_sums", partial(attend_columns, sums=True), encode=encode_empty, writer=_WRITER
+)

@@ -43,8 +43,8 @@ def attend(
             token. A token whose own column is hidden from its own row is padding: never stored.
         state: the tensors of ``plan.specs()``, each with a leading batch dimension.
         fresh: the state is known to be empty, so this is a whole prefill.
-        kernel: name in ``arkv_fx.kernels.KERNELS`` of what attends for a single new token, and
-            in ``ENCODERS`` of what makes the codes of many.
+        kernel: name in ``arkv_fx.kernels.KERNELS``: what attends for a single new token, and makes
+            the codes of many.
         rows: keys [B, Hx, N, Dx] and values [B, Hx, N, Dvx] that the model computes from what is
             cached (multi-head latent attention), for every column that ``columns`` gives and in
             its order; then q is [B, Hq, T, Dx].

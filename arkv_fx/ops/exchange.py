@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from arkv_fx.kernels import WRITERS, Encoder, Writer
+from arkv_fx.kernels import KERNELS, Encoder, Writer
 from arkv_fx.ops.arrivals import Arrivals, rank_tokens
 from arkv_fx.scores import Stats
 from arkv_fx.state.view import Segment, View
@@ -35,10 +35,10 @@ def exchange_one(held: View, new: Arrivals, updated: Stats, kernel: str = "refer
 
     Args:
         updated: statistics of all columns [B, Hkv, N] (ring, tiers, new token) after the step.
-        kernel: whose writer stores the tokens, see ``arkv_fx.kernels.WRITERS``.
+        kernel: whose writer stores the tokens, see ``arkv_fx.kernels.Kernel``.
     """
     moves = _choose_moves(held, new, updated)
-    _move_tokens(held, new.k, new.v, moves, WRITERS.get(kernel))
+    _move_tokens(held, new.k, new.v, moves, KERNELS.find(kernel).writer)
 
 
 def _choose_moves(held: View, new: Arrivals, updated: Stats) -> list[Move]:

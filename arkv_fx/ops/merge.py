@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from arkv_fx.kernels import ENCODERS, Encoder
-from arkv_fx.kernels.codes import best
+from arkv_fx.formats.graph_operators import best
+from arkv_fx.kernels import KERNELS, Encoder
 from arkv_fx.kernels.reference import encode_rows, gather
 from arkv_fx.ops.arrivals import Arrivals, rank_tokens
 from arkv_fx.scores import Stats
@@ -30,10 +30,10 @@ def merge_many(
     Args:
         updated: statistics [B, Hkv, N] after the chunk, of ring, tiers and new tokens, or of the
             new tokens alone if ``fresh``.
-        kernel: whose encoder makes the codes, see ``arkv_fx.kernels.ENCODERS``.
+        kernel: whose encoder makes the codes, see ``arkv_fx.kernels.Kernel``.
     """
     plan, ring = held.plan, held.ring
-    encoder = ENCODERS.get(kernel, encode_rows)
+    encoder = KERNELS.find(kernel).encode or encode_rows
     if not fresh:
         _store_stats(held, updated)
     length = new.k.shape[2]

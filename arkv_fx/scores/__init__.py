@@ -1,4 +1,4 @@
-"""Registry of scores: one file each, one line here."""
+"""Scores by name. To add one: a `Score` in a file of its own and ``SCORES.add(it)``."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from arkv_fx.errors import UnknownOptionError
+from arkv_fx.registry import Registry
 from arkv_fx.scores.combined import CombinedScore
 from arkv_fx.scores.mass import MassScore
 from arkv_fx.scores.novelty import NoveltyScore
 from arkv_fx.scores.paper import PaperScore
-from arkv_fx.scores.score import Observation, Score, StatField, Stats
+from arkv_fx.scores.score import CppRank, Observation, Score, StatField, Stats
 
-__all__ = ["SCORES", "Observation", "Score", "StatField", "Stats", "make_score"]
+__all__ = ["SCORES", "CppRank", "Observation", "Score", "StatField", "Stats", "make_score"]
 
-SCORES: dict[str, type[Score]] = {
-    cls.name: cls for cls in (CombinedScore, MassScore, NoveltyScore, PaperScore)
-}
+SCORES: Registry[type[Score]] = Registry(
+    "score", (CombinedScore, MassScore, NoveltyScore, PaperScore)
+)
 
 
 def make_score(name: str, options: Mapping[str, float] | None = None) -> Score:
@@ -26,15 +27,14 @@ def make_score(name: str, options: Mapping[str, float] | None = None) -> Score:
     Raises:
         UnknownOptionError: for an unknown score or an option that the score does not have.
     """
-    if name not in SCORES:
-        raise UnknownOptionError(f"unknown score {name!r}; known: {sorted(SCORES)}")
-    known = list(inspect.signature(SCORES[name]).parameters)
+    score = SCORES.find(name)
+    known = list(inspect.signature(score).parameters)
     unknown = sorted(set(options or {}) - set(known))
     if unknown:
         raise UnknownOptionError(f"score {name!r} has no option {unknown}; it has {known}")
-    return _build(name, tuple(sorted((options or {}).items())))
+    return _build(score, tuple(sorted((options or {}).items())))
 
 
 @lru_cache(maxsize=256)
-def _build(name: str, options: tuple[tuple[str, float], ...]) -> Score:
-    return SCORES[name](**dict(options))
+def _build(score: type[Score], options: tuple[tuple[str, float], ...]) -> Score:
+    return score(**dict(options))

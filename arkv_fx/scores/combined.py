@@ -7,7 +7,7 @@ from torch import Tensor
 
 from arkv_fx.scores.mass import MassScore
 from arkv_fx.scores.novelty import NoveltyScore
-from arkv_fx.scores.score import Observation, Score, Stats, zscore
+from arkv_fx.scores.score import CppRank, Observation, Score, Stats, zscore
 
 
 class CombinedScore(Score):
@@ -29,6 +29,9 @@ class CombinedScore(Score):
         self.margin = float(margin)
         self.slot_fields = self.mass.slot_fields + self.novelty.slot_fields
         self.layer_fields = self.novelty.layer_fields  # type: ignore[method-assign]
+
+    def cpp(self) -> CppRank | None:
+        return CppRank(self.mass.decay, self.mass.use_age, self.margin)
 
     def arrive(self, keys: Tensor, values: Tensor, valid: Tensor, layer: Stats) -> Stats:
         return {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arkv_fx.errors import ConfigError
-from arkv_fx.scores.score import Observation, Score, StatField, Stats
+from arkv_fx.scores.score import CppRank, Observation, Score, StatField, Stats
 
 
 class MassScore(Score):
@@ -30,6 +30,9 @@ class MassScore(Score):
         self.slot_fields = (StatField("mass", torch.float32),)
         if self.use_norm:
             self.slot_fields += (StatField("norm", torch.bfloat16),)
+
+    def cpp(self) -> CppRank | None:
+        return CppRank(self.decay, self.use_age)
 
     def arrive(self, keys: Tensor, values: Tensor, valid: Tensor, layer: Stats) -> Stats:
         stats = super().arrive(keys, values, valid, layer)

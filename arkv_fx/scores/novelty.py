@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arkv_fx.scores.score import Observation, Score, StatField, Stats
+from arkv_fx.scores.score import CppRank, Observation, Score, StatField, Stats
 
 
 class NoveltyScore(Score):
@@ -17,6 +17,9 @@ class NoveltyScore(Score):
 
     name = "novelty"
     slot_fields = (StatField("novelty", torch.float16),)
+
+    def cpp(self) -> CppRank | None:
+        return CppRank()
 
     def layer_fields(self, k_dim: int) -> tuple[StatField, ...]:
         return (StatField("key_sum", torch.float32, k_dim),)

@@ -23,6 +23,7 @@ class PaperScore(Score):
     """
 
     name = "paper"
+    unexportable = "sorts all slots in every step"
     slot_fields = (StatField("mass", torch.float32),)
 
     def __init__(self, gamma: float = PAPER_GAMMA, kernel: float = 5) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -69,15 +69,39 @@ class Observation:
         return count.view(self.pos.shape).clamp(min=1).float()
 
 
+@dataclass(frozen=True)
+class CppRank:
+    """How the C++ step ranks: by the statistics mass, norm and novelty, those of ``slot_fields``.
+
+    ``decay`` of the mass; ``age`` whether masses are normalised for age; novelty decides eviction
+    but where log mass stands out by ``margin``.
+    """
+
+    decay: float = 0.0
+    age: bool = False
+    margin: float = 0.0
+
+
 class Score(ABC):
     """Ranks the slots of a kv head; a larger rank is kept longer.
 
-    A new score is one subclass in one file plus its line in ``SCORES``. Everything must trace:
-    no branch on tensor values.
+    A new score is one subclass in one file and ``SCORES.add``. Everything must trace: no branch on
+    tensor values.
     """
 
     name: ClassVar[str]
+    unexportable: ClassVar[str] = ""
+    """Why it cannot be part of exported graphs, as the predicate of a sentence; "" if it can."""
     slot_fields: tuple[StatField, ...] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "cpp" not in vars(cls):  # not inherited: a subclass may rank otherwise
+            cls.cpp = Score.cpp  # type: ignore[method-assign]
+
+    def cpp(self) -> CppRank | None:
+        """What the C++ step needs to rank as this score does; None: it cannot."""
+        return None
 
     def layer_fields(self, k_dim: int) -> tuple[StatField, ...]:
         """Statistics kept once per kv head (running sums)."""

@@ -110,8 +110,8 @@ def compare(case: Case) -> None:
             layer.step(q, k, v, mask, knobs, valid, fresh=number == 0)
     held = layer.state.view()
     given = (group(q, case.heads), k, v, mask, held, knobs, held.seen[:, None])
-    expected = KERNELS["reference"](*given)
-    got = KERNELS["triton"](*given)
+    expected = KERNELS["reference"].attend(*given)
+    got = KERNELS["triton"].attend(*given)
     for name, a, b in zip(("output", "probabilities"), got, expected, strict=True):
         assert a.dtype == torch.float32 and a.shape == b.shape
         # A query that sees nothing gives zeros, and a hidden slot gets none: exactly.
@@ -178,7 +178,9 @@ def test_what_lies_in_empty_slots_does_not_matter() -> None:
             if number == 0:
                 layer.step(q, k, v, None, knobs, torch.ones(1, length, dtype=torch.bool))
         held = layer.state.view()
-        outputs += KERNELS["triton"](q[:, :, None], k, v, None, held, knobs, held.seen[:, None])
+        outputs += KERNELS["triton"].attend(
+            q[:, :, None], k, v, None, held, knobs, held.seen[:, None]
+        )
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from reference_attention import make_mask
@@ -9,7 +11,7 @@ from torch import Tensor
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operator)
 from arkv_fx.formats import CODECS, Codec
-from arkv_fx.kernels import ENCODERS
+from arkv_fx.kernels import KERNELS
 from arkv_fx.kernels.cpp import available, encode_cpp
 from arkv_fx.kernels.reference import encode_rows
 from arkv_fx.plan import LayerPlan, Tier
@@ -191,6 +193,6 @@ def _other_rows(
 @pytest.mark.parametrize("broken", (_without_centre, _other_rows))
 def test_a_broken_encoder_is_noticed(broken: object, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = prefill("reference", torch.float32, True, False)
-    monkeypatch.setitem(ENCODERS, "cpp", broken)
+    monkeypatch.setitem(KERNELS, "cpp", replace(KERNELS["cpp"], encode=broken))
     with pytest.raises(AssertionError, match="codes"):
         same_state(prefill("cpp", torch.float32, True, False), expected)

@@ -12,7 +12,7 @@ import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 from arkv_fx.compile.pieces import SETTINGS
 from arkv_fx.evaluation.bench.cases import Case, Options, copy_of, filled, new_token
 from arkv_fx.evaluation.bench.timing import Call, Rotation, cold_bytes, compiled
-from arkv_fx.kernels import STEPS, get_direct_step, get_kernel
+from arkv_fx.kernels import KERNELS, get_direct_step, get_kernel
 from arkv_fx.kernels.softmax import Knobs, group
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.session import LayerState
@@ -37,7 +37,7 @@ def attention_step(
     def run(q: Tensor, k: Tensor, v: Tensor, state: list[Tensor]) -> tuple[Tensor, Tensor]:
         return on_view(q, k, v, view(plan, state))
 
-    if kernel not in STEPS:
+    if KERNELS[kernel].step is None:
         return compiled(run, options.backend, SETTINGS, dynamic=False)
     # One operator: compiling adds nothing. Naming a state's tensors would cost as much as it does,
     # and is done once for each.

@@ -6,10 +6,29 @@ prompt's tokens. ``direct`` calls the step without its operator. All are compile
 ``build``.
 """
 
+import torch
+
+from arkv_fx.kernels.cpp.arguments import lacks
 from arkv_fx.kernels.cpp.attend_operator import attend_cpp
 from arkv_fx.kernels.cpp.build import available
 from arkv_fx.kernels.cpp.direct import make_direct_step
 from arkv_fx.kernels.cpp.encode_operator import encode_cpp
 from arkv_fx.kernels.cpp.step_operator import make_step
+from arkv_fx.kernels.kernel import Kernel, WholeStep
 
-__all__ = ["attend_cpp", "available", "encode_cpp", "make_direct_step", "make_step"]
+__all__ = ["KERNEL", "attend_cpp", "available", "encode_cpp", "make_direct_step", "make_step"]
+
+
+def _obstacle(device: torch.device) -> str:
+    return available() if device.type == "cpu" else "it runs on CPUs"
+
+
+KERNEL = Kernel(
+    "cpp",
+    attend_cpp,
+    priority=20,
+    obstacle=_obstacle,
+    lacks=lacks,
+    encode=encode_cpp,
+    step=WholeStep(make_step, make_direct_step),
+)

@@ -15,15 +15,28 @@ from arkv_fx.plan import LayerPlan
 library = torch.library.Library("arkv_cpu", "FRAGMENT")
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bf16", torch.float16: "float16"}
-NUMBERS = ("float32", "bf16", "float16", "fp8", "int8", "int4", "int3")  # as codecs.h counts them
-OURS = {name: type(codec) for name, codec in CODECS.items()}
+FORMS = {codec.name: codec.cpp for codec in CODECS.values() if codec.cpp is not None}
+NUMBERS = (*DTYPES.values(), *FORMS)
+"""Codecs as the library counts them: numbers of three dtypes, then those that have a form."""
 
 
 def number(codec: Codec, native: torch.dtype) -> int | None:
     """A codec's index in ``NUMBERS``, for vectors in dtype ``native``; None: it is not known."""
-    if native not in DTYPES or OURS.get(codec.name) is not type(codec):
+    if native not in DTYPES:
         return None
-    return NUMBERS.index(DTYPES[native] if codec.name == "native" else codec.name)
+    if codec.plain:
+        dtype = codec.fields(codec.multiple, native)[0].dtype
+        return NUMBERS.index(DTYPES[dtype]) if dtype in DTYPES else None
+    known = codec.cpp is not None and FORMS.get(codec.name) == codec.cpp
+    return NUMBERS.index(codec.name) if known else None
+
+
+def lacks(plan: LayerPlan) -> list[str]:
+    """Names of a plan's codecs, and of a dtype, that the library does not know."""
+    if plan.dtype not in DTYPES:
+        return [str(plan.dtype)]
+    codecs = (c for f, _ in plan.segments() for c in f.codecs)
+    return sorted({c.name for c in codecs if number(c, plan.dtype) is None})
 
 
 @lru_cache(maxsize=256)
@@ -34,7 +47,7 @@ def codecs(plan: LayerPlan) -> list[int] | None:
     """
     out: list[int] = []
     for index, (fmt, slots) in enumerate(plan.segments()):
-        for codec in (fmt.key, fmt.value):
+        for codec in fmt.codecs:
             found = number(codec, plan.dtype)
             if found is None:
                 return None

@@ -97,7 +97,7 @@ class Attention {
     codes += first * *stride;
     if (!rotated(codec)) return codes;
     *stride = whole(D, 2 * W);
-    unpack(codec, codes, n, D, room, *stride);
+    UNPACK[codec](codes, n, D, room, *stride);
     return room;
   }
 
@@ -108,7 +108,7 @@ class Attention {
     const float rest = codec == FP8 ? FP8_UNIT / LIFT : 1.0f, step = codes_per_zero(codec);
     for (int64_t r = 0; r < whole(n, 2 * W); r += W) {
       vf x = spread(1.0f), z{};
-      if (codec >= FP8) x = bits(widen_some(stored.scale + first + r, n - r) << 16) * rest;
+      if (scaled(codec)) x = bits(widen_some(stored.scale + first + r, n - r) << 16) * rest;
       if (rotated(codec)) {
         const vi y = widen_some((const int8_t*)stored.zero + first + r, n - r);
         z = number(y & 255) * step;

@@ -18,7 +18,7 @@ def attend_cpp(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, held: View, knobs: Knobs,
     query_pos: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See ``Kernel``.
+    """See ``Attend``.
 
     Codes of half-precision models are multiplied as integers, the query and the weights in 16 bits
     of their largest, which is some 20 times finer than such a model's own numbers.
@@ -59,7 +59,7 @@ def _attend(
     Args:
         q: [B, H * G, 1, Dk], k: [B, H, 1, Dk], v: [B, H, 1, Dv], in the model's dtype.
         position: [B, 1] int32, of the new token.
-        mask: as in ``Kernel``, bool or in one of ``DTYPES``.
+        mask: as in ``Attend``, bool or in one of ``DTYPES``.
         sink: [H * G] float32; centre: [B, H, Dk] float32; pos: [B, H, N] int32.
         fields: per segment, the fields of the keys and of the values.
         codecs: per segment, see ``arguments.codecs``.

@@ -1,5 +1,5 @@
-// The operators arkv_cpu::attend, step and encode, see attend.py, step.py and encode.py beside this
-// file.
+// The operators arkv_cpu::attend, step and encode, see the files of these names
+// beside this one.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -48,7 +48,7 @@ std::vector<char*> addresses_of(const std::vector<Tensor>& tensors) {
 
 Stored stored(int64_t codec, Addresses& field) {
   Stored s{codec, *field++};
-  if (codec >= FP8) s.scale = (uint16_t*)*field++;
+  if (scaled(codec)) s.scale = (uint16_t*)*field++;
   if (rotated(codec)) s.zero = (uint8_t*)*field++;
   return s;
 }
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> attend(
   return {out, probs};
 }
 
-// `state` as LayerPlan.specs() orders it, `options` and `weights` as step.py.
+// `state` as LayerPlan.specs() orders it, `options` and `weights` as step_operator.py.
 void run_step(Call& call, Addresses state, const int64_t* codecs, int64_t n,
               const int64_t* options, const double* weights) {
   Score score{};

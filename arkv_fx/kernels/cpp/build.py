@@ -8,8 +8,31 @@ from functools import lru_cache
 from pathlib import Path
 
 from arkv_fx.errors import KernelError
+from arkv_fx.kernels.cpp.arguments import FORMS
 
 HERE = Path(__file__).parent
+
+
+def traits() -> str:
+    """``traits.h``: what the formats say of themselves (``CppForm``), as enumeration and tables."""
+    plain = [("F32", "F32Row", 32), ("BF16", "BF16Row", 16), ("F16", "F16Row", 16)]
+    names = [name for name, _, _ in plain] + [name.upper() for name in FORMS]
+    rows = [row for _, row, _ in plain] + [form.row for form in FORMS.values()]
+    table = [f"{{{bits}, 0, false}}" for _, _, bits in plain]
+    table += [f"{{{f.bits}, {f.top}, {str(f.integers).lower()}}}" for f in FORMS.values()]
+    packers = [form.pack for form in FORMS.values()]
+    pack, unpack = (
+        ", ".join(["nullptr"] * len(plain) + [before + p if p else "nullptr" for p in packers])
+        for before in ("", "un")
+    )
+    by_codec = ", ".join(f"OF_ROW(f, K({row}))" for row in rows)
+    return (
+        f"enum Codec : int64_t {{ {', '.join(names)}, CODECS }};\n"
+        "struct Traits { int bits, top; bool integers; };\n"
+        f"static constexpr Traits TRAITS[CODECS] = {{{', '.join(table)}}};\n"
+        f"#define PACKERS {{{pack}}}\n#define UNPACKERS {{{unpack}}}\n"
+        f"#define BY_CODEC(f, K) {{{by_codec}}}\n"
+    )
 
 
 def source() -> str:
@@ -20,7 +43,7 @@ def source() -> str:
         if name in seen:
             return ""
         seen.add(name)
-        text = (HERE / name).read_text()
+        text = traits() if name == "traits.h" else (HERE / name).read_text()
         return re.sub(r'#include "(.+)"', lambda m: expand(m[1]), text).replace("#pragma once", "")
 
     return expand("binding.cpp")

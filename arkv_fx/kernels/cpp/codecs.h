@@ -1,11 +1,9 @@
 // Stored numbers to floats: `Row` types read W elements of a row; packed codes become bytes first.
 #pragma once
 #include "simd.h"
+#include "traits.h"
 
 #include <utility>
-
-// As NUMBERS in arguments.py has them.
-enum Codec : int64_t { F32, BF16, F16, FP8, INT8, INT4, INT3, CODECS };
 
 struct F32Row {
   typedef float T;
@@ -66,15 +64,14 @@ INLINE vf plain_some(int64_t codec, const char* row, int64_t j, int64_t D) {
 }
 
 // Bytes of the codes of D elements.
-inline int64_t width(int64_t codec, int64_t D) {
-  return codec == F32 ? 4 * D : codec <= F16 ? 2 * D : codec == INT4 ? D / 2
-         : codec == INT3 ? D / 8 * 3 : D;
-}
+inline int64_t width(int64_t codec, int64_t D) { return D * TRAITS[codec].bits / 8; }
 
+// Whether there are codes and not numbers; whether they are packed, with a zero.
+inline bool scaled(int64_t codec) { return TRAITS[codec].top != 0; }
+inline bool rotated(int64_t codec) { return TRAITS[codec].bits < 8; }
 inline float codes_per_zero(int64_t codec) {
-  return codec == INT4 ? 15.0f / 255 : codec == INT3 ? 7.0f / 255 : 0.0f;
+  return rotated(codec) ? TRAITS[codec].top / 255.0f : 0.0f;
 }
-inline bool rotated(int64_t codec) { return codec == INT4 || codec == INT3; }
 
 // `mask` in every byte of V. Bits that a shift of V moves over a byte's edge are masked away.
 template <class V>
@@ -147,20 +144,22 @@ inline void unpack3_pairs(const char* p, int64_t n, char* out, int64_t wide) {
   unpack3<u64x2>(p, n, 16, out, wide);
 }
 
-inline void unpack(int64_t codec, const char* p, int64_t n, int64_t D, char* out, int64_t wide) {
-  if (codec == INT4) {
-    const int64_t half = D / 2;
-    auto f = half % 32 == 0 ? unpack4<u64x4> : half % 16 == 0 ? unpack4<u64x2>
-             : half % 8 == 0 ? unpack4<uint64_t> : unpack4<uint8_t>;
-    f(p, n, half, out, wide);
-  } else {
-    const int64_t run = D / 8;
-    if (run == 16) return unpack3_pairs(p, n, out, wide);
-    auto f = run % 32 == 0 ? unpack3<u64x4> : run % 16 == 0 ? unpack3<u64x2>
-             : run % 8 == 0 ? unpack3<uint64_t> : unpack3<uint8_t>;
-    f(p, n, run, out, wide);
-  }
+inline void unpack_int4(const char* p, int64_t n, int64_t D, char* out, int64_t wide) {
+  const int64_t half = D / 2;
+  auto f = half % 32 == 0 ? unpack4<u64x4> : half % 16 == 0 ? unpack4<u64x2>
+           : half % 8 == 0 ? unpack4<uint64_t> : unpack4<uint8_t>;
+  f(p, n, half, out, wide);
 }
+
+inline void unpack_int3(const char* p, int64_t n, int64_t D, char* out, int64_t wide) {
+  const int64_t run = D / 8;
+  if (run == 16) return unpack3_pairs(p, n, out, wide);
+  auto f = run % 32 == 0 ? unpack3<u64x4> : run % 16 == 0 ? unpack3<u64x2>
+           : run % 8 == 0 ? unpack3<uint64_t> : unpack3<uint8_t>;
+  f(p, n, run, out, wide);
+}
+
+static constexpr decltype(&unpack_int4) UNPACK[CODECS] = UNPACKERS;
 
 template <class V>
 INLINE void swing(float* p, float* q) {

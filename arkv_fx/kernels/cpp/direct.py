@@ -10,7 +10,6 @@ import struct
 from array import array
 from collections.abc import Sequence
 from ctypes import c_char_p, c_double, c_int64, c_void_p
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,11 +18,9 @@ from arkv_fx.errors import KernelError
 from arkv_fx.kernels.cpp.arguments import DTYPES, NUMBERS
 from arkv_fx.kernels.cpp.build import load
 from arkv_fx.kernels.cpp.step_operator import constants_of, make_step
+from arkv_fx.kernels.kernel import Step
 from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.plan import LayerPlan
-
-if TYPE_CHECKING:
-    from arkv_fx.kernels import Step
 
 address = Tensor.data_ptr
 # As Inductor's code makes its buffers: on a cold cache the dispatcher costs a tenth of the step.

@@ -33,7 +33,7 @@ class Queries {
 
   // Half-precision models' codes are multiplied as integers: rounding queries and weights to 16
   // bits of their largest is far below the rounding of the model's own numbers.
-  bool integers(int64_t codec) const { return INTEGERS && call.dtype != F32 && codec >= INT8; }
+  bool integers(int64_t codec) const { return INTEGERS && call.dtype != F32 && TRAITS[codec].integers; }
 
   Basis basis_of(int64_t codec) const {
     if (codec == INT4 && integers(codec) && Nibbles::fits(call.k_dim)) return NIBBLES;

@@ -175,10 +175,7 @@ constexpr int MOST = 8;  // queries that one pass over the rows serves
   {f<__VA_ARGS__ 1>, f<__VA_ARGS__ 2>, f<__VA_ARGS__ 3>, f<__VA_ARGS__ 4>, \
    f<__VA_ARGS__ 5>, f<__VA_ARGS__ 6>, f<__VA_ARGS__ 7>, f<__VA_ARGS__ 8>}
 #define COMMA ,
-#define BY_CODEC(f, K)                                                                         \
-  {GROUPS(f, K(F32Row) COMMA), GROUPS(f, K(BF16Row) COMMA), GROUPS(f, K(F16Row) COMMA),        \
-   GROUPS(f, K(FP8Row) COMMA), GROUPS(f, K(ByteRow) COMMA), GROUPS(f, K(ByteRow) COMMA),       \
-   GROUPS(f, K(ByteRow) COMMA)}
+#define OF_ROW(f, R) GROUPS(f, R COMMA)
 #define FLOATS(R) Floats<R>
 #define ITSELF(R) R
 

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from arkv_fx.kernels.cpp.arguments import check, codecs, library, readable, sink
 from arkv_fx.kernels.cpp.build import load
+from arkv_fx.kernels.kernel import Step
 from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.plan import LayerPlan
-from arkv_fx.scores.combined import CombinedScore
-from arkv_fx.scores.mass import MassScore, log2_of
-from arkv_fx.scores.novelty import NoveltyScore
-
-if TYPE_CHECKING:
-    from arkv_fx.kernels import Step
+from arkv_fx.scores.mass import log2_of
 
 
 class Constants(NamedTuple):
@@ -37,16 +33,13 @@ class Constants(NamedTuple):
 def constants_of(plan: LayerPlan) -> Constants | None:
     """None if the plan is none that the operator knows."""
     policy, numbers = plan.policy(), codecs(plan)
-    # Not their subclasses, which may rank otherwise.
-    if numbers is None or type(policy) not in (MassScore, NoveltyScore, CombinedScore):
+    rank = policy.cpp()
+    if numbers is None or rank is None:
         return None
-    mass = policy.mass if isinstance(policy, CombinedScore) else policy
-    decay, age = (mass.decay, mass.use_age) if isinstance(mass, MassScore) else (0.0, False)
-    margin = policy.margin if isinstance(policy, CombinedScore) else 0.0
     names = {f.name for f in policy.slot_fields}
     has = [int(name in names) for name in ("mass", "norm", "novelty")]
-    options = [plan.sinks, plan.sliding, int(plan.centred), *has, int(age)]
-    return Constants(numbers, options, [log2_of(decay), margin])
+    options = [plan.sinks, plan.sliding, int(plan.centred), *has, int(rank.age)]
+    return Constants(numbers, options, [log2_of(rank.decay), rank.margin])
 
 
 @lru_cache(maxsize=256)

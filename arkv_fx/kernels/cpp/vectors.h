@@ -74,10 +74,10 @@ inline float dot(const float* x, const float* y, int64_t D) {
 inline void decode(const Stored& from, int64_t at, int64_t D, float* x, char* room) {
   const int64_t codec = from.codec;
   const char* codes = from.codes + at * width(codec, D);
-  if (codec <= F16) return load_row(codec, codes, D, x);
+  if (!scaled(codec)) return load_row(codec, codes, D, x);
   const float scale = scale_at(from.scale[at]);
   if (rotated(codec)) {
-    unpack(codec, codes, 1, D, room, 0);
+    UNPACK[codec](codes, 1, D, room, 0);
     codes = room;
   }
   const float zero = rotated(codec) ? from.zero[at] * codes_per_zero(codec) : 0.0f;
@@ -110,20 +110,24 @@ void pack3(const uint8_t* codes, int64_t run, char* to) {
 }
 
 // Codes of one byte each become packed ones, see int4.py and int3.py.
-inline void pack(int64_t codec, const uint8_t* codes, int64_t D, char* to) {
-  const int64_t run = codec == INT4 ? D / 2 : D / 8;
-  auto choose = [run](auto u8, auto u64, auto two) {
-    return run % 16 == 0 ? two : run % 8 == 0 ? u64 : u8;
-  };
-  if (codec == INT4)
-    choose(pack4<uint8_t>, pack4<uint64_t>, pack4<u64x2>)(codes, run, to);
-  else
-    choose(pack3<uint8_t>, pack3<uint64_t>, pack3<u64x2>)(codes, run, to);
+template <class F>
+INLINE F by_run(int64_t run, F u8, F u64, F two) {
+  return run % 16 == 0 ? two : run % 8 == 0 ? u64 : u8;
 }
+
+inline void pack_int4(const uint8_t* codes, int64_t D, char* to) {
+  by_run(D / 2, pack4<uint8_t>, pack4<uint64_t>, pack4<u64x2>)(codes, D / 2, to);
+}
+
+inline void pack_int3(const uint8_t* codes, int64_t D, char* to) {
+  by_run(D / 8, pack3<uint8_t>, pack3<uint64_t>, pack3<u64x2>)(codes, D / 8, to);
+}
+
+static constexpr decltype(&pack_int4) PACK[CODECS] = PACKERS;
 
 // (x - zero) / scale in 0..top after a rotation, the zero point in steps that a byte holds.
 inline void encode_affine(const Stored& to, int64_t at, int64_t D, float* x, uint8_t* codes) {
-  const float unit = codes_per_zero(to.codec), top = to.codec == INT4 ? 15 : 7;
+  const float unit = codes_per_zero(to.codec), top = TRAITS[to.codec].top;
   rotate(x, D);
   vf high[8] = {};  // so that zero lies in the span
   for (int64_t j = 0; j < D; j += W) {
@@ -147,18 +151,18 @@ inline void encode_affine(const Stored& to, int64_t at, int64_t D, float* x, uin
 inline void encode(const Stored& to, int64_t at, int64_t D, float* x, char* room) {
   const int64_t codec = to.codec;
   char* codes = to.codes + at * width(codec, D);
-  if (codec <= F16) return store_row(codec, x, D, codes);
+  if (!scaled(codec)) return store_row(codec, x, D, codes);
   uint8_t* bytes = (uint8_t*)room;
   if (rotated(codec)) {
     encode_affine(to, at, D, x, bytes);
-    return pack(codec, bytes, D, codes);
+    return PACK[codec](bytes, D, codes);
   }
   vf most[8] = {};
   for (int64_t j = 0; j < D; j += W) {
     const vf y = load<vf>(x + j);
     most[0] = larger(most[0], larger(y, -y));
   }
-  const float top = codec == FP8 ? 448 : 127, scale = scale_of(highest(most)[0] / top);
+  const float top = TRAITS[codec].top, scale = scale_of(highest(most)[0] / top);
   for (int64_t j = 0; j < D; j += W) {
     vf y = load<vf>(x + j) / scale;
     // A scale that was rounded down makes values beyond the largest code.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
 from torch import Tensor
 
 from arkv_fx.errors import KernelError
@@ -18,21 +19,20 @@ from arkv_fx.kernels.columns import (
     lowest,
     stored_query,
 )
+from arkv_fx.kernels.kernel import Kernel
 from arkv_fx.kernels.softmax import Knobs, cap
 from arkv_fx.kernels.triton.launch import attend_slots
+from arkv_fx.plan import LayerPlan
 from arkv_fx.state.view import View
 
-__all__ = ["CODECS", "attend_triton"]
-
-CODECS = frozenset({"native", "bf16", "fp8", "int8", "int4", "int3"})
-"""Names of the codecs that ``codecs.py`` reads."""
+__all__ = ["KERNEL", "attend_triton"]
 
 
 def attend_triton(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, held: View, knobs: Knobs,
     query_pos: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See ``Kernel``; T is 1.
+    """See ``Attend``; T is 1.
 
     Raises:
         KernelError: without Triton, or off the GPU and not in Triton's interpreter.
@@ -71,3 +71,16 @@ def _check(q: Tensor) -> None:
             f"kernel 'triton' runs on CUDA devices and the tensors are on {q.device.type!r}; use "
             "kernel 'reference', or set TRITON_INTERPRET=1 before Triton is imported, to debug"
         )
+
+
+def _obstacle(device: torch.device) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return "" if device.type == "cuda" else "it runs on CUDA devices"
+
+
+def _lacks(plan: LayerPlan) -> list[str]:
+    return sorted({c.name for f, _ in plan.segments() for c in f.codecs if not c.triton})
+
+
+KERNEL = Kernel("triton", attend_triton, priority=20, obstacle=_obstacle, lacks=_lacks)

@@ -1,0 +1,57 @@
+"""A layer's plan in graphs outside of torch: the same bytes, other arithmetic.
+
+ONNX and TensorRT know no bit operations on codes and no unsigned selection, so each codec has a
+form for them, see ``Codec.exported``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from arkv_fx.errors import ExportError, UnsupportedFormatError
+from arkv_fx.formats import FORMATS, Format
+from arkv_fx.formats.hadamard import constant
+from arkv_fx.plan import LayerPlan
+
+
+@dataclass(frozen=True)
+class ExportPlan(LayerPlan):
+    """A layer's plan with formats that can leave torch."""
+
+    @classmethod
+    def of(cls, plan: LayerPlan, where: str) -> ExportPlan:
+        """The plan of a layer (named ``where`` in messages), ready to be traced.
+
+        Raises:
+            ExportError: for a format or a score that has no exported form.
+        """
+        try:
+            for fmt, _ in plan.segments():
+                fmt.exported()
+        except UnsupportedFormatError as error:
+            raise ExportError(
+                f"{where}: {error}; choose tiers of {', '.join(exportable())}"
+            ) from None
+        if reason := plan.policy().unexportable:
+            raise ExportError(
+                f"{where}: score {plan.score!r} {reason}, which is not exported; "
+                "choose score='combined', 'mass' or 'novelty'"
+            )
+        for dim in (plan.k_dim, plan.v_dim):
+            constant(dim)
+        return cls(**{f.name: getattr(plan, f.name) for f in fields(plan)})
+
+    def segments(self) -> list[tuple[Format, int]]:
+        return [(f.exported(), slots) for f, slots in super().segments()]
+
+    @property
+    def stackable(self) -> bool:
+        """Whether layers can share tensors: ONNX cannot cut tensors of e4m3 into layers."""
+        return all(spec.dtype != torch.float8_e4m3fn for spec in self.specs())
+
+
+def exportable() -> list[str]:
+    """Names of the formats that can be exported."""
+    return [f.name for f in FORMATS.values() if all(c.exported() is not None for c in f.codecs)]

@@ -1,0 +1,25 @@
+"""What a target is: a way to write graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def _refuse_nothing(config: object, **options: object) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Target:
+    """``write(folder, programs, description, progress, **options)`` writes files and completes the
+    description, which is written after it; ``options`` are the names it takes.
+
+    ``check(config, **options)`` refuses, before the model is captured, what needs no graph to be
+    refused.
+    """
+
+    name: str
+    write: Callable[..., None]
+    options: tuple[str, ...] = ()
+    check: Callable[..., None] = _refuse_nothing
