@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 import arkv_fx
+from arkv_fx.compile import pieces
 from arkv_fx.config import PRESETS, ArkvConfig, Preset
 from arkv_fx.errors import ExportError, UnknownOptionError
 from arkv_fx.exporting import TARGETS, Target
@@ -116,7 +119,8 @@ def test_a_kernel_is_taken_by_its_priority(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(KERNELS, "mine", replace(mine, priority=None))
     assert "mine" not in usable(cpu)
     monkeypatch.setitem(KERNELS, "mine", mine)
-    assert tokens(CONFIG, "inductor")[0] == tokens(CONFIG)[0]
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert tokens(CONFIG, "inductor")[0] == tokens(CONFIG)[0]
     assert calls
 
 
@@ -134,3 +138,24 @@ def test_a_target(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert json.loads((folder / "arkv.json").read_text())["target"] == "names"
     with pytest.raises(UnknownOptionError, match="target 'names' has no option colour"):
         arkv_fx.export(model, None, tmp_path / "b", "names", config=CONFIG, colour=1)
+
+
+def test_compiled_code_of_others_is_not_taken_for_that_of_an_older_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "theirs.py"
+    tags = []
+    for number in (1, 1, 2):
+        path.write_text(f"def attend(*args): return {number}")
+        spec = spec_from_file_location("theirs", path)
+        assert spec and spec.loader
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setitem(sys.modules, "theirs", module)
+        monkeypatch.setitem(KERNELS, "theirs", Kernel("theirs", module.attend))
+        tags.append(pieces._strangers())
+    assert tags[0] == tags[1] != tags[2]
+    scope: dict[str, Any] = {"__name__": "nowhere"}
+    exec("def attend(*args): return 1", scope)
+    monkeypatch.setitem(KERNELS, "theirs", Kernel("theirs", scope["attend"]))
+    assert pieces._strangers() != pieces._strangers()

@@ -8,12 +8,14 @@ Inductor minutes. The idea is that of vLLM's piecewise compilation.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -26,12 +28,14 @@ from torch.fx.node import map_arg
 from torch.fx.passes.split_module import split_module
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
-from arkv_fx.kernels import get_direct_step, missing_forms, usable
+from arkv_fx.formats import FORMATS
+from arkv_fx.kernels import KERNELS, get_direct_step, missing_forms, usable
 from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.attend import peek
 from arkv_fx.passes.nodes import example
 from arkv_fx.passes.site import Site
 from arkv_fx.plan import LayerPlan
+from arkv_fx.scores import SCORES
 
 Compiled = Callable[..., Any]
 ATTEND = torch.ops.arkv.attend.default
@@ -51,9 +55,24 @@ def _sources() -> str:
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+def _strangers() -> str:
+    """The same of what others have added to the registries; what has no file is never the same."""
+    codecs = [type(codec) for fmt in FORMATS.values() for codec in fmt.codecs]
+    kernels = [kernel.attend for kernel in KERNELS.values()]
+    digest = sha256()
+    for thing in (*codecs, *SCORES.values(), *kernels):
+        inner = getattr(thing, "func", thing)  # of a partial function
+        if inner.__module__.split(".")[0] != __name__.split(".")[0]:
+            try:
+                digest.update(Path(inspect.getfile(inner)).read_bytes())
+            except (OSError, TypeError):
+                digest.update(uuid4().bytes)
+    return digest.hexdigest()
+
+
 def compile_graph(graph: GraphModule, inputs: list[Any]) -> Compiled:
     """Inductor on the whole graph; its cache gives nothing that another arkv_fx compiled."""
-    tag = torch.compiler.config.cache_key_tag + _sources()
+    tag = torch.compiler.config.cache_key_tag + _sources() + _strangers()
     settings = torch._inductor.config.patch(SETTINGS)
     with settings, torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         compiled: Compiled = compile_fx(graph, inputs)  # type: ignore[assignment]
