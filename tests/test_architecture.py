@@ -238,7 +238,7 @@ def test_a_walk_to_the_first_tokens_visits_no_room_twice() -> None:
         model.generate(torch.arange(1, 41)[None], max_new_tokens=8, do_sample=False)
 
     walks = walk(run)
-    assert {"compile", "passes", "ops", "kernels", "formats"} <= {r for w in walks for r in w}
+    assert ("transforming", "huggingface", "compile", "ops", "kernels", "formats") in walks
     check_walks(walks)
 
 
