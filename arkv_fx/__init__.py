@@ -15,6 +15,7 @@ if not (Path(__file__).parent / "passes").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
+    from arkv_fx import errors
     from arkv_fx.calibrating import calibrate
     from arkv_fx.calibration import Calibration
     from arkv_fx.config import ArkvConfig, preset
@@ -27,6 +28,7 @@ __all__ = [
     "ArkvConfig",
     "Calibration",
     "calibrate",
+    "errors",
     "export",
     "preset",
     "restore",
@@ -34,7 +36,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# No module here has the name of a function: importing one would hide the function.
+# The module of each name; no module has the name of a function, which importing it would hide.
 _HOMES = {
     "ArkvCache": "huggingface.cache",
     "ArkvConfig": "config",
@@ -48,6 +50,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module("arkv_fx.errors")  # which makes it an attribute here
     if name not in _HOMES:
         raise AttributeError(f"module 'arkv_fx' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"arkv_fx.{_HOMES[name]}"), name)

@@ -40,6 +40,17 @@ class Calibration:
 
     ``fingerprint`` names the model's shape, ``mode`` is "measured", "normalised" or "paper",
     ``samples`` the prompt lengths in tokens.
+
+    Example:
+        >>> import tempfile, torch, arkv_fx
+        >>> from arkv_fx.models import random_model
+        >>> model, prompt = random_model("llama"), torch.randint(1, 128, (1, 60))
+        >>> config = arkv_fx.ArkvConfig(budget=40, window=8, calibration="normalised")
+        >>> found = arkv_fx.calibrate(model, prompt, config)
+        >>> file = f"{tempfile.mkdtemp()}/calibration.json"
+        >>> found.save(file)
+        >>> arkv_fx.Calibration.load(file) == found
+        True
     """
 
     fingerprint: str

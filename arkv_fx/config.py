@@ -41,6 +41,15 @@ class ArkvConfig:
 
     Raises:
         ConfigError: naming the option, its value and what is allowed.
+
+    Example:
+        >>> from arkv_fx import ArkvConfig
+        >>> ArkvConfig(compression=8, context=32768).tiers
+        ('k8v4', 'k4v3')
+        >>> ArkvConfig(budget=1024).replace(bytes=65536).budget is None
+        True
+        >>> ArkvConfig.paper(budget=512).tiers
+        ('native', 'fp8')
     """
 
     compression: float | None = None
@@ -175,5 +184,10 @@ def preset(name: str, **options: Any) -> ArkvConfig:
 
     Raises:
         UnknownOptionError: for an unknown preset or option.
+
+    Example:
+        >>> import arkv_fx
+        >>> arkv_fx.preset("paper", budget=512).score
+        'paper'
     """
     return PRESETS.find(name).make(**options)

@@ -60,6 +60,17 @@ def transform(
             self-attention or answers otherwise with a cache.
         CalibrationError: if the calibration is of another model.
         ConfigError: if the budget does not hold the window and the sinks.
+
+    Example:
+        >>> import torch, arkv_fx
+        >>> from arkv_fx.models import random_model
+        >>> config = arkv_fx.ArkvConfig(budget=64, window=16)
+        >>> model = arkv_fx.transform(random_model("llama"), config, compile="eager")
+        >>> prompt = torch.randint(1, 128, (1, 200))
+        >>> model.generate(prompt, max_new_tokens=4, do_sample=False).shape
+        torch.Size([1, 204])
+        >>> model.arkv.report().fused
+        2
     """
     if not insert_cache:
         return _transform(model, config, calibration, compile=compile)
@@ -109,6 +120,13 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         TransformError: if the model is not transformed.
+
+    Example:
+        >>> import arkv_fx
+        >>> from arkv_fx.models import random_model
+        >>> model = arkv_fx.transform(random_model("llama"), compile="eager")
+        >>> hasattr(arkv_fx.restore(model), "arkv")
+        False
     """
     if not hasattr(model, "arkv"):
         raise TransformError(f"{type(model).__name__} is not transformed: nothing to restore")

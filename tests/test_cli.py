@@ -1,6 +1,9 @@
 """The command line: what it prints and writes, and that errors are one line and exit code 1."""
 
 import json
+import re
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -8,8 +11,12 @@ import tiny_model
 from transformers import LlamaConfig
 from typer.testing import CliRunner, Result
 
+import arkv_fx
 from arkv_fx import ArkvConfig, Calibration, transform
 from arkv_fx.cli import app
+from arkv_fx.commands import doctor
+from arkv_fx.commands.group import COMMANDS, Entry
+from arkv_fx.commands.group import load as load_command
 from arkv_fx.models import load
 from arkv_fx.zoo.configs import tiny_config
 
@@ -167,11 +174,66 @@ def test_doctor() -> None:
     assert "C++ compiler" in run("doctor").stdout
 
 
+@pytest.mark.parametrize("tensorrt", ["1.7", None])
+def test_doctor_reads_the_extras_that_the_package_declares(
+    tensorrt: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the metadata of a wheel; only tensorrt-rtx comes and goes."""
+    declared = [
+        "torch<2.14,>=2.11",
+        "rich; python_version >= '3.11'",
+        'onnx; extra == "export"',
+        'arkv-fx[export]; extra == "tensorrt"',
+        'tensorrt-rtx; extra == "tensorrt"',
+        'colorama; sys_platform == "nowhere" and extra == "plot"',
+        'matplotlib; extra == "plot"',
+    ]
+    versions = {"torch": "2.13.0", "rich": "15.0.0", "onnx": "1.23.2", "tensorrt-rtx": tensorrt}
+    extras = ["export", "tensorrt", "plot"]
+    monkeypatch.setattr(doctor, "_declared", lambda: (declared, extras))
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    found = json.loads(run("doctor", "--json").stdout)
+    missing = [] if tensorrt else ["tensorrt-rtx"]
+    assert found["missing"] == {"export": [], "tensorrt": missing, "plot": ["matplotlib"]}
+    assert list(found["packages"])[:5] == ["torch", "rich", "onnx", "tensorrt-rtx", "matplotlib"]
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = [re.findall(r"[\w-]+", line) for line in run("doctor").stdout.splitlines()]
+    assert ["tensorrt", "no" if missing else "yes", *missing] in rows
+
+
+def test_doctor_of_what_is_installed() -> None:
+    """Every extra of the project is known, none of another name."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    found = doctor.examine()
+    assert set(found["missing"]) == set(project["project"]["optional-dependencies"])
+    assert found["arkv_fx"] == arkv_fx.__version__
+
+
 def test_commands_are_listed() -> None:
     shown = run("--help").stdout
     assert all(
         name in shown for name in ("generate", "calibrate", "report", "eval", "export", "doctor")
     )
+
+
+def check_help(entries: Mapping[str, Entry]) -> None:
+    """The list of commands says what each command says of itself first."""
+    for name, entry in entries.items():
+        assert entry.help == load_command(name).help.partition("\n")[0]
+
+
+def test_the_list_says_what_the_commands_say() -> None:
+    check_help(COMMANDS)
+    shown = " ".join(re.sub(r"[^\x00-\x7f]", " ", run("--help").stdout).split())
+    assert all(f"{name} {entry.help}" in shown for name, entry in COMMANDS.items())
+    with pytest.raises(AssertionError):  # negative control
+        check_help({"zoo": COMMANDS["bench"]})
+
+
+def test_a_command_has_its_own_help() -> None:
+    assert "--max-new-tokens" in run("generate", "--help").stdout
+    assert "passkey" in run("eval", "--help").stdout
+    assert "--filler" in run("eval", "passkey", "--help").stdout
 
 
 def fails(*args: str, says: str) -> None:

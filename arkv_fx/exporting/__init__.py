@@ -86,6 +86,15 @@ def export(
         ExportError: if anything would be lost, with the site and the reason; nothing is written.
         CalibrationError: if the calibration is of another model.
         ConfigError: if the budget does not hold the window and the sinks.
+
+    Example:
+        >>> import tempfile, arkv_fx
+        >>> from arkv_fx.models import random_model
+        >>> folder = tempfile.mkdtemp()
+        >>> config = arkv_fx.ArkvConfig(budget=64, window=16)
+        >>> out = arkv_fx.export(random_model("llama"), None, folder, "torch", config=config)
+        >>> sorted(file.name for file in out.iterdir())
+        ['arkv.json', 'decode.pt2', 'prefill.pt2']
     """
     chosen = TARGETS.find(target)
     if unknown := sorted(set(options) - set(chosen.options)):

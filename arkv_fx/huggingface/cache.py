@@ -32,6 +32,19 @@ class ArkvCache(Cache):
 
     Raises:
         CacheError: if the model is not transformed.
+
+    Example:
+        >>> import torch, arkv_fx
+        >>> from arkv_fx.models import random_model
+        >>> config = arkv_fx.ArkvConfig(budget=64, window=16)
+        >>> model = arkv_fx.transform(random_model("llama"), config, compile="eager")
+        >>> cache = arkv_fx.ArkvCache(model)
+        >>> with torch.no_grad():
+        ...     logits = model(torch.ones(1, 200, dtype=torch.long), past_key_values=cache).logits
+        ...     held = cache.nbytes()
+        ...     logits = model(torch.ones(1, 100, dtype=torch.long), past_key_values=cache).logits
+        >>> cache.get_seq_length(), cache.nbytes() == held
+        (300, True)
     """
 
     is_compileable = False

@@ -20,6 +20,17 @@ from arkv_fx.errors import CacheError, TransformError
 DynamicIndexedLayer: Any = getattr(cache_utils, "DynamicIndexedLayer", None)
 DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
 
+KNOWN_LAYERS: set[Any] = {
+    DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer,
+    cache_utils.LinearAttentionAndFullAttentionLayer, DynamicIndexedLayer,
+    getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", None),
+}  # fmt: skip
+"""The kinds of cached layers that are understood; what else a layer keeps might be lost.
+
+A kind that is added here keeps tokens in our state if it is a ``DynamicLayer``, and a state of its
+own if it is a ``LinearAttentionCacheLayerMixin``.
+"""
+
 
 class CompressedLayer:
     """Stands in the cache's list of layers for one whose keys and values are in our state."""
@@ -85,13 +96,8 @@ def cached_layers(model: nn.Module) -> list[Any]:
             f"{type(model).__name__}: transformers makes no cache from its configuration "
             f"({error}); the model is left as it was"
         ) from error
-    known = {
-        DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer,
-        cache_utils.LinearAttentionAndFullAttentionLayer, DynamicIndexedLayer,
-        getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", None),
-    }  # fmt: skip
     for index, layer in enumerate(layers):
-        if type(layer) not in known:
+        if type(layer) not in KNOWN_LAYERS:
             raise TransformError(
                 f"{type(model).__name__}: layer {index} keeps what it cached in a "
                 f"{type(layer).__name__}, which arkv_fx does not know; the model is left as it was"

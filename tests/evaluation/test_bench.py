@@ -333,10 +333,11 @@ def test_documented_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -
         asked.append((sections, options))
         return []
 
-    monkeypatch.setattr("arkv_fx.commands.bench.bench_", fake)
-    monkeypatch.setattr("arkv_fx.commands.bench.device_of", torch.device)  # there may be no GPU
-    monkeypatch.setattr("arkv_fx.commands.bench.measurements_.write", lambda *args: None)
-    monkeypatch.setattr("arkv_fx.commands.bench.measurements_.plot", lambda *args: None)
+    command = "arkv_fx.commands.time_methods"
+    monkeypatch.setattr(f"{command}.bench_", fake)
+    monkeypatch.setattr(f"{command}.device_of", torch.device)  # there may be no GPU
+    monkeypatch.setattr(f"{command}.measurements_.write", lambda *args: None)
+    monkeypatch.setattr(f"{command}.measurements_.plot", lambda *args: None)
     result = CliRunner().invoke(app, shlex.split(line.partition("#")[0])[1:])
     assert result.exit_code == 0, result.output
     assert len(asked) == 1

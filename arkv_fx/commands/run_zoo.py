@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from arkv_fx.commands.common import JsonFile, err, out, spinner
+from arkv_fx.commands.common import JsonFile, spinner
+from arkv_fx.commands.console import err, out
 from arkv_fx.errors import ConfigError, EvaluationError
 from arkv_fx.evaluation import results as results_
 from arkv_fx.evaluation.results import Row

@@ -15,9 +15,9 @@ from arkv_fx.commands.common import (
     JsonFile,
     Lowering,
     device_of,
-    out,
     spinner,
 )
+from arkv_fx.commands.console import out
 from arkv_fx.errors import ConfigError
 from arkv_fx.evaluation.bench import CASES, SECTIONS, Options, get_case
 from arkv_fx.evaluation.bench import bench as bench_
