@@ -42,7 +42,7 @@ class Registry(dict[str, T]):
         Raises:
             ConfigError: if another thing has that name.
         """
-        if self.get(thing.name, thing) != thing:
+        if self.get(thing.name, thing) is not thing:
             raise ConfigError(
                 f"there is another {self.kind} called {thing.name!r}: give yours its own name"
             )
