@@ -1,9 +1,12 @@
-"""The passes in order: the one list that transform, torch.compile and export share."""
+"""The passes in order: the one list that transform, torch.compile and export share.
+
+What they did is in ``context.trace``.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from time import perf_counter
 
 from arkv_fx.passes import (
     absorb_buffer,
@@ -19,24 +22,23 @@ from arkv_fx.passes import (
     shift_positions,
     verify,
 )
-from arkv_fx.passes.context import Context
+from arkv_fx.passes.context import Applied, Context
+from arkv_fx.passes.contract import in_order
 from torch.fx import GraphModule
 
-Pass = Callable[[GraphModule, Context], None]
-
-PASSES: tuple[Pass, ...] = (
-    find_sdpa.run,
-    find_softmax.run,
-    find_flex.run,
-    fuse_marker.run,
-    absorb_cat.run,
-    absorb_buffer.run,
-    insert_state.run,
-    classify.run,
-    rewrite.run,
-    grow_masks.run,
-    shift_positions.run,
-    verify.run,
+PASSES = in_order(
+    find_sdpa.PASS,
+    find_softmax.PASS,
+    find_flex.PASS,
+    fuse_marker.PASS,
+    absorb_cat.PASS,
+    absorb_buffer.PASS,
+    insert_state.PASS,
+    classify.PASS,
+    rewrite.PASS,
+    grow_masks.PASS,
+    shift_positions.PASS,
+    verify.PASS,
 )
 
 
@@ -50,6 +52,8 @@ def apply(graph: GraphModule, context: Context) -> GraphModule:
     # A shallow copy shares parameters and submodules; only the graph is new.
     work = GraphModule(graph, copy.deepcopy(graph.graph))
     for step in PASSES:
-        step(work, context)
+        start = perf_counter()
+        matches = step.run(work, context)
+        context.trace.append(Applied(step.name, matches, perf_counter() - start))
     work.recompile()
     return work
