@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from arkv_fx.config import ArkvConfig
-from arkv_fx.plan import LayerPlan
 
 if TYPE_CHECKING:
-    from arkv_fx.passes.site import Site
+    from arkv_fx.passes.site import Planned, Site
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Report:
         merged: dict[tuple[str, int], dict[int | None, dict[str, Any]]] = {}
         for sites in graphs:
             for site in sites:
-                row = site.row() | (_bytes(site.plan, site.last, config) if site.plan else {})
+                row = site.row() | (_bytes(site.planned, config) if site.planned else {})
                 # Where tracing breaks off between layers, they share their path and ordinal.
                 same = merged.setdefault((row["path"], site.ordinal), {})
                 # Scoring calls run the same attention without a cache: that is no failure.
@@ -92,7 +91,8 @@ def _names(other: dict[str, Any], row: dict[str, Any]) -> bool:
     return same and other["path"].endswith(f".{row['path']}")
 
 
-def _bytes(plan: LayerPlan, counted: bool, config: ArkvConfig) -> dict[str, Any]:
+def _bytes(planned: Planned, config: ArkvConfig) -> dict[str, Any]:
+    plan, counted = planned.plan, planned.cache.last
     return {
         "ring": plan.ring,
         "tiers": {t.format: t.slots for t in plan.tiers},

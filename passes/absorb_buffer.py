@@ -13,10 +13,20 @@ from typing import Any
 
 from arkv_fx.passes.absorb_cat import turned, unturned
 from arkv_fx.passes.context import Context
+from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.layout import VIEWS
-from arkv_fx.passes.nodes import arguments, example, op_name, same_size, shape, whole_index
+from arkv_fx.passes.nodes import (
+    arguments,
+    example,
+    op_name,
+    rank_of,
+    same_size,
+    shape,
+    sizes_of,
+    whole_index,
+)
 from arkv_fx.passes.readers import foreign_reader
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.site import Buffer, Site
 from torch.fx import GraphModule, Node
 
 WRITES = {"setitem", "index_copy_", "index_put_", "copy_"}
@@ -33,55 +43,78 @@ class _Write:
     positions: Node | None = None
 
 
-def run(graph: GraphModule, context: Context) -> None:
-    """Set ``source="buffer"`` and the new tokens of every site whose buffer can be absorbed."""
+class _NotAbsorbedError(Exception):
+    """A buffer is written to, but not in a way that can be followed; the message says why."""
+
+
+def run(graph: GraphModule, context: Context) -> int:
+    """Give every site whose buffer can be absorbed its ``Buffer``."""
+    matches = 0
     for site in context.sites:
-        if not site.source:
-            _match(site, context.first)
+        if site.source:
+            continue
+        try:
+            cache = _match(site, context.first)
+        except _NotAbsorbedError as error:
+            site.source = "buffer"
+            site.refuse(str(error))
+            continue
+        if cache is not None:
+            site.keep(cache)
+            matches += 1
+    return matches
 
 
-def _match(site: Site, first: bool) -> None:
+PASS = Pass("absorb_buffer", run, needs=("sites", "markers"), gives=("caches",))
+
+
+def _match(site: Site, first: bool) -> Buffer | None:
     (read_k, dim), (read_v, dim_v) = unturned(site.k), unturned(site.v)
     base_k, base_v = _base(read_k), _base(read_v)
     writes_k, writes_v = _writes(base_k), _writes(base_v)
     if not writes_k and not writes_v:
-        return
-    site.source = "buffer"
+        return None
     if len(writes_k) != 1 or len(writes_v) != 1 or base_k is base_v:
-        site.refuse("keys and values are not two buffers that are each written once")
-        return
-    keys, values = _parse(writes_k[0], base_k), _parse(writes_v[0], base_v)
-    for write, base in ((keys, base_k), (values, base_v)):
-        if isinstance(write, str):
-            site.refuse(write)
-            return
-        if (write.dim, dim_v) != (dim, dim):
-            site.refuse("the buffer is written along another dimension than it is read along")
-            return
-        if reason := _misfit(write, base):
-            site.refuse(reason)
-            return
-    assert isinstance(keys, _Write) and isinstance(values, _Write)
+        raise _NotAbsorbedError("keys and values are not two buffers that are each written once")
+    keys, values = (
+        _read_along(dim, dim_v, _parse(write, base), base)
+        for write, base in ((writes_k[0], base_k), (writes_v[0], base_v))
+    )
     if (keys.start, keys.positions) != (values.start, values.positions):
-        site.refuse("keys and values are written at different positions")
-        return
+        raise _NotAbsorbedError("keys and values are written at different positions")
     for base, write in ((base_k, keys), (base_v, values)):
         for held in (base, write.node):
             reader = foreign_reader(held, [*site.products, write.node, *_aims(write.node)])
             if reader is not None:
-                site.refuse(
+                raise _NotAbsorbedError(
                     f"the cache is also read by {reader.format_node()}, which cannot see "
                     "compressed tokens"
                 )
-                return
     if not site.biases and not _ends_at_newest(read_k, dim, keys):
-        site.refuse("without a mask it attends to places of the buffer that nothing is written to")
-        return
-    site.new_k, site.new_v = turned(keys.new, dim), turned(values.new, dim)
-    site.start, site.positions, site.token_dim = keys.start, keys.positions, dim
-    site.past = (base_k, base_v)
-    site.fresh = first or (keys.start == 0 and keys.positions is None)
-    site.cache_nodes = [keys.node, values.node, *_aims(keys.node), *_aims(values.node)]
+        raise _NotAbsorbedError(
+            "without a mask it attends to places of the buffer that nothing is written to"
+        )
+    return Buffer(
+        new_k=turned(keys.new, dim),
+        new_v=turned(values.new, dim),
+        fresh=first or (keys.start == 0 and keys.positions is None),
+        nodes=[keys.node, values.node, *_aims(keys.node), *_aims(values.node)],
+        token_dim=dim,
+        past=(base_k, base_v),
+        start=keys.start,
+        positions=keys.positions,
+    )
+
+
+def _read_along(dim_k: int, dim_v: int, write: _Write, base: Node) -> _Write:
+    """A write that fits its buffer, and the dimension along which keys and values are read."""
+    if (write.dim, dim_v) != (dim_k, dim_k):
+        raise _NotAbsorbedError(
+            "the buffer is written along another dimension than it is read along"
+        )
+    if reason := _misfit(write, base):
+        raise _NotAbsorbedError(reason)
+    return write
 
 
 def _base(node: Node) -> Node:
@@ -113,7 +146,7 @@ def _fronts(index: Any) -> bool:
 
 def _writes(base: Node) -> list[Node]:
     """All in-place writes to a graph input, directly or through views of it."""
-    if base.op not in ("placeholder", "get_attr") or len(shape(base) or ()) != 4:
+    if base.op not in ("placeholder", "get_attr") or rank_of(base) != 4:
         return []
     todo, found, seen = [base], dict[Node, None](), {base}
     while todo:
@@ -136,17 +169,16 @@ def _aims(write: Node) -> list[Node]:
     return [target] if op_name(write) == "copy_" and isinstance(target, Node) else []
 
 
-def _parse(write: Node, base: Node) -> _Write | str:
-    """What is written where, or why it cannot be followed."""
+def _parse(write: Node, base: Node) -> _Write:
+    """What is written where."""
     name, unknown = op_name(write), f"the cache is written by {write.format_node()}, which"
     index: Any
     if name == "setitem":
         target, index, new = write.args[0], write.args[1], write.args[2]
     elif name == "copy_":
         view = write.args[0]
-        if op_name(view) != "getitem":
-            return f"{unknown} writes to an unknown part of it"
-        assert isinstance(view, Node)
+        if not isinstance(view, Node) or op_name(view) != "getitem":
+            raise _NotAbsorbedError(f"{unknown} writes to an unknown part of it")
         target, index, new = view.args[0], view.args[1], write.args[1]
     elif name == "index_copy_":
         given = arguments(write, ["x", "dim", "index", "source"])
@@ -157,34 +189,36 @@ def _parse(write: Node, base: Node) -> _Write | str:
         target, new = given["x"], given["values"]
         index = tuple(slice(None) if i is None else i for i in given["indices"])
         if given.get("accumulate"):
-            return f"{unknown} adds to what is there"
+            raise _NotAbsorbedError(f"{unknown} adds to what is there")
     else:
-        return f"{unknown} is not known to store new tokens"
+        raise _NotAbsorbedError(f"{unknown} is not known to store new tokens")
     if target is not base or not isinstance(new, Node):
-        return f"{unknown} writes to an unknown part of it"
+        raise _NotAbsorbedError(f"{unknown} writes to an unknown part of it")
     return _place(write, new, index, unknown)
 
 
-def _place(node: Node, new: Node, index: Any, unknown: str) -> _Write | str:
+def _place(node: Node, new: Node, index: Any, unknown: str) -> _Write:
     found = None
     for dim, entry in enumerate(whole_index(index, 4)):
         if isinstance(entry, slice) and (entry.start or 0) == 0 and entry.step in (None, 1):
             if entry.stop is None or dim == 0:
                 continue
         if found is not None or dim not in (1, 2):
-            return f"{unknown} picks more than positions"
+            raise _NotAbsorbedError(f"{unknown} picks more than positions")
         if isinstance(entry, slice) and entry.step in (None, 1):
             start = entry.start or 0
             if isinstance(start, Node) and start.op != "placeholder":
-                return f"{unknown} computes in the graph where to write"
+                raise _NotAbsorbedError(f"{unknown} computes in the graph where to write")
             found = _Write(node, new, dim, start=start)
-        elif isinstance(entry, Node) and len(shape(entry) or ()) == 1:
+        elif isinstance(entry, Node) and rank_of(entry) == 1:
             if entry.op != "placeholder":
-                return f"{unknown} computes in the graph where to write"
+                raise _NotAbsorbedError(f"{unknown} computes in the graph where to write")
             found = _Write(node, new, dim, positions=entry)
         else:
-            return f"{unknown} writes at a place of unknown form"
-    return found or f"{unknown} overwrites all of it"
+            raise _NotAbsorbedError(f"{unknown} writes at a place of unknown form")
+    if found is None:
+        raise _NotAbsorbedError(f"{unknown} overwrites all of it")
+    return found
 
 
 def _misfit(write: _Write, base: Node) -> str:
@@ -208,4 +242,4 @@ def _ends_at_newest(read: Node, dim: int, write: _Write) -> bool:
     if write.positions is not None:
         return False
     start = example(write.start) if isinstance(write.start, Node) else write.start
-    return same_size((shape(read) or ())[dim], start + (shape(write.new) or ())[write.dim])
+    return same_size(sizes_of(read)[dim], start + sizes_of(write.new)[write.dim])

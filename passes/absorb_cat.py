@@ -12,37 +12,51 @@ where what a model still joins is what cross-attention reads.
 from __future__ import annotations
 
 from arkv_fx.passes.context import Context
-from arkv_fx.passes.nodes import example, numbers, op_name, same_size, shape
+from arkv_fx.passes.contract import Pass
+from arkv_fx.passes.nodes import (
+    example,
+    numbers,
+    op_name,
+    rank_of,
+    same_size,
+    shape,
+    sizes_of,
+)
 from arkv_fx.passes.readers import foreign_reader
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.site import Cat, Site
 from torch.fx import GraphModule, Node
 
 
-def run(graph: GraphModule, context: Context) -> None:
-    """Set ``source="cat"`` and the new tokens of every site whose cache can be absorbed."""
+def run(graph: GraphModule, context: Context) -> int:
+    """Give every site whose cache can be absorbed its ``Cat``."""
     if any(site.source == "marker" for site in context.sites):
-        return
+        return 0
+    matches = 0
     for site in context.sites:
-        if not site.source:
-            _match(site)
+        if not site.source and (cache := _match(site)) is not None:
+            site.keep(cache)
+            matches += 1
+    return matches
 
 
-def _match(site: Site) -> None:
+PASS = Pass("absorb_cat", run, needs=("sites", "markers"), gives=("caches",))
+
+
+def _match(site: Site) -> Cat | None:
     (joined_k, dim), (joined_v, dim_v) = unturned(site.k), unturned(site.v)
     keys, values = _past_and_new(joined_k, dim), _past_and_new(joined_v, dim_v)
     if keys is None and values is None:
-        _match_first_call(site)
-        return
+        return _match_first_call(site)
     if keys is None or values is None:
         site.refuse("only one of keys and values is concatenated with its past")
-        return
+        return None
     (past_k, new_k, fresh), (past_v, new_v, fresh_v) = keys, values
     if fresh != fresh_v:
         site.refuse("keys have a past and values have none, or the reverse")
-        return
+        return None
     if dim != dim_v:
         site.refuse("past keys and values differ in how heads and tokens are laid out")
-        return
+        return None
     readers = [foreign_reader(x, site.products, output=True) for x in (joined_k, joined_v)]
     readers += [
         # One empty tensor may be the past of both.
@@ -56,31 +70,34 @@ def _match(site: Site) -> None:
                 f"the cache is also read by {reader.format_node()}, which cannot see compressed "
                 "tokens; pass an ArkvCache instead"
             )
-            return
-    site.source, site.fresh, site.token_dim = "cat", fresh, dim
-    site.new_k, site.new_v, site.past = turned(new_k, dim), turned(new_v, dim), (past_k, past_v)
-    site.cache_nodes = [joined_k, joined_v]
-    site.sliding = _sliding_window(joined_k, dim)
+            return None
+    return Cat(
+        new_k=turned(new_k, dim),
+        new_v=turned(new_v, dim),
+        fresh=fresh,
+        nodes=[joined_k, joined_v],
+        sliding=_sliding_window(joined_k, dim),
+        token_dim=dim,
+        past=(past_k, past_v),
+    )
 
 
-def _match_first_call(site: Site) -> None:
+def _match_first_call(site: Site) -> Cat | None:
     """The keys and values of this call alone, which the graph returns: the past of the next."""
     (k, dim), (v, dim_v) = (
         (x, 2) if _is_returned(x) else unturned(x) for x in (site.k, site.v)
     )  # fmt: skip
     if dim != dim_v or k is v or not (_is_returned(k) and _is_returned(v)):
-        return
+        return None
     if any(_joins(x, dim) for x in (k, v)):  # with a past that is no input: not a first call
-        return
-    queries, keys = (shape(site.q) or ())[-2], (shape(site.k) or ())[2]
+        return None
+    queries, keys = sizes_of(site.q)[-2], sizes_of(site.k)[2]
     rows = [(shape(bias.node) or (1, 1))[-2:-1] for bias in site.biases]
     causal = site.is_causal or any(row and same_size(row[0], queries) for row in rows)
     # A single token may be the first of a sequence or all of a memory: it is kept in any case.
     if not same_size(queries, keys) or not (causal or same_size(queries, 1)):
-        return
-    site.source, site.fresh, site.token_dim = "cat", True, dim
-    site.new_k, site.new_v = site.k, site.v
-    site.cache_nodes = [k, v]
+        return None
+    return Cat(new_k=site.k, new_v=site.v, fresh=True, nodes=[k, v], token_dim=dim)
 
 
 def _joins(node: Node, dim: int) -> bool:
@@ -100,7 +117,7 @@ def unturned(node: Node) -> tuple[Node, int]:
     """
     name, source = op_name(node), node.args[0] if node.args else None
     positive = [i % 4 for i in numbers(node, "dims") or ()]
-    if isinstance(source, Node) and len(shape(source) or ()) == 4:
+    if isinstance(source, Node) and rank_of(source) == 4:
         if name in ("transpose", "swapaxes", "swapdims") and sorted(positive) == [1, 2]:
             return source, 1
         if name == "permute" and positive == [0, 2, 1, 3]:
@@ -126,7 +143,7 @@ def _past_and_new(node: Node, dim_of_tokens: int) -> tuple[Node | None, Node, bo
     if not isinstance(parts, list | tuple) or len(parts) != 2:
         return None
     past, new = parts
-    if not isinstance(past, Node) or not isinstance(new, Node) or len(shape(new) or ()) != 4:
+    if not isinstance(past, Node) or not isinstance(new, Node) or rank_of(new) != 4:
         return None
     past_shape = shape(past)
     if past_shape == (0,):

@@ -19,13 +19,17 @@ from arkv_fx.passes.nodes import (
     example,
     numbers,
     op_name,
+    rank_of,
     same_size,
     shape,
+    sizes_of,
     whole_index,
 )
 from arkv_fx.passes.readers import SIZES
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.site import Cache, Planned, Site
 from torch.fx import Node
+
+from arkv_fx.errors import PassError
 
 POINTWISE = {
     "add", "sub", "rsub", "mul", "div", "truediv", "neg", "pow", "square", "rsqrt", "sqrt", "exp",
@@ -54,10 +58,10 @@ def made_of(marker: Node, stops: Sequence[Node]) -> list[Node]:
 _SCALARS = (int, float, torch.SymInt, torch.SymFloat)
 
 
-def obstacle(site: Site) -> str:
+def obstacle(site: Site, cache: Cache) -> str:
     """Why the site's keys and values cannot be computed from slots, "" if they can."""
     axes: dict[Node, int] = {}
-    for node in site.rows:
+    for node in cache.rows:
         if reason := _follow(node, axes):
             return reason
     for x in (site.k, site.v):
@@ -76,7 +80,7 @@ def _follow(node: Node, axes: dict[Node, int]) -> str:
     else:
         axis = axes.get(node.args[0])  # type: ignore[arg-type]
         dim = arguments(node, ["input", "size", "dim"]).get("dim", 0)
-        if axis is not None and (not isinstance(dim, int) or dim % _rank(node.args[0]) == axis):
+        if axis is not None and (not isinstance(dim, int) or dim % rank_of(node.args[0]) == axis):
             axis = None
     if axis is None:
         return _mixed(node)
@@ -96,13 +100,9 @@ def _mixed(node: Node) -> str:
     )
 
 
-def _rank(node: Any) -> int:
-    return len(shape(node) or ())
-
-
 def _axis(node: Node, axes: dict[Node, int]) -> int | None:
     """Which dimension of ``node`` counts tokens, None if that cannot be told."""
-    name, sizes = op_name(node), shape(node) or ()
+    name, sizes = op_name(node), sizes_of(node)
     inputs = [n for n in node.all_input_nodes if n in axes]
     if _is_output(node):
         return 2
@@ -113,22 +113,22 @@ def _axis(node: Node, axes: dict[Node, int]) -> int | None:
     first = axes[inputs[0]]
     if name in MADE:
         # One of its sizes counts tokens; if several could, what is copied into it must agree.
-        tokens = (shape(inputs[0]) or ())[first]
+        tokens = sizes_of(inputs[0])[first]
         where = [i for i, s in enumerate(sizes) if same_size(s, tokens)]
         usual = len(sizes) - 2
         return usual if usual in where else where[0] if len(where) == 1 else None
     if name in POINTWISE:
-        from_right = {_rank(n) - axes[n] for n in inputs}
+        from_right = {rank_of(n) - axes[n] for n in inputs}
         others = [n for n in node.all_input_nodes if n not in axes and shape(n)]
         if len(from_right) != 1:
             return None
         right = from_right.pop()
-        if any(_rank(n) >= right and not same_size((shape(n) or ())[-right], 1) for n in others):
+        if any(rank_of(n) >= right and not same_size(sizes_of(n)[-right], 1) for n in others):
             return None
         return len(sizes) - right
     if len(inputs) > 1 and name != "cat":
         return None
-    rank = _rank(inputs[0])
+    rank = rank_of(inputs[0])
     if name in PER_VECTOR:
         return first if first < rank - 1 and node.args[0] is inputs[0] else None
     if name in ("mean", "sum", "var"):
@@ -139,7 +139,7 @@ def _axis(node: Node, axes: dict[Node, int]) -> int | None:
             return None
         return first if first not in [d % rank for d in dims] else None
     if name in RESHAPES:
-        return _reshaped(shape(inputs[0]) or (), first, sizes)
+        return _reshaped(sizes_of(inputs[0]), first, sizes)
     if name in ("transpose", "swapaxes"):
         given = arguments(node, ["input", "dim0", "dim1"])
         a, b = given.get("dim0"), given.get("dim1")
@@ -201,13 +201,14 @@ def _indexed(index: Any, axis: int, rank: int) -> int | None:
     return None
 
 
-def replay(site: Site, columns: Sequence[Node], emit: Emitter) -> tuple[Node, Node]:
+def replay(planned: Planned, columns: Sequence[Node], emit: Emitter) -> tuple[Node, Node]:
     """Copy the computation of the site's keys and values, over columns instead of all tokens."""
+    site = planned.site
     copies: dict[Node, Node] = {}
     axes: dict[Node, int] = {}
-    for node in _needed(site):
-        reason = _follow(node, axes)
-        assert not reason
+    for node in _needed(site, planned.cache.rows):
+        if reason := _follow(node, axes):
+            raise PassError(reason)
         if _is_output(node):
             copies[node] = columns[int(node.args[1])]  # type: ignore[arg-type]
         else:
@@ -215,17 +216,17 @@ def replay(site: Site, columns: Sequence[Node], emit: Emitter) -> tuple[Node, No
     return copies[site.k], copies[site.v]
 
 
-def _needed(site: Site) -> list[Node]:
+def _needed(site: Site, rows: Sequence[Node]) -> list[Node]:
     """The rows that the site's keys and values depend on, writes into them included."""
     wanted: set[Node] = set()
     more = {site.k, site.v}
     while not more <= wanted:
         wanted |= more
-        for node in site.rows:
+        for node in rows:
             writes = op_name(node).endswith("_") and not wanted.isdisjoint(_viewed(node.args[0]))
             if node in wanted or writes:
-                more |= {node, *(n for n in node.all_input_nodes if n in site.rows)}
-    return [node for node in site.rows if node in wanted]
+                more |= {node, *(n for n in node.all_input_nodes if n in rows)}
+    return [node for node in rows if node in wanted]
 
 
 def _viewed(node: Any) -> list[Node]:
@@ -241,7 +242,7 @@ def _copy(node: Node, copies: dict[Node, Node], axes: dict[Node, int], emit: Emi
     inputs = [copies[n] for n in node.all_input_nodes if n in copies]
     if name in RESHAPES | MADE | {"expand"}:
         # Sizes are written out anew: theirs count all tokens.
-        axis, sizes = axes[node], list(shape(node) or ())
+        axis, sizes = axes[node], list(sizes_of(node))
         source = next(n for n in node.all_input_nodes if n in copies)
         count = emit.size(copies[source], axes[source])
         sizes = [count if i == axis else s for i, s in enumerate(sizes)]

@@ -10,16 +10,17 @@ import re
 
 import torch
 from arkv_fx.passes.context import Context
+from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.heads import mask_reason
-from arkv_fx.passes.nodes import example, same_size, shape
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.nodes import example, sizes_of
+from arkv_fx.passes.site import Cache, Cat, Inserted, Planned, Site
 from torch.fx import GraphModule
 
 from arkv_fx.plan import plan_layer
 
 
-def run(graph: GraphModule, context: Context) -> None:
-    """Set ``plan`` on every site that will be rewritten and ``reason`` on every other."""
+def run(graph: GraphModule, context: Context) -> int:
+    """Set ``planned`` on every site that will be rewritten and ``reason`` on every other."""
     _number_layers(context.sites)
     for site in context.sites:
         if site.source and (site.source, site.layer) in context.left_alone:
@@ -29,9 +30,13 @@ def run(graph: GraphModule, context: Context) -> None:
         if not site.reason:
             _decide(site, context)
     alone = {s.cache_key: s for s in context.sites if s.source and s.reason}
-    for site in context.fused:
-        if other := alone.get(site.cache_key):
-            site.refuse(f"another attention over its cache was left alone: {other.reason}")
+    for planned in context.fused:
+        if other := alone.get(planned.site.cache_key):
+            planned.site.refuse(f"another attention over its cache was left alone: {other.reason}")
+    return len(context.fused)
+
+
+PASS = Pass("classify", run, needs=("sites", "caches", "insertions"), gives=("plans",))
 
 
 def _number_layers(sites: list[Site]) -> None:
@@ -44,15 +49,15 @@ def _number_layers(sites: list[Site]) -> None:
 
 
 def _decide(site: Site, context: Context) -> None:
-    if not site.source or site.new_k is None or site.new_v is None:
+    cache = site.cache
+    if cache is None:
         site.refuse(
             "no cache: its keys and values come from this call alone (scoring, training, an "
             "encoder or cross-attention)"
         )
         return
-    q, k, v = shape(site.q), shape(site.new_k), shape(site.new_v)
-    assert q is not None and k is not None and v is not None
-    if site.source == "cat" and torch.is_grad_enabled() and _wants_grad(site):
+    q, k, v = sizes_of(site.q), sizes_of(cache.new_k), sizes_of(cache.new_v)
+    if isinstance(cache, Cat) and torch.is_grad_enabled() and _wants_grad(site, cache):
         site.refuse(
             "gradients are wanted, and a cache is not differentiated: use torch.no_grad()",
             lasting=False,
@@ -61,53 +66,43 @@ def _decide(site: Site, context: Context) -> None:
     if len(k) != 4 or len(v) != 4:
         site.refuse(f"cached keys have shape {k}, not [batch, kv heads, tokens, head dim]")
         return
-    if site.source == "marker":
-        site.fresh = _is_first_call(site)
     if reason := mask_reason(site):
         site.refuse(reason)
         return
     tokens = q[-2]
     many = not (isinstance(tokens, int) and tokens == 1)
     # Where we insert the state, new tokens are causal among themselves whatever came before.
-    causal = site.is_causal and (site.fresh or site.source == "insert")
+    causal = isinstance(cache, Inserted) or (site.is_causal and cache.fresh)
     if many and not site.biases and not causal and not site.partial:
         site.refuse(
             "many new tokens without a mask and not causal from an empty cache: bidirectional "
             "attention, or causal attention aligned to the first key"
         )
         return
-    if site.partial and (site.last or (many and not site.biases)):
+    if site.partial and (cache.last or (many and not site.biases)):
         site.refuse(f"{tokens} queries for {k[2]} new keys: not self-attention over new tokens")
         return
     # Extents of the state are numbers: a symbolic batch is specialised here, one graph each.
-    site.batch, site.heads = int(k[0]), int(k[1])
+    batch, heads = int(k[0]), int(k[1])
     # What is computed from the cache may mix heads, so all heads of a token are kept together.
-    folded = site.heads if site.rows else 1
-    if site.layer is not None and site.layer < len(context.sliding):
-        site.sliding = context.sliding[site.layer]
-    found = context.calibration.row(site.layer) if context.calibration is not None else None
-    site.plan = plan_layer(
+    folded = heads if cache.rows else 1
+    layer = site.ordinal if site.layer is None else site.layer
+    sliding = context.sliding[layer] if layer < len(context.sliding) else cache.sliding
+    found = context.calibration.row(layer) if context.calibration is not None else None
+    plan = plan_layer(
         context.config,
-        heads=site.heads // folded,
+        heads=heads // folded,
         k_dim=int(k[3]) * folded,
         v_dim=int(v[3]) * folded,
-        dtype=example(site.new_k).dtype,
-        sliding=site.sliding,
+        dtype=example(cache.new_k).dtype,
+        sliding=sliding,
         oq_ratio=found.oq_ratio if found else None,
         share=found.share if found else 1.0,
-        where=f"layer {site.layer} ({site.path})",
+        where=f"layer {layer} ({site.path})",
     )
+    site.planned = Planned(site, cache, plan, layer, batch, heads)
 
 
-def _wants_grad(site: Site) -> bool:
-    values = [example(n) for n in (site.q, site.new_k, site.new_v)]
+def _wants_grad(site: Site, cache: Cache) -> bool:
+    values = [example(n) for n in (site.q, cache.new_k, cache.new_v)]
     return any(v is not None and v.requires_grad for v in values)
-
-
-def _is_first_call(site: Site) -> bool:
-    """The marker's total equals its new tokens: nothing was cached before."""
-    marker = site.cache_nodes[0]
-    total = marker.args[4]
-    length = (shape(site.new_k) or (0, 0, 0))[2]
-    value = example(total) if hasattr(total, "meta") else total
-    return same_size(value, length)

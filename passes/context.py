@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from arkv_fx.passes.site import Site, first_over_caches
+from arkv_fx.passes.site import Planned, Site, first_over_caches, rewritten
 from torch import Tensor
 from torch.fx import Node
 
@@ -34,6 +34,14 @@ class Insertion:
     tokens: Any = None
 
 
+class Applied(NamedTuple):
+    """A pass that ran: how many sites or nodes it acted on, and its time in seconds."""
+
+    name: str
+    matches: int
+    seconds: float
+
+
 @dataclass
 class Context:
     """Input of the passes (config, calibration, sliding windows) and what they find (sites).
@@ -44,7 +52,8 @@ class Context:
     ``left_alone`` names the caches (source, layer) that an earlier graph kept out of our state,
     ``whole`` the layers that must stay in full precision, with the reason;
     ``insertion``, if given, asks for a state where the model has no cache of its own;
-    ``first`` says that the model's own buffers are empty.
+    ``first`` says that the model's own buffers are empty. ``trace`` has an entry for each pass that
+    ran; what the passes find is new in every ``dataclasses.replace``.
     """
 
     config: ArkvConfig
@@ -56,18 +65,19 @@ class Context:
     whole: Mapping[int, str] = field(default_factory=dict)
     insertion: Insertion | None = None
     first: bool = False
-    sites: list[Site] = field(default_factory=list)
-    state_inputs: list[list[Node]] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list, init=False)
+    state_inputs: list[list[Node]] = field(default_factory=list, init=False)
+    trace: list[Applied] = field(default_factory=list, init=False)
 
     @property
-    def caches(self) -> list[Site]:
+    def caches(self) -> list[Planned]:
         """The first site of every cache that is rewritten."""
         return first_over_caches(self.sites)
 
     @property
-    def fused(self) -> list[Site]:
+    def fused(self) -> list[Planned]:
         """The sites that are rewritten."""
-        return [s for s in self.sites if s.fused]
+        return rewritten(self.sites)
 
     @property
     def products(self) -> list[Node]:

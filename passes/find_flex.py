@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from arkv_fx.passes import block_masks, find_softmax
 from arkv_fx.passes.context import Context
+from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.heads import Emitter
-from arkv_fx.passes.nodes import example, module_path, op_name, same_size, shape
+from arkv_fx.passes.nodes import example, module_path, op_name, rank_of, same_size, shape
 from arkv_fx.passes.site import Site
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
@@ -38,13 +39,18 @@ class _NotFollowedError(Exception):
     """A call cannot be written out; the message says why."""
 
 
-def run(graph: GraphModule, context: Context) -> None:
+def run(graph: GraphModule, context: Context) -> int:
     """Append a ``Site`` to ``context.sites`` for each call whose output is used."""
+    before = len(context.sites)
     for node in list(graph.graph.nodes):
         if op_name(node) == "flex_attention" and len(node.args) >= 9:
             parts = {user.args[1]: user for user in node.users if user.users}
             if 0 in parts:
                 context.sites.append(_site(graph, node, parts, len(context.sites)))
+    return len(context.sites) - before
+
+
+PASS = Pass("find_flex", run, gives=("sites",))
 
 
 def _site(graph: GraphModule, call: Node, parts: dict[Any, Node], ordinal: int) -> Site:
@@ -149,7 +155,7 @@ def _copy(node: Node, values: dict[Node, Any], emit: Emitter) -> Node:
         )
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     out = emit(node.target, *args, **kwargs)
-    if not isinstance(example(out), FakeTensor) or len(shape(out) or ()) not in (0, 4):
+    if not isinstance(example(out), FakeTensor) or rank_of(out) not in (0, 4):
         raise _NotFollowedError(
             f"{node.format_node()} in its score_mod or mask_mod is more than one number per logit"
         )

@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from arkv_fx.passes.context import Context
-from arkv_fx.passes.nodes import arguments, module_path, op_name, shape
+from arkv_fx.passes.contract import Pass
+from arkv_fx.passes.nodes import arguments, module_path, op_name, rank_of, shape
+from arkv_fx.passes.pairing import look_through
 from arkv_fx.passes.site import Bias, Site
 from torch.fx import GraphModule, Node
 
@@ -21,8 +23,9 @@ SDPA = [
 INTERFACE = ["query", "key", "value", "attn_mask", "is_causal", "scale", "softcap", "sinks"]
 
 
-def run(graph: GraphModule, context: Context) -> None:
+def run(graph: GraphModule, context: Context) -> int:
     """Append a ``Site`` to ``context.sites`` for each attention."""
+    before = len(context.sites)
     for node in graph.graph.nodes:
         name = op_name(node)
         if name == "scaled_dot_product_attention":
@@ -30,6 +33,10 @@ def run(graph: GraphModule, context: Context) -> None:
         elif name == "attention" and "arkv" in str(node.target):
             call = {**arguments(node, INTERFACE), "enable_gqa": True}
             context.sites.append(_site(node, len(context.sites), call))
+    return len(context.sites) - before
+
+
+PASS = Pass("find_sdpa", run, gives=("sites",))
 
 
 def _site(node: Node, ordinal: int, call: dict[str, Any]) -> Site:
@@ -50,10 +57,10 @@ def _site(node: Node, ordinal: int, call: dict[str, Any]) -> Site:
         site.refuse("attention dropout is on: call model.eval()", lasting=False)
     if isinstance(scale, Node):
         site.refuse("the scale is computed in the graph, not a constant")
-    if len(shape(site.q) or ()) < 3:
+    if rank_of(site.q) < 3:
         site.refuse(f"query has shape {shape(site.q)}, not [..., heads, tokens, head dim]")
         return site
-    site.look_through(grouped=bool(call.get("enable_gqa", False)))
+    look_through(site, grouped=bool(call.get("enable_gqa", False)))
     if isinstance(mask, Node):
         site.biases.append(Bias(mask, site.layout))
     return site

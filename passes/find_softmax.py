@@ -15,8 +15,18 @@ from typing import Any
 import torch
 from arkv_fx.passes import lse_sinks
 from arkv_fx.passes.context import Context
+from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.layout import Axis, Dims, advance, names, source_of
-from arkv_fx.passes.nodes import arguments, constant, example, module_path, op_name, shape
+from arkv_fx.passes.nodes import (
+    arguments,
+    constant,
+    example,
+    module_path,
+    op_name,
+    rank_of,
+    sizes_of,
+)
+from arkv_fx.passes.pairing import look_through
 from arkv_fx.passes.products import Product, product
 from arkv_fx.passes.readers import SIZES
 from arkv_fx.passes.site import HIDES, Bias, Site
@@ -26,13 +36,18 @@ ADDS = {"add", "iadd", "add_", "sub", "isub", "sub_"}
 SCALES = {"mul", "imul", "mul_", "div", "truediv", "itruediv", "div_"}
 
 
-def run(graph: GraphModule, context: Context) -> None:
+def run(graph: GraphModule, context: Context) -> int:
     """Append a ``Site`` to ``context.sites`` for each softmax between two products."""
+    before = len(context.sites)
     for node in graph.graph.nodes:
         if op_name(node) in ("softmax", "_softmax", "_safe_softmax"):
             site = read(node, len(context.sites))
             if site is not None:
                 context.sites.append(site)
+    return len(context.sites) - before
+
+
+PASS = Pass("find_softmax", run, gives=("sites",))
 
 
 @dataclass
@@ -68,7 +83,7 @@ def read(softmax: Node, ordinal: int) -> Site | None:
         last.node, ordinal, module_path(softmax), first.left, first.right, last.right,
         products=[first.node, last.node],
     )  # fmt: skip
-    site.look_through(k_token=first.token, probabilities=last.left)
+    look_through(site, k_token=first.token, probabilities=last.left)
     if site.reason:
         return site
     logits = _Logits(site.layout, first.alpha)
@@ -134,7 +149,7 @@ def _logits_before(node: Node) -> Node | None:
         inputs = inputs[:2]
     else:
         inputs = inputs[:1]
-    nodes = [n for n in inputs if isinstance(n, Node) and len(shape(n) or ()) > 1]
+    nodes = [n for n in inputs if isinstance(n, Node) and rank_of(n) > 1]
     return (
         next((n for n in nodes if _reaches_product(n)), None)
         if len(nodes) > 1
@@ -170,7 +185,7 @@ def _path_to_product(softmax: Node) -> tuple[Product, list[Node]] | None:
 
 def _along_rows(softmax: Node, logits: _Logits) -> Dims:
     """The dimensions of the probabilities; refuses a softmax over anything but keys."""
-    rank = len(shape(softmax) or ())
+    rank = rank_of(softmax)
     dim = arguments(softmax, ["input", "dim"]).get("dim")
     if not isinstance(dim, int) or dim % rank != rank - 1:
         logits.reason = logits.reason or f"the softmax runs over dimension {dim}, not over the keys"
@@ -179,7 +194,7 @@ def _along_rows(softmax: Node, logits: _Logits) -> Dims:
 
 def _dims(node: Node, layout: Dims) -> Dims:
     """The dimensions of logits or probabilities with that layout."""
-    sizes = shape(node) or ()
+    sizes = sizes_of(node)
     return (*layout, (Axis("tokens", sizes[-2]),), (Axis("keys", sizes[-1]),))
 
 
@@ -263,11 +278,11 @@ def _hide(step: Node, before: Node, logits: _Logits) -> None:
 def _sink(step: Node, before: Node, logits: _Logits) -> None:
     """``cat([logits, sinks], -1)`` with one number per query head."""
     given = arguments(step, ["tensors", "dim"])
-    parts, rank = given["tensors"], len(shape(step) or ())
+    parts, rank = given["tensors"], rank_of(step)
     sinks = parts[1] if len(parts) == 2 and parts[0] is before else None
     while isinstance(sinks, Node) and op_name(sinks) in ("expand", "reshape", "view", "to"):
         sinks = sinks.args[0]
-    plain = len(logits.layout) == 2 and isinstance(sinks, Node) and len(shape(sinks) or ()) == 1
+    plain = len(logits.layout) == 2 and isinstance(sinks, Node) and rank_of(sinks) == 1
     if not plain or given.get("dim") not in (-1, rank - 1):
         logits.reason = "what is joined to the logits is not one number per head"
         return

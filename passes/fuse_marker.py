@@ -7,33 +7,38 @@ something else reads it too: the marker then runs as it stands, in full precisio
 
 from __future__ import annotations
 
+from typing import Any
+
 from arkv_fx.passes import carry
 from arkv_fx.passes.context import Context
-from arkv_fx.passes.nodes import module_path, op_name
+from arkv_fx.passes.contract import Pass
+from arkv_fx.passes.nodes import example, module_path, op_name, same_size, shape
 from arkv_fx.passes.readers import foreign_reader
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.site import Marker, Site
 from torch.fx import GraphModule, Node
 
 
-def run(graph: GraphModule, context: Context) -> None:
-    """Set ``source="marker"`` and the new tokens of every site that reads a marker."""
+def run(graph: GraphModule, context: Context) -> int:
+    """Give every site that reads a marker its ``Marker``."""
     markers = [node for node in graph.graph.nodes if op_name(node) == "kv_update"]
     made: dict[Node, list[Node]] = {}
     if not all(_is_direct(site) for site in context.sites):  # it takes a look at the whole graph
         made = {marker: carry.made_of(marker, context.products) for marker in markers}
+    groups: dict[Node, list[tuple[Site, Marker]]] = {}
     for site in context.sites:
         marker = _marker_behind(site, made)
         if marker is not None:
-            _match(site, marker, made, context)
-    groups: dict[Node, list[Site]] = {}
-    for site in context.sites:
-        if site.source == "marker":
-            groups.setdefault(site.cache_nodes[0], []).append(site)
-    for marker, sites in groups.items():
-        _check_readers(marker, sites, context)
+            cache = _match(site, marker, made, context)
+            groups.setdefault(marker, []).append((site, cache))
+    for marker, readers in groups.items():
+        _share(marker, readers, context)
     for marker in markers:
         if marker not in groups:
             context.sites.append(_unclaimed(marker, len(context.sites)))
+    return sum(map(len, groups.values()))
+
+
+PASS = Pass("fuse_marker", run, needs=("sites",), gives=("markers", "caches"))
 
 
 def _is_direct(site: Site) -> bool:
@@ -49,27 +54,31 @@ def _marker_behind(site: Site, made: dict[Node, list[Node]]) -> Node | None:
     return direct or (found[-1] if found else None)
 
 
-def _match(site: Site, marker: Node, made: dict[Node, list[Node]], context: Context) -> None:
-    site.source, site.cache_nodes = "marker", [marker]
-    site.new_k, site.new_v, site.handle, site.layer = marker.args[:4]  # type: ignore[assignment]
-    if not isinstance(site.layer, int):
+def _match(site: Site, marker: Node, made: dict[Node, list[Node]], context: Context) -> Marker:
+    given: Any = marker.args
+    k, v, handle, _, total = given
+    new, held = shape(k), total if example(total) is None else example(total)
+    fresh = new is not None and len(new) == 4 and same_size(held, new[2])  # nothing was cached
+    cache = Marker(new_k=k, new_v=v, fresh=fresh, nodes=[marker], handle=handle)
+    site.keep(cache)
+    site.layer = _layer(marker)
+    if site.layer is None:
         site.refuse("the layer index is not a constant")
     if _is_direct(site):
-        return
-    site.rows = made[marker]
+        return cache
+    cache.rows = made[marker]
     if context.stand_in is not None:
         site.refuse("layers whose keys are computed from what is cached are not measured alone")
-        return
-    if reason := carry.obstacle(site):
+    elif reason := carry.obstacle(site, cache):
         site.refuse(reason)
+    return cache
 
 
-def _check_readers(marker: Node, sites: list[Site], context: Context) -> None:
+def _share(marker: Node, readers: list[tuple[Site, Marker]], context: Context) -> None:
     """One of the attentions updates the state behind all of them; nothing else reads the cache."""
+    sites, caches = zip(*readers, strict=True)
     allowed = [node for site in sites for node in site.products]
-    rows = next((site.rows for site in sites if site.rows), [])
-    for site in sites:  # one state, so one way to keep it
-        site.rows = rows
+    rows: list[Node] = next((cache.rows for cache in caches if cache.rows), [])
     reader = foreign_reader(marker, [*rows, *allowed])
     for site in sites:
         if reader is not None:
@@ -79,23 +88,30 @@ def _check_readers(marker: Node, sites: list[Site], context: Context) -> None:
             )
         if context.stand_in is not None and len(sites) > 1:
             site.refuse("layers that share a cache are not measured alone")
-        site.last = False
-    updating = next((site for site in reversed(sites) if not site.partial), sites[-1])
-    updating.last = True
-    updating.behind = sites[-1] if updating is not sites[-1] else None
+    whole = [i for i, site in enumerate(sites) if not site.partial]
+    updating = whole[-1] if whole else len(sites) - 1
+    for i, cache in enumerate(caches):
+        cache.rows, cache.last = rows, i == updating  # one state, so one way to keep it
+    if updating < len(sites) - 1:
+        caches[updating].behind = sites[-1].node
 
 
 def _unclaimed(marker: Node, ordinal: int) -> Site:
     """A site for a cache that no attention reads, for the report."""
     site = Site(
         marker, ordinal, module_path(marker), marker, marker, marker, source="marker",
-        layer=marker.args[3], cache_nodes=[marker],  # type: ignore[arg-type]
+        layer=_layer(marker),
     )  # fmt: skip
     site.refuse(
         "no attention was recognised behind its cache: neither scaled_dot_product_attention nor "
         "softmax(q @ k) @ v"
     )
     return site
+
+
+def _layer(marker: Node) -> int | None:
+    layer = marker.args[3]
+    return layer if isinstance(layer, int) else None
 
 
 def _marker(node: Node, output: int) -> Node | None:

@@ -13,9 +13,10 @@ import operator
 from typing import Any
 
 import torch
-from arkv_fx.passes.context import Context
+from arkv_fx.passes.context import Context, Insertion
+from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.heads import Emitter
-from arkv_fx.passes.nodes import arguments, example, op_name, same_size, shape
+from arkv_fx.passes.nodes import arguments, example, op_name, rank_of, same_size, shape, sizes_of
 from arkv_fx.passes.shift_positions import SLICE, counts, first_rows, offset_input
 from torch.fx import GraphModule, Node
 
@@ -26,10 +27,10 @@ Roles = tuple[str, ...]
 WITHOUT_TAG = {"masked_fill", "logical_not", "mul", "add", "and_", "le", "to", "_to_copy", "clone"}
 
 
-def run(graph: GraphModule, context: Context) -> None:
+def run(graph: GraphModule, context: Context) -> int:
     """Replace the mask of every ``attend`` over an inserted state."""
     if context.insertion is None or context.insertion.fresh:
-        return
+        return 0
     masks: dict[Node, Node] = {}
     for node in [n for n in graph.graph.nodes if op_name(n) == "attend"]:
         mask: Any = node.args[3]
@@ -37,17 +38,22 @@ def run(graph: GraphModule, context: Context) -> None:
             continue
         if mask not in masks:
             offset = offset_input(graph, context)
-            masks[mask] = _Grower(graph, context, node, offset).grow_mask(mask)
+            masks[mask] = _Grower(graph, context.insertion, node, offset).grow_mask(mask)
         node.update_arg(3, masks[mask])
+    return len(masks)
+
+
+PASS = Pass("grow_masks", run, needs=("operators",), gives=("masks",))
 
 
 class _Grower:
     """Copies what computes one mask."""
 
-    def __init__(self, graph: GraphModule, context: Context, attend: Node, offset: Node) -> None:
-        assert context.insertion is not None
-        self.emit, self.tokens = Emitter(graph, attend), context.insertion.tokens
-        self.columns = context.insertion.columns
+    def __init__(
+        self, graph: GraphModule, insertion: Insertion, attend: Node, offset: Node
+    ) -> None:
+        self.emit, self.tokens = Emitter(graph, attend), insertion.tokens
+        self.columns = insertion.columns
         query: Any = attend.args[0]
         self.length = self.emit.size(query, -2)
         like = example(query)
@@ -64,7 +70,7 @@ class _Grower:
 
     def grow_mask(self, mask: Node) -> Node:
         """[.., T, T] as [.., T, columns]."""
-        return self._copy(mask, ("",) * (len(shape(mask) or ()) - 2) + ("rows", "columns"))
+        return self._copy(mask, ("",) * (rank_of(mask) - 2) + ("rows", "columns"))
 
     def _copy(self, node: Node, roles: Roles) -> Node:
         if not any(roles):
@@ -133,15 +139,15 @@ class _Grower:
 
     def _of_input(self, x: Node, roles: Roles) -> Roles:
         """Roles of an input that broadcasts to the output."""
-        sizes = shape(x) or ()
+        sizes = sizes_of(x)
         own = roles[len(roles) - len(sizes) :]
         return tuple("" if same_size(s, 1) else r for s, r in zip(sizes, own, strict=True))
 
     def _regrouped(self, node: Node, source: Any, roles: Roles) -> Roles:
         """Roles before a view that only adds or drops dimensions of size 1."""
-        after = [(s, r) for s, r in zip(shape(node) or (), roles, strict=True) if str(s) != "1"]
+        after = [(s, r) for s, r in zip(sizes_of(node), roles, strict=True) if str(s) != "1"]
         out, rest = [], list(after)
-        for size in shape(source) or ():
+        for size in sizes_of(source):
             if str(size) == "1":
                 out.append("")
             elif rest and same_size(rest[0][0], size):
@@ -152,7 +158,7 @@ class _Grower:
 
     def _sizes(self, node: Node, roles: Roles) -> list[Any]:
         known = {"rows": self.length, "columns": self.columns}
-        return [known.get(role, size) for size, role in zip(shape(node) or (), roles, strict=True)]
+        return [known.get(role, size) for size, role in zip(sizes_of(node), roles, strict=True)]
 
     def _refusal(self, node: Node) -> TransformError:
         return TransformError(

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from arkv_fx.passes.layout import Axis, Dims, names, size_of
-from arkv_fx.passes.nodes import example, same_size, shape
-from arkv_fx.passes.site import Bias, Site
+from arkv_fx.passes.nodes import example, rank_of, same_size, shape, sizes_of
+from arkv_fx.passes.site import Bias, Planned, Site
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
@@ -47,39 +47,40 @@ class Emitter:
 
     def size(self, node: Node, dim: int) -> Any:
         """An extent: a number where it is one, else a node."""
-        extent = (shape(node) or ())[dim]
+        extent = sizes_of(node)[dim]
         return extent if isinstance(extent, int) else self("size", node, dim)
 
 
-def queries(site: Site, emit: Emitter) -> Node:
+def queries(planned: Planned, emit: Emitter) -> Node:
     """The site's queries as [B, Hq, T, Dk] in the dtype of its keys."""
-    q = site.q
+    site, q = planned.site, planned.site.q
     if not _plain(site.layout):
         tail = emit.size(q, -2), emit.size(q, -1)
-        q = emit("reshape", q, *_sizes(site, site.layout), *tail)
+        q = emit("reshape", q, *_sizes(planned, site.layout), *tail)
         order = _order(site.layout)
         q = emit("permute", q, *order, len(order), len(order) + 1)
-        q = emit("reshape", q, site.batch, -1, *tail)
+        q = emit("reshape", q, planned.batch, -1, *tail)
     kept = example(site.k).dtype
     return q if example(q).dtype == kept else emit("to", q, kept)
 
 
-def output(site: Site, out: Node, emit: Emitter) -> Node:
+def output(planned: Planned, out: Node, emit: Emitter) -> Node:
     """``out`` [B, Hq, T, Dv] in the layout and dtype of the old attention's output."""
+    site = planned.site
     if not _plain(site.out_layout):
-        sizes, order = _sizes(site, site.out_layout), _order(site.out_layout)
+        sizes, order = _sizes(planned, site.out_layout), _order(site.out_layout)
         tail = emit.size(out, -2), emit.size(out, -1)
         out = emit("reshape", out, *(sizes[i] for i in order), *tail)
         back = [order.index(i) for i in range(len(order))]
         out = emit("permute", out, *back, len(order), len(order) + 1)
-        out = emit("reshape", out, *(prod(_sizes(site, (d,))) for d in site.out_layout), *tail)
+        out = emit("reshape", out, *(prod(_sizes(planned, (d,))) for d in site.out_layout), *tail)
     wanted = example(site.node).dtype
     return out if example(out).dtype == wanted else emit("to", out, wanted)
 
 
 def fold(x: Node, emit: Emitter) -> Node:
     """[B, H, T, D] -> [B, 1, T, H * D]: all heads of a token as one vector."""
-    if same_size((shape(x) or ())[1], 1):
+    if same_size(sizes_of(x)[1], 1):
         return x
     return emit("unsqueeze", emit("flatten", emit("transpose", x, 1, 2), 2), 1)
 
@@ -102,12 +103,12 @@ def sinks(site: Site, emit: Emitter) -> Node | None:
     return emit("reshape", emit("permute", apart, *order), -1)
 
 
-def mask(site: Site, emit: Emitter) -> Node | None:
+def mask(planned: Planned, emit: Emitter) -> Node | None:
     """All masks and biases as one mask [B or 1, Hq or 1, T, S], None if there are none."""
     shown: Node | None = None
     added: Node | None = None
-    for bias in site.biases:
-        node = _canonical(bias, site, emit)
+    for bias in planned.site.biases:
+        node = _canonical(bias, planned, emit)
         if example(node).dtype == torch.bool:
             node = emit(torch.logical_not, node) if bias.drop else node
             shown = node if shown is None else emit(operator.and_, shown, node)
@@ -126,7 +127,7 @@ def mask(site: Site, emit: Emitter) -> Node | None:
 
 def mask_reason(site: Site) -> str:
     """Why the site's masks cannot be brought into one, "" if they can."""
-    tokens, keys = (shape(site.q) or ())[-2], (shape(site.k) or ())[-2]
+    tokens, keys = sizes_of(site.q)[-2], sizes_of(site.k)[-2]
     for bias in site.biases:
         sizes = shape(bias.node) or ()
         full = (*(size_of(dim) for dim in bias.layout), tokens, keys)
@@ -148,14 +149,14 @@ def _equal(a: Any, b: Any) -> bool:
     return same_size(a, b) or (both and bool(a == b))
 
 
-def _canonical(bias: Bias, site: Site, emit: Emitter) -> Node:
+def _canonical(bias: Bias, planned: Planned, emit: Emitter) -> Node:
     """One mask as [B or 1, Hq or 1, T, S]."""
-    node, layout = bias.node, bias.layout
-    while len(shape(node) or ()) < len(layout) + 2:
+    q, node, layout = planned.site.q, bias.node, bias.layout
+    while rank_of(node) < len(layout) + 2:
         node = emit("unsqueeze", node, 0)
-    sizes = shape(node) or ()
-    if not same_size(sizes[-2], (shape(site.q) or ())[-2]):
-        node = emit("expand", node, *[-1] * len(layout), emit.size(site.q, -2), -1)
+    sizes = sizes_of(node)
+    if not same_size(sizes[-2], sizes_of(q)[-2]):
+        node = emit("expand", node, *[-1] * len(layout), emit.size(q, -2), -1)
     if _plain(layout):
         return node
     # A dimension is whole, or of size 1 and then so are all of its axes.
@@ -165,7 +166,7 @@ def _canonical(bias: Bias, site: Site, emit: Emitter) -> Node:
         for axis in _present(dim)
     ]
     tail = emit.size(node, -2), emit.size(node, -1)
-    extents = [1 if a is None else _sizes(site, ((a,),))[0] for a in axes]
+    extents = [1 if a is None else _sizes(planned, ((a,),))[0] for a in axes]
     node = emit("reshape", node, *extents, *tail)
     order = _order(layout)
     node = emit("permute", node, *order, len(order), len(order) + 1)
@@ -173,7 +174,7 @@ def _canonical(bias: Bias, site: Site, emit: Emitter) -> Node:
     batched = bool(order) and flat[order[0]].name == "0"
     heads = order[1:] if batched else order
     if any(axes[i] is not None for i in heads):  # all heads or none
-        whole = _sizes(site, (tuple(flat[i] for i in heads),))
+        whole = _sizes(planned, (tuple(flat[i] for i in heads),))
         node = emit("expand", node, *[-1] * batched, *whole, -1, -1)
     return emit("reshape", node, extents[order[0]] if batched else 1, -1, *tail)
 
@@ -182,10 +183,10 @@ def _present(dim: tuple[Axis, ...]) -> list[Axis]:
     return [axis for axis in dim if not same_size(axis.size, 1)]
 
 
-def _sizes(site: Site, layout: Dims) -> list[int]:
+def _sizes(planned: Planned, layout: Dims) -> list[int]:
     """Sizes of the present axes; a symbolic batch has been given its number."""
     flat = [axis for dim in layout for axis in _present(dim)]
-    return [site.batch if axis.name == "0" else int(axis.size) for axis in flat]
+    return [planned.batch if axis.name == "0" else int(axis.size) for axis in flat]
 
 
 def _plain(layout: Dims) -> bool:

@@ -9,13 +9,16 @@ on attention that may look ahead (encoders), nor on attention over other tokens 
 
 from __future__ import annotations
 
+import operator
+from functools import reduce
 from typing import Any
 
 from arkv_fx.passes.context import Context, Insertion
+from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.fold import LARGEST, causal_window, is_constant, look_at, what_is_shown
 from arkv_fx.passes.nodes import op_name, shape
-from arkv_fx.passes.site import Site
-from torch import SymInt, Tensor
+from arkv_fx.passes.site import Inserted, Site
+from torch import SymInt
 from torch.fx import GraphModule, Node
 
 MIXES = {
@@ -26,13 +29,19 @@ LEVELS = 2
 """Projections between a token and its query, key or value: two, where they are factored."""
 
 
-def run(graph: GraphModule, context: Context) -> None:
-    """Set ``source="insert"`` on every causal self-attention, if the context asks for it."""
+def run(graph: GraphModule, context: Context) -> int:
+    """Give every causal self-attention an ``Inserted``, if the context asks for it."""
     if context.insertion is None:
-        return
+        return 0
+    matches = 0
     for site in context.sites:
         if not site.source:
             _match(site, context.insertion)
+            matches += site.cache is not None
+    return matches
+
+
+PASS = Pass("insert_state", run, needs=("sites", "caches"), gives=("insertions",))
 
 
 def _match(site: Site, insertion: Insertion) -> None:
@@ -50,46 +59,48 @@ def _match(site: Site, insertion: Insertion) -> None:
     if not set.intersection(*(_streams(x, LEVELS) for x in (site.q, site.k, site.v))):
         site.refuse("queries, keys and values are not projections of the same tokens")
         return
-    if not _hides_later_tokens(site, insertion, tokens):
+    window = _window(site, insertion, tokens)
+    if window is None:
         return
     if insertion.tokens not in (None, tokens):
         site.source = "insert"
         site.refuse("two causal self-attentions run over different token counts")
         return
     insertion.tokens = tokens
-    site.source, site.layer, site.fresh = "insert", site.ordinal, insertion.fresh
-    site.is_causal, site.new_k, site.new_v = True, site.k, site.v
+    site.layer = site.ordinal
+    site.keep(Inserted(new_k=site.k, new_v=site.v, fresh=insertion.fresh, nodes=[], sliding=window))
 
 
-def _hides_later_tokens(site: Site, insertion: Insertion, tokens: Any) -> bool:
-    """Whether ``is_causal`` or the masks hide later tokens; masks that do no more are dropped."""
+def _window(site: Site, insertion: Insertion, tokens: Any) -> int | None:
+    """How far back it looks (0: to the first) if ``is_causal`` or its masks hide later tokens.
+
+    Masks that do no more are dropped. None, and a reason, if later tokens are not hidden.
+    """
     if site.is_causal and not site.biases:
-        return True
+        return 0
     if not site.biases:
         site.refuse("bidirectional: neither is_causal nor a mask hides later tokens")
-        return False
-    shown: Tensor | None = None
+        return None
+    masks = []
     biased = False
     for bias in site.biases:
         if not is_constant(bias.node, insertion.constants):
             site.refuse("its mask depends on what the model is given, not on positions alone")
-            return False
+            return None
         value = look_at(bias.node, insertion.constants, tokens, insertion.bounds.get(tokens))
         if value is None:
             site.refuse(f"its mask cannot be looked at as a whole (more than {LARGEST} tokens)")
-            return False
-        part, changes = what_is_shown(value, bias.factor, bias.drop)
+            return None
+        shown, changes = what_is_shown(value, bias.factor, bias.drop)
         biased = biased or changes
-        shown = part if shown is None else shown & part
-    assert shown is not None
-    window = causal_window(shown)
+        masks.append(shown)
+    window = causal_window(reduce(operator.and_, masks))
     if window is None:
         site.refuse("its mask does not hide later tokens and nothing else")
-        return False
-    site.sliding = window
+        return None
     if not biased:
         site.biases = []
-    return True
+    return window
 
 
 def _streams(node: Node, levels: int) -> set[Node]:

@@ -20,6 +20,7 @@ from arkv_fx.passes.nodes import (
     op_name,
     same_size,
     shape,
+    sizes_of,
     whole_index,
 )
 from torch.fx import Node
@@ -81,11 +82,13 @@ def _widens(source: Node, node: Node) -> bool:
 
 def advance(node: Node, dims: Dims) -> Dims | None:
     """Dims of ``node``, given those of ``source_of(node)``; None if an axis is cut or mixed."""
-    name = op_name(node)
+    name, sizes = op_name(node), shape(node)
+    if sizes is None:
+        return None
     if name in SAME | CASTS:
         return dims
     if name in RESHAPES:
-        return _regroup(dims, shape(node) or ())
+        return _regroup(dims, sizes)
     step = _STEPS.get(name)
     return step(node, dims) if step is not None else None
 
@@ -157,7 +160,7 @@ def _unsqueeze(node: Node, dims: Dims) -> Dims | None:
 
 
 def _expand(node: Node, dims: Dims) -> Dims | None:
-    sizes = shape(node) or ()
+    sizes = sizes_of(node)
     dims = ((),) * (len(sizes) - len(dims)) + dims
     out = []
     for size, dim in zip(sizes, dims, strict=True):

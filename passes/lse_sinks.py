@@ -6,7 +6,7 @@ e^x / (sum e^x + e^sink) = softmax(x) * sigmoid(log sum e^x - sink).
 
 from __future__ import annotations
 
-from arkv_fx.passes.nodes import op_name, shape
+from arkv_fx.passes.nodes import op_name, rank_of
 from torch.fx import Node
 
 _PLAIN = {"to", "_to_copy", "type_as", "unsqueeze", "float"}
@@ -41,4 +41,4 @@ def _per_head(node: object) -> Node | None:
     """The vector that ``node`` only reshapes."""
     while isinstance(node, Node) and op_name(node) in ("view", "reshape", "unsqueeze", "getitem"):
         node = node.args[0]
-    return node if isinstance(node, Node) and len(shape(node) or ()) == 1 else None
+    return node if isinstance(node, Node) and rank_of(node) == 1 else None

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from arkv_fx.errors import PassError
+
 IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "iand", "ior", "ixor"}
 ARITHMETIC = {"add", "sub", "mul", "lt", "le", "gt", "ge", "eq", "ne"}
 
@@ -48,6 +50,24 @@ def shape(node: Any) -> tuple[Any, ...] | None:
     """Shape of a node's value, entries int or SymInt; None if it is no tensor."""
     value = example(node)
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def sizes_of(node: Any) -> tuple[Any, ...]:
+    """``shape`` where there must be one.
+
+    Raises:
+        PassError: naming the node, if its value is no tensor.
+    """
+    found = shape(node)
+    if found is None:
+        what = node.format_node() if isinstance(node, Node) else repr(node)
+        raise PassError(f"{what} has no shape where a pass needs one: trace it with fake tensors")
+    return found
+
+
+def rank_of(node: Any) -> int:
+    """Number of dimensions of a node's value, 0 if it is no tensor."""
+    return len(shape(node) or ())
 
 
 def arguments(node: Node, names: list[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from arkv_fx.passes.nodes import arguments, constant, op_name, shape
+from arkv_fx.passes.nodes import arguments, constant, op_name, rank_of
 from torch.fx import Node
 
 
@@ -55,7 +55,7 @@ def _pair(given: dict[str, Any]) -> tuple[Any, Any]:
 def _plain(node: Node, left: Any, right: Any) -> Product | None:
     if not isinstance(left, Node) or not isinstance(right, Node):
         return None
-    if len(shape(left) or ()) < 3 or len(shape(left) or ()) != len(shape(right) or ()):
+    if rank_of(left) < 3 or rank_of(left) != rank_of(right):
         return None  # a projection
     return Product(node, left, right)
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from arkv_fx.passes import block_masks, carry, heads
 from arkv_fx.passes.context import Context
-from arkv_fx.passes.nodes import example, op_name, shape
+from arkv_fx.passes.contract import Pass
+from arkv_fx.passes.nodes import example, op_name, sizes_of
 from arkv_fx.passes.readers import SIZES
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.site import Buffer, Cat, Marker, Planned
 from torch.fx import GraphModule, Node
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
@@ -29,40 +30,41 @@ STATE, START, OFFSET = "arkv_state_", "arkv_start_", "arkv_offset"
 """Added inputs: prefixes for a site's state and its start in a buffer; the tokens before a call."""
 
 
-def run(graph: GraphModule, context: Context) -> None:
+def run(graph: GraphModule, context: Context) -> int:
     """Insert placeholders and operators, replace the uses of the old attention."""
-    computed = [node for site in context.fused for node in (*site.rows, *site.makers)]
+    computed = [n for p in context.fused for n in (*p.cache.rows, *p.site.makers)]
     states: dict[tuple[str, int | None], list[Node]] = {}
     starts: dict[tuple[str, int | None], Node] = {}
-    updates: dict[int, Attention] = {}
-    for site in context.fused:
-        assert site.plan is not None
+    updates: dict[Node, Attention] = {}
+    for planned in context.fused:
+        site, cache = planned.site, planned.cache
         if (key := site.cache_key) not in states:
             states[key] = [
                 placeholder(graph, f"{STATE}{site.ordinal}_{i}")
-                for i in range(len(site.plan.specs()))
+                for i in range(len(planned.plan.specs()))
             ]
-            for node, spec in zip(states[key], site.plan.specs(), strict=True):
-                size = (site.batch, *spec.shape)
-                node.meta = {"example_value": example(site.new_k).new_empty(size, dtype=spec.dtype)}
+            for node, spec in zip(states[key], planned.plan.specs(), strict=True):
+                size = (planned.batch, *spec.shape)
+                like = example(cache.new_k)
+                node.meta = {"example_value": like.new_empty(size, dtype=spec.dtype)}
             context.state_inputs.append(states[key])
-            if site.source == "cat":
+            if isinstance(cache, Cat):
                 anchor = placeholder(graph, f"arkv_anchor_{site.ordinal}")
-                _proxy_cache(graph, site, anchor)
-            if site.source == "buffer":
+                _proxy_cache(graph, cache, site.node, anchor)
+            if isinstance(cache, Buffer):
                 start = placeholder(graph, f"{START}{site.ordinal}")
-                like = example(site.new_k)
+                like = example(cache.new_k)
                 start.meta = {"example_value": like.new_empty((), dtype=torch.int64)}
                 starts[key] = start
-        attention = _replace(graph, site, states[key], starts.get(key), context)
-        if site.behind is not None:
-            updates[id(site.behind)] = attention
-        if (late := updates.get(id(site))) is not None:
+        attention = _replace(graph, planned, states[key], starts.get(key), context)
+        if cache.behind is not None:
+            updates[cache.behind] = attention
+        if (late := updates.get(site.node)) is not None:
             with graph.graph.inserting_before(site.node):
                 graph.graph.call_function(torch.ops.arkv.attend.default, *late)
-    for site in context.fused:
-        if site.source == "marker":
-            _count_without_cache(site.cache_nodes[0])
+    for planned in context.fused:
+        if isinstance(planned.cache, Marker):
+            _count_without_cache(planned.cache.node)
     # Not eliminate_dead_code: a user's graph may hold impure nodes that FX does not know of.
     for site in context.sites:
         _erase_dead(graph, [site.node, *site.products])
@@ -71,8 +73,12 @@ def run(graph: GraphModule, context: Context) -> None:
         if not node.users and not node._erased:
             graph.graph.erase_node(node)
     block_masks.leave_unused_vmaps(graph)
-    for site in context.fused:
-        _erase_dead(graph, [n for n in site.cache_nodes if not n._erased])
+    for planned in context.fused:
+        _erase_dead(graph, [n for n in planned.cache.nodes if not n._erased])
+    return len(context.fused)
+
+
+PASS = Pass("rewrite", run, needs=("plans",), gives=("operators",))
 
 
 def _count_without_cache(marker: Node) -> None:
@@ -107,51 +113,53 @@ def placeholder(graph: GraphModule, name: str) -> Node:
 
 def _replace(
     graph: GraphModule,
-    site: Site,
+    planned: Planned,
     state: list[Node],
     start: Node | None,
     context: Context,
 ) -> Attention:
     """Write the attention in front of the old one; its operator's arguments."""
-    assert site.plan is not None
+    site, cache, layer = planned.site, planned.cache, planned.layer
     emit = heads.Emitter(graph, site.node)
-    q, mask, sinks = heads.queries(site, emit), heads.mask(site, emit), heads.sinks(site, emit)
+    q, mask = heads.queries(planned, emit), heads.mask(planned, emit)
+    sinks = heads.sinks(site, emit)
     if mask is not None and start is not None:
-        mask = _ending_at_newest(site, mask, start, emit)
-    scale = site.scale if site.scale is not None else 1 / math.sqrt((shape(site.q) or ())[-1])
-    plan = site.plan.to_json()
-    assert site.new_k is not None and site.new_v is not None
-    new_k, new_v = k, v = site.new_k, site.new_v
+        mask = _ending_at_newest(planned, mask, start, emit)
+    scale = site.scale if site.scale is not None else 1 / math.sqrt(sizes_of(site.q)[-1])
+    plan = planned.plan.to_json()
+    new_k, new_v = k, v = cache.new_k, cache.new_v
     rows: dict[str, Any] = {}
-    if site.rows:
+    if cache.rows:
         new_k, new_v = heads.fold(new_k, emit), heads.fold(new_v, emit)
-        found = emit(torch.ops.arkv.columns.default, new_k, new_v, state, plan, site.fresh)
-        pair = [heads.unfold(emit(operator.getitem, found, i), site.heads, emit) for i in range(2)]
-        k, v = carry.replay(site, pair, emit)
+        found = emit(torch.ops.arkv.columns.default, new_k, new_v, state, plan, cache.fresh)
+        pair = [
+            heads.unfold(emit(operator.getitem, found, i), planned.heads, emit) for i in range(2)
+        ]
+        k, v = carry.replay(planned, pair, emit)
         rows = {"rows": [k, v]}
     arguments = (
-        q, new_k, new_v, mask, state, plan, float(scale), site.softcap, sinks, site.fresh
+        q, new_k, new_v, mask, state, plan, float(scale), site.softcap, sinks, cache.fresh
     )  # fmt: skip
     with graph.graph.inserting_before(site.node):
-        if context.probe is not None and site.last:
-            graph.graph.call_function(context.probe, (site.layer, q, k, v, mask, float(scale)))
+        if context.probe is not None and cache.last:
+            graph.graph.call_function(context.probe, (layer, q, k, v, mask, float(scale)))
         if context.stand_in is not None:
-            new = graph.graph.call_function(context.stand_in, (site.layer, *arguments))
+            new = graph.graph.call_function(context.stand_in, (layer, *arguments))
         else:
-            updates = site.last and site.behind is None
+            updates = cache.last and cache.behind is None
             op = torch.ops.arkv.attend if updates else torch.ops.arkv.peek
             new = graph.graph.call_function(op.default, arguments, rows)
     value = example(q)
     new.meta = dict(site.node.meta)
-    new.meta["example_value"] = value.new_empty(*value.shape[:-1], (shape(site.v) or ())[-1])
-    site.node.replace_all_uses_with(heads.output(site, new, emit))
+    new.meta["example_value"] = value.new_empty(*value.shape[:-1], sizes_of(site.v)[-1])
+    site.node.replace_all_uses_with(heads.output(planned, new, emit))
     return arguments, rows
 
 
-def _ending_at_newest(site: Site, mask: Node, start: Node, emit: heads.Emitter) -> Node:
+def _ending_at_newest(planned: Planned, mask: Node, start: Node, emit: heads.Emitter) -> Node:
     """A mask over a whole buffer as one whose last column is the newest token."""
-    tokens, columns = emit.size(site.q, -2), emit.size(mask, -1)
-    if site.fresh:
+    tokens, columns = emit.size(planned.site.q, -2), emit.size(mask, -1)
+    if planned.cache.fresh:
         return emit("narrow", mask, 3, 0, tokens)
     with example(mask).fake_mode:
         index = emit(torch.arange, columns, device=example(mask).device)
@@ -161,20 +169,18 @@ def _ending_at_newest(site: Site, mask: Node, start: Node, emit: heads.Emitter) 
     return emit("index_select", mask, 3, emit("clamp", index, min=0))
 
 
-def _proxy_cache(graph: GraphModule, site: Site, anchor: Node) -> None:
+def _proxy_cache(graph: GraphModule, cache: Cat, attention: Node, anchor: Node) -> None:
     """Give the cache's new value zero-memory tensors of the right shape over the anchor."""
-    new, dim = (site.new_k, site.new_v), site.token_dim
-    for joined, came, past in zip(site.cache_nodes, new, site.past, strict=True):
-        assert came is not None
-        sizes: list[Any] = [*(shape(joined) or ())]
+    new, dim = (cache.new_k, cache.new_v), cache.token_dim
+    for joined, came, past in zip(cache.nodes, new, cache.past, strict=True):
         # In a first call what is returned for later is what is attended to now.
         returned = joined is came or came.args[:1] == (joined,)
-        with graph.graph.inserting_before(site.node if returned else joined):
+        with graph.graph.inserting_before(attention if returned else joined):
             length = graph.graph.call_method("size", (came, 2))
-            if past is not None and not site.fresh:
+            if past is not None and not cache.fresh:
                 held = graph.graph.call_method("size", (past, dim))
                 length = graph.graph.call_function(_add, (held, length))
-            sizes = [length if i == dim else int(size) for i, size in enumerate(sizes)]
+            sizes = [length if i == dim else int(s) for i, s in enumerate(sizes_of(joined))]
             proxy = graph.graph.call_method("expand", (anchor, *sizes))
         proxy.meta = {"example_value": example(joined)}
         if returned:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from arkv_fx.passes.context import Context
+from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.fold import is_constant
 from arkv_fx.passes.nodes import arguments, example, is_symbol, op_name, shape
 from arkv_fx.passes.rewrite import OFFSET, placeholder
@@ -20,12 +21,13 @@ from torch.fx import GraphModule, Node
 SLICE = ["x", "dim", "start", "end", "step"]
 
 
-def run(graph: GraphModule, context: Context) -> None:
+def run(graph: GraphModule, context: Context) -> int:
     """Add the input ``arkv_offset`` (int64 scalar), tokens before this call, and use it."""
     insertion = context.insertion
     if insertion is None or insertion.fresh or not context.fused:
-        return
+        return 0
     offset = offset_input(graph, context)
+    matches = 0
     for node in list(graph.graph.nodes):
         if not node.users:
             continue
@@ -34,10 +36,16 @@ def run(graph: GraphModule, context: Context) -> None:
                 shifted = graph.graph.call_function(torch.ops.aten.add.Tensor, (node, offset))
             node.replace_all_uses_with(shifted, lambda user, own=shifted: user is not own)
             shifted.meta = dict(node.meta)
+            matches += 1
         elif (dim := first_rows(node, insertion.tokens)) is not None and is_constant(
             node, insertion.constants
         ):
             _take_rows(graph, node, dim, offset)
+            matches += 1
+    return matches
+
+
+PASS = Pass("shift_positions", run, needs=("operators", "masks"), gives=("positions",))
 
 
 def offset_input(graph: GraphModule, context: Context) -> Node:
@@ -47,7 +55,7 @@ def offset_input(graph: GraphModule, context: Context) -> Node:
         if node.name == OFFSET:
             return node
     offset = placeholder(graph, OFFSET)
-    like = example(context.fused[0].new_k)
+    like = example(context.fused[0].cache.new_k)
     offset.meta["val"] = like.new_empty((), dtype=torch.int64)
     return offset
 

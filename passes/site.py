@@ -1,13 +1,19 @@
-"""An attention site: what the passes learn about one attention call."""
+"""An attention site in its phases: found, cached, planned.
+
+A ``Site`` is one attention call as it was found. Where a pass understands how its keys and values
+are kept, it is given a ``Cache``; where it is to be rewritten, a ``Planned``. Whatever works on a
+later phase takes that phase's record, which holds all that it needs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from arkv_fx.passes.layout import Axis, Dims, follow, names, origin_dims, size_of
-from arkv_fx.passes.nodes import same_size, shape
+import torch
+from arkv_fx.passes.layout import Dims
+from arkv_fx.passes.nodes import example, same_size, sizes_of
 from torch.fx import Node
 
 from arkv_fx.plan import LayerPlan
@@ -31,22 +37,92 @@ class Bias:
     drop: bool = False
 
 
-@dataclass
+@dataclass(kw_only=True, eq=False)
+class Cache:
+    """How the keys and values that an attention reads are kept.
+
+    ``new_k`` and ``new_v`` are the tokens of this call [B, Hkv, T, D], ``fresh`` says that they are
+    the first of a sequence; ``nodes`` are needed by nobody once the attention is rewritten;
+    ``sliding`` is the attention window in tokens that the graph itself shows, 0 for none.
+    ``rows`` is what the model computes from its cache, in order, where keys and values are more
+    than an expansion of what is cached. Of several attentions over one cache the ``last`` with a
+    query for every new token updates the state: behind the attention ``behind``, where that still
+    reads it.
+    """
+
+    source: ClassVar[str]
+    new_k: Node
+    new_v: Node
+    fresh: bool
+    nodes: list[Node]
+    sliding: int = 0
+    rows: list[Node] = field(default_factory=list)
+    last: bool = True
+    behind: Node | None = None
+
+    @property
+    def tokens(self) -> Any:
+        """How many tokens this call brings, int or SymInt."""
+        return sizes_of(self.new_k)[2]
+
+
+@dataclass(kw_only=True, eq=False)
+class Marker(Cache):
+    """In an ``ArkvCache``: a marker in the graph, whose input ``handle`` names the sequence."""
+
+    source: ClassVar[str] = "marker"
+    handle: Node
+
+    @property
+    def node(self) -> Node:
+        """The marker."""
+        return self.nodes[0]
+
+
+@dataclass(kw_only=True, eq=False)
+class Cat(Cache):
+    """By the model's own ``cat`` with its past keys and values; none where a call has no past.
+
+    ``token_dim`` is the dimension of the past that counts tokens.
+    """
+
+    source: ClassVar[str] = "cat"
+    token_dim: int
+    past: tuple[Node | None, Node | None] = (None, None)
+
+
+@dataclass(kw_only=True, eq=False)
+class Buffer(Cache):
+    """In two static buffers of the model, of whose dimensions ``token_dim`` counts tokens.
+
+    The new tokens are written from ``start`` on, or at ``positions``.
+    """
+
+    source: ClassVar[str] = "buffer"
+    token_dim: int
+    past: tuple[Node, Node]
+    start: Node | int = 0
+    positions: Node | None = None
+
+
+@dataclass(kw_only=True, eq=False)
+class Inserted(Cache):
+    """Nowhere as yet: the state is ours alone."""
+
+    source: ClassVar[str] = "insert"
+
+
+@dataclass(eq=False)
 class Site:
-    """One attention call in a graph, filled in by pass after pass.
+    """One attention call in a graph.
 
     ``k`` and ``v`` are what the attention reads (all tokens), [B, Hkv, S, D], looked up through
-    views and expansions; ``new_k`` and ``new_v`` the tokens of this call [B, Hkv, T, D]; ``source``
-    is how its cache is kept: "marker", "cat", "buffer", "insert" or "". ``layout`` says what the
-    leading dimensions of the queries are made of, ``out_layout`` those of the output: axes "0"
-    (batch), "1" (kv heads) and "copies". ``past`` are the model's own past keys and values, whose
-    dimension ``token_dim`` counts tokens; into a buffer the new tokens are written from
-    ``start`` on, or at ``positions``.
-    ``rows`` is what the model computes from its cache, in order, where keys and values are more
-    than an expansion of what is cached; ``makers`` make a block mask. Of several attentions over
-    one cache the ``last`` with a query for every new token updates the state, ``behind`` the last
-    of all. ``products`` are the nodes that read keys and values. ``reason`` says why it was left
-    alone, "" while it is a candidate or fused.
+    views and expansions. ``layout`` says what the leading dimensions of the queries are made of,
+    ``out_layout`` those of the output: axes "0" (batch), "1" (kv heads) and "copies".
+    ``products`` are the nodes that read keys and values, ``makers`` make a block mask.
+    ``source`` is how its cache is kept ("marker", "cat", "buffer", "insert", or "" where it has
+    none), also where ``cache`` is None, because that way of keeping could not be followed.
+    ``reason`` says why it was left alone, "" while it is a candidate or fused.
     """
 
     node: Node
@@ -62,36 +138,27 @@ class Site:
     biases: list[Bias] = field(default_factory=list)
     layout: Dims = ()
     out_layout: Dims = ()
+    products: list[Node] = field(default_factory=list)
+    makers: list[Node] = field(default_factory=list)
     source: str = ""
+    layer: int | None = None
     reason: str = ""
     lasting: bool = True
-    new_k: Node | None = None
-    new_v: Node | None = None
-    layer: int | None = None
-    handle: Node | None = None
-    past: tuple[Node | None, Node | None] = (None, None)
-    token_dim: int = 2
-    start: Node | int = 0
-    positions: Node | None = None
-    fresh: bool = False
-    sliding: int = 0
-    batch: int = 0
-    heads: int = 0
-    plan: LayerPlan | None = None
-    cache_nodes: list[Node] = field(default_factory=list)
-    rows: list[Node] = field(default_factory=list)
-    makers: list[Node] = field(default_factory=list)
-    last: bool = True
-    behind: Site | None = None
-    products: list[Node] = field(default_factory=list)
+    cache: Cache | None = None
+    planned: Planned | None = None
 
     def __post_init__(self) -> None:
         self.products = self.products or [self.node]
 
     @property
+    def name(self) -> str:
+        """What a person knows it by."""
+        return self.path or f"attention {self.ordinal}"
+
+    @property
     def fused(self) -> bool:
         """Whether the site is rewritten."""
-        return self.plan is not None and not self.reason
+        return self.planned is not None and not self.reason
 
     @property
     def mask(self) -> Node | None:
@@ -105,8 +172,12 @@ class Site:
 
     @property
     def partial(self) -> bool:
-        """Whether only some of the new tokens ask."""
-        return not same_size((shape(self.q) or ())[-2], (shape(self.new_k) or (0,) * 3)[2])
+        """Whether it has a cache and only some of the new tokens ask."""
+        return self.cache is not None and not same_size(sizes_of(self.q)[-2], self.cache.tokens)
+
+    def keep(self, cache: Cache) -> None:
+        """Its keys and values are kept in this way."""
+        self.source, self.cache = cache.source, cache
 
     def refuse(self, reason: str, *, lasting: bool = True) -> None:
         """Leave the site alone, for the first reason found.
@@ -116,46 +187,10 @@ class Site:
         if not self.reason:
             self.reason, self.lasting = reason, lasting
 
-    def look_through(
-        self, *, k_token: int = -2, grouped: bool = False, probabilities: Node | None = None
-    ) -> None:
-        """Find the keys and values behind views and expansions, and what pairs them with queries.
-
-        Args:
-            k_token: the dimension of ``k`` that counts tokens, -2 or -1; ``v``'s is -2.
-            grouped: ``enable_gqa``: query heads share kv heads without an expansion.
-            probabilities: what is multiplied with ``v`` where that is its own product.
-        """
-        keys = follow(self.k, lambda origin, dims: _is_cacheable(origin, dims, k_token))
-        values = follow(self.v, lambda origin, dims: _is_cacheable(origin, dims, -2))
-        if keys is None or values is None:
-            found = shape(self.k if keys is None else self.v)
-            self.refuse(
-                f"keys or values of shape {_text(found)} are not [batch, kv heads, tokens, head "
-                "dim], nor views of it"
-            )
-            return
-        queries = shape(self.q) or ()
-        left = shape(probabilities) or queries
-        # Where the origins do not pair, what is read may: then it is computed from the cache.
-        read = (self.k, origin_dims(self.k)), (self.v, origin_dims(self.v))
-        for (k, k_dims), (v, v_dims) in ((keys, values), read):
-            layout = _pair(queries, k_dims[:-2], grouped)
-            other = _pair(left, v_dims[:-2], grouped)
-            if layout is not None and other is not None and _flat(layout) == _flat(other):
-                self.k, self.v, self.layout, self.out_layout = k, v, layout, other
-                return
-            if k_token != -2 or len(shape(self.k) or ()) != 4:
-                break
-        self.refuse(
-            "keys and values, or queries and keys, differ in how batch and heads are laid out: "
-            f"queries {_text(queries)}, keys {names(keys[1])}, values {names(values[1])}"
-        )
-
     def row(self) -> dict[str, Any]:
         """The site as a report row."""
         return {
-            "path": self.path or f"attention {self.ordinal}",
+            "path": self.name,
             "layer": self.layer,
             "fused": self.fused,
             "reason": self.reason,
@@ -163,57 +198,36 @@ class Site:
         }
 
 
-def first_over_caches(sites: Iterable[Site]) -> list[Site]:
-    """The first site of every cache that is rewritten."""
-    found: dict[tuple[str, int | None], Site] = {}
-    for site in sites:
-        if site.fused:
-            found.setdefault(site.cache_key, site)
-    return list(found.values())
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A site that can be rewritten, and the state that its cache becomes.
 
-
-def _text(sizes: Sequence[Any] | None) -> str:
-    return "?" if sizes is None else str([*sizes])
-
-
-def _is_cacheable(origin: Node, dims: Dims, token: int) -> bool:
-    """Whether an origin is [batch, kv heads, tokens, head dim] and its axes are where they belong.
-
-    Sizes of 1 tell nothing of their axis, so they will do anywhere.
+    ``batch`` sequences of ``heads`` kv heads; what is computed from the cache may mix heads, and
+    then all of a token are one in the ``plan``. ``layer`` is the number of its cache.
     """
-    if len(shape(origin) or ()) != 4 or len(dims) < 2:
-        return False
-    found = names(dims)
-    if found[token] not in ((), ("2",)) or found[-3 - token] not in ((), ("3",)):
-        return False
-    outer = [name for dim in found[:-2] for name in dim]
-    return set(outer) <= {"0", "1", "copies"} and len({*outer} - {"copies"}) == len(
-        [name for name in outer if name != "copies"]
-    )
+
+    site: Site
+    cache: Cache
+    plan: LayerPlan
+    layer: int
+    batch: int
+    heads: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lives."""
+        device: torch.device = example(self.cache.new_k).device
+        return device
 
 
-def _pair(queries: Sequence[Any], dims: Dims, grouped: bool) -> Dims | None:
-    """The axes of the queries' leading dimensions, from those of keys or values."""
-    sizes = queries[:-2]
-    dims = ((),) * (len(sizes) - len(dims)) + dims
-    if len(dims) != len(sizes):
-        return None
-    out: list[tuple[Axis, ...]] = []
-    for index, (size, dim) in enumerate(zip(sizes, dims, strict=True)):
-        held = size_of(dim)
-        heads = index == len(sizes) - 1
-        if same_size(held, size):
-            out.append(dim)
-        elif same_size(held, 1) or (grouped and heads and _divides(held, size)):
-            out.append((*dim, Axis("copies", size // held)))
-        else:
-            return None
-    return tuple(out)
+def rewritten(sites: Iterable[Site]) -> list[Planned]:
+    """The sites that are rewritten."""
+    return [site.planned for site in sites if site.planned is not None and site.fused]
 
 
-def _flat(layout: Dims) -> list[str]:
-    return [name for dim in names(layout) for name in dim]
-
-
-def _divides(part: Any, whole: Any) -> bool:
-    return isinstance(part, int) and isinstance(whole, int) and whole % part == 0
+def first_over_caches(sites: Iterable[Site]) -> list[Planned]:
+    """The first site of every cache that is rewritten."""
+    found: dict[tuple[str, int | None], Planned] = {}
+    for planned in rewritten(sites):
+        found.setdefault(planned.site.cache_key, planned)
+    return list(found.values())

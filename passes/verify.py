@@ -6,17 +6,19 @@ Raises ``PassError`` instead of letting a wrong graph run.
 from __future__ import annotations
 
 from arkv_fx.passes.context import Context
+from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.nodes import op_name
+from arkv_fx.passes.site import Marker
 from torch.fx import GraphModule
 
 from arkv_fx.errors import PassError
 
 
-def run(graph: GraphModule, context: Context) -> None:
+def run(graph: GraphModule, context: Context) -> int:
     """Raise if a fused site is not one operator over its own state, or a state not updated once."""
     graph.graph.lint()
     attends = [n for n in graph.graph.nodes if op_name(n) in ("attend", "peek")]
-    planned = len(context.fused) + sum(site.behind is not None for site in context.fused)
+    planned = len(context.fused) + sum(site.cache.behind is not None for site in context.fused)
     if len(attends) != planned:
         raise PassError(
             f"{planned} operators were planned but {len(attends)} attend operators are in the "
@@ -32,7 +34,7 @@ def run(graph: GraphModule, context: Context) -> None:
             raise PassError(
                 f"state {states[0].name}.. is updated {len(writers)} times instead of once, at last"
             )
-    fused_layers = {s.layer for s in context.fused if s.source == "marker"}
+    fused_layers = {s.layer for s in context.fused if isinstance(s.cache, Marker)}
     for node in graph.graph.nodes:
         if op_name(node) == "kv_update" and node.args[3] in fused_layers:
             raise PassError(
@@ -40,3 +42,7 @@ def run(graph: GraphModule, context: Context) -> None:
                 "still read; its tokens would be kept twice"
             )
     graph.recompile()
+    return len(attends)
+
+
+PASS = Pass("verify", run, needs=("operators", "positions"))

@@ -20,9 +20,9 @@ from arkv_fx.compile.replay_inputs import numbers_as_tensors
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import UnknownOptionError
 from arkv_fx.passes import pipeline
-from arkv_fx.passes.context import Context, Probe, StandIn
+from arkv_fx.passes.context import Applied, Context, Probe, StandIn
 from arkv_fx.passes.nodes import example, same_size, shape
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.site import Buffer, Cache, Cat, Marker, Site
 from arkv_fx.state.anchors import Anchors
 from arkv_fx.state.buffers import Buffers, first_position
 from arkv_fx.state.session import LayerState, Session, check_finite, find_session
@@ -35,7 +35,7 @@ class ArkvBackend:
     """Compiles graphs of one model under one configuration.
 
     ``graphs`` counts what was compiled and ``calls`` how often any of it ran; ``sites`` holds the
-    attention sites of every graph.
+    attention sites of every graph, ``traces`` what each pass did there and how long it took.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class ArkvBackend:
         self.graphs = 0
         self.calls = 0
         self.sites: list[list[Site]] = []
+        self.traces: list[list[Applied]] = []
         self.replays: list[Replay] = []
 
     def __call__(self, graph: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Compiled:
@@ -75,6 +76,7 @@ class ArkvBackend:
         )  # fmt: skip
         work = pipeline.apply(graph, context)
         self.sites.append(context.sites)
+        self.traces.append(context.trace)
         if any(isinstance(x, FakeTensor) or _is_meta(x) for x in example_inputs):
             return self._counted(graph.forward)  # shapes without numbers: only the report counts
         if not any(site.source for site in context.sites):
@@ -84,16 +86,16 @@ class ArkvBackend:
             return self._counted(
                 _Runner(graph, context, self._lower(graph, [*example_inputs], False))
             )
-        one = self.records and all(_takes_one(site) for site in context.fused)
+        one = self.records and all(_takes_one(planned.cache) for planned in context.fused)
         if one:
-            numbers_as_tensors(work, _device(context.fused[0]))
+            numbers_as_tensors(work, context.fused[0].device)
         inputs = [*example_inputs, *_example_state(context, example_inputs)]
         runner = _Runner(graph, context, self._lower(work, inputs, True))
         if one:
             runner.replay = Replay(runner.compiled, work)
             self.replays.append(runner.replay)
         if runner.begins_unknown():
-            begin = replace(context, first=True, sites=[], state_inputs=[])
+            begin = replace(context, first=True)
             runner.first = self._lower(pipeline.apply(graph, begin), inputs, True)
         return self._counted(runner)
 
@@ -131,29 +133,22 @@ def _example_state(context: Context, example_inputs: Sequence[Any]) -> list[Tens
             tensors.append(torch.zeros(shape, dtype=dtype, device=device))
 
     # Placeholders stand in the order in which `rewrite` made them: a cache's state, its anchor.
-    for site in context.caches:
-        assert site.plan is not None
-        device = _device(site)
-        for spec in site.plan.specs():
-            empty((site.batch, *spec.shape), spec.dtype, device)
-        if site.source == "cat":
-            empty((1,), site.plan.dtype, device)
-        if site.source == "buffer":
-            empty((), torch.int64, device)
+    for planned in context.caches:
+        for spec in planned.plan.specs():
+            empty((planned.batch, *spec.shape), spec.dtype, planned.device)
+        if isinstance(planned.cache, Cat):
+            empty((1,), planned.plan.dtype, planned.device)
+        if isinstance(planned.cache, Buffer):
+            empty((), torch.int64, planned.device)
     return tensors
 
 
-def _takes_one(site: Site) -> bool:
-    return same_size((shape(site.new_k) or ())[2], 1)
+def _takes_one(cache: Cache) -> bool:
+    return same_size(cache.tokens, 1)
 
 
 def _is_meta(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_meta
-
-
-def _device(site: Site) -> torch.device:
-    device: torch.device = example(site.new_k).device
-    return device
 
 
 class _Runner:
@@ -161,50 +156,49 @@ class _Runner:
 
     def __init__(self, graph: GraphModule, context: Context, compiled: Compiled) -> None:
         self.placeholders = graph.graph.find_nodes(op="placeholder")
-        self.compiled, self.sites = compiled, context.caches
-        self.device = [_device(s) for s in self.sites]
+        self.compiled, self.caches = compiled, context.caches
+        self.devices = [planned.device for planned in self.caches]
         self.index = {node.name: i for i, node in enumerate(self.placeholders)}
-        self.layers = [s.layer if s.layer is not None else s.ordinal for s in self.sites]
         # The same for many tokens that begin a sequence, where only a call can tell.
         self.first: Compiled | None = None
         self.replay: Replay | None = None
 
     def begins_unknown(self) -> bool:
         """Whether many tokens may come to a buffer that is empty or not."""
-        unknown = [s for s in self.sites if s.source == "buffer" and not s.fresh]
-        return not all(_takes_one(s) for s in unknown)
+        buffers = [p.cache for p in self.caches if isinstance(p.cache, Buffer)]
+        return not all(_takes_one(cache) for cache in buffers if not cache.fresh)
 
     def __call__(self, *inputs: Any) -> Any:
         extra: list[Tensor] = []
         states: list[LayerState] = []
-        sessions: dict[Node | None, Session] = {}
+        sessions: dict[Node, Session] = {}
         anchors, buffers = Anchors(), Buffers()
         starts: set[int] = set()
-        for site, layer, device in zip(self.sites, self.layers, self.device, strict=True):
-            assert site.plan is not None
-            if site.source == "marker":
-                session = sessions.get(site.handle)
+        for planned, device in zip(self.caches, self.devices, strict=True):
+            cache, plan, batch = planned.cache, planned.plan, planned.batch
+            where = f"layer {planned.layer} ({planned.site.path})"
+            if isinstance(cache, Marker):
+                session = sessions.get(cache.handle)
                 if session is None:
-                    session = find_session(self._input(site.handle, inputs))
-                    sessions[site.handle] = session
-                state = session.layer(layer, site.plan, site.batch, device)
-                extra += state.tensors
-            else:
-                past = tuple(self._input(p, inputs) for p in site.past)
-                where = f"layer {layer} ({site.path})"
-                if site.source == "buffer":
-                    start, length = self._span(site, inputs, where)
-                    state = buffers.state(
-                        past, site.plan, site.batch, start, length, where, site.token_dim
-                    )
-                    starts.add(start)
-                    other = torch.full((), start, device=device)
-                else:
-                    state, other = anchors.state(
-                        past, site.plan, site.batch, device, site.fresh, where, site.token_dim
-                    )
-                extra += [*state.tensors, other]
-            states.append(state)
+                    session = find_session(self._input(cache.handle, inputs))
+                    sessions[cache.handle] = session
+                states.append(session.layer(planned.layer, plan, batch, device))
+                extra += states[-1].tensors
+            elif isinstance(cache, Buffer):
+                past = tuple(self._input(p, inputs) for p in cache.past)
+                start, length = self._span(cache, inputs, where)
+                states.append(
+                    buffers.state(past, plan, batch, start, length, where, cache.token_dim)
+                )
+                starts.add(start)
+                extra += [*states[-1].tensors, torch.full((), start, device=device)]
+            elif isinstance(cache, Cat):
+                past = tuple(self._input(p, inputs) for p in cache.past)
+                state, anchor = anchors.state(
+                    past, plan, batch, device, cache.fresh, where, cache.token_dim
+                )
+                states.append(state)
+                extra += [*state.tensors, anchor]
         anchors.refuse_strangers(inputs)
         buffers.refuse_strangers(inputs)
         buffers.doubt()
@@ -215,16 +209,16 @@ class _Runner:
         else:
             compiled = self.first if self.first is not None and starts == {0} else self.compiled
             out = compiled(*inputs, *extra)
-        check_finite(zip(self.layers, states, strict=True))
+        check_finite(zip((planned.layer for planned in self.caches), states, strict=True))
         anchors.remember(out)
         buffers.remember()
         return out
 
-    def _span(self, site: Site, inputs: Sequence[Any], where: str) -> tuple[int, int]:
+    def _span(self, cache: Buffer, inputs: Sequence[Any], where: str) -> tuple[int, int]:
         """Position of the first new token in a buffer, and how many there are."""
-        start = self._input(site.start, inputs) if isinstance(site.start, Node) else site.start
-        positions = self._input(site.positions, inputs)
-        length = self._extent((shape(site.new_k) or ())[2], inputs)
+        start = self._input(cache.start, inputs) if isinstance(cache.start, Node) else cache.start
+        positions = self._input(cache.positions, inputs)
+        length = self._extent(cache.tokens, inputs)
         return first_position(start, positions, where), length
 
     def _extent(self, size: Any, inputs: Sequence[Any]) -> int:

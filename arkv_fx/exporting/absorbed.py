@@ -32,9 +32,9 @@ from arkv_fx.exporting.offset import count_from_offset
 from arkv_fx.huggingface.transformed import own_code
 from arkv_fx.passes import pipeline
 from arkv_fx.passes.context import Context
-from arkv_fx.passes.nodes import example, shape
+from arkv_fx.passes.nodes import example, shape, sizes_of
 from arkv_fx.passes.rewrite import OFFSET
-from arkv_fx.passes.site import first_over_caches
+from arkv_fx.passes.site import Buffer, first_over_caches
 
 PAST = ("past", "cache")
 PLACES = ("pos", "start")
@@ -144,7 +144,7 @@ class _Tracer:
             raise ExportError(
                 f"{self.name}: it keeps no cache that is known, called with token ids and "
                 f"{self._second()} (insert_cache=True gives a model one)"
-                + "".join(f"\n  {site.row()['path']}: {site.reason}" for site in self.sites)
+                + "".join(f"\n  {site.name}: {site.reason}" for site in self.sites)
             )
 
     def _named(self, words: Sequence[str]) -> str:
@@ -189,18 +189,18 @@ class _Tracer:
         count_from_offset(graph, ids, positions, caches, fresh, held)
         names = {n.name: name for n, name in constants.items() if n.users}  # not its buffers
         check_constants(self.name, call, names)
-        tokens = {str((shape(ids) or ())[1])} | {str(x) for x in shape(positions) or ()}
+        tokens = {str(sizes_of(ids)[1])} | {str(x) for x in shape(positions) or ()}
         sizes: dict[str, tuple[str, int]] = {}
         for node, value in values.items():
             if str(example(node)) in tokens:
                 sizes[node.name] = ("input_ids", 1)
             elif node.users and node is not ids and node not in constants:
                 raise ExportError(stray(self.name, node, value))
-        buffers = [(shape(s.past[0]) or (), s.token_dim) for s in caches if s.source == "buffer"]
+        buffers = [planned.cache for planned in caches if isinstance(planned.cache, Buffer)]
         return Captured(
             graph, names, {ids.name: "input_ids"}, sizes, caches, state_inputs(graph), 0, {},
             ("input_ids",) if fresh else ("input_ids", "position_ids"), OFFSET,
-            min((int(sizes[dim]) for sizes, dim in buffers), default=None),
+            min((int(sizes_of(x.past[0])[x.token_dim]) for x in buffers), default=None),
         )  # fmt: skip
 
     def _keep_logits(self, call: Call, out: Any) -> None:

@@ -136,10 +136,10 @@ class _Tracer:
     def _token(self, cache: Any, position: int) -> Captured:
         ids = torch.ones(self.batch, 1, dtype=torch.long, device=self.device)
         found = self._call({"input_ids": ids, "position_ids": ids * (position - 1)}, cache)
-        for site in found.sites:
-            if site.biases:
+        for planned in found.sites:
+            if planned.site.biases:
                 raise ExportError(
-                    f"{site.row()['path']}: its logits have a mask or a bias in every step, which "
+                    f"{planned.site.name}: its logits have a mask or a bias in every step, which "
                     "grows with the text"
                 )
         return found
@@ -166,7 +166,7 @@ class _Tracer:
         for site in sites:
             if site.source != "marker":
                 raise ExportError(
-                    f"{site.row()['path']}: its cache is of kind {site.source!r}; only those that "
+                    f"{site.name}: its cache is of kind {site.source!r}; only those that "
                     "transformers manages are exported"
                 )
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from arkv_fx.errors import ExportError, TransformError
 from arkv_fx.insert.cached_model import random_ids
 from arkv_fx.passes.rewrite import STATE
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.site import Planned, Site
 
 PROMPT = 13  # tokens of the sample: a size that no other extent of a model is likely to have
 
@@ -58,7 +58,7 @@ class Captured:
     constants: dict[str, str]
     inputs: dict[str, str]
     sizes: dict[str, tuple[str, int]]
-    sites: list[Site]
+    sites: list[Planned]
     states: list[list[str]]
     logits: int
     values: dict[str, Tensor]
@@ -89,7 +89,7 @@ def sample_ids(model: nn.Module, batch: int) -> Tensor:
 
 def check_sites(name: str, sites: Sequence[Site]) -> None:
     """Refuse attention over a cache that is left alone, with the reasons."""
-    refused = [f"  {s.row()['path']}: {s.reason}" for s in sites if s.source and not s.fused]
+    refused = [f"  {s.name}: {s.reason}" for s in sites if s.source and not s.fused]
     if refused:
         raise ExportError(
             f"{name}: attention over its cache cannot be rewritten, so nothing is exported\n"

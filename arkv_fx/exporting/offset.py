@@ -24,18 +24,20 @@ from arkv_fx.passes.nodes import (
     example,
     module_path,
     op_name,
+    rank_of,
     shape,
+    sizes_of,
     whole_index,
 )
 from arkv_fx.passes.rewrite import OFFSET, START, placeholder
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.site import Buffer, Cache, Cat, Planned
 
 MANY = 4096
 SCALARS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def count_from_offset(
-    graph: GraphModule, ids: Node, positions: Node | None, sites: Sequence[Site], fresh: bool,
+    graph: GraphModule, ids: Node, positions: Node | None, sites: Sequence[Planned], fresh: bool,
     constants: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
     """Let the graph of a prompt count from 0, and that of a step from an input.
@@ -59,9 +61,9 @@ def count_from_offset(
             counted = _count(graph, length, offset, {"device": example(ids).device})
         positions.replace_all_uses_with(counted)
     if offset is None:
-        sizes = [*(shape(ids) or ())[1:], *(shape(positions) or ())]
+        sizes = [*sizes_of(ids)[1:], *(shape(positions) or ())]
     else:
-        sizes = [size for site in sites for size in _before(site)]
+        sizes = [size for planned in sites for size in _before(planned.cache)]
         for start in starts:
             start.replace_all_uses_with(offset)
     symbols = {size.node.expr for size in sizes if isinstance(size, torch.SymInt)}
@@ -74,14 +76,16 @@ def count_from_offset(
     graph.recompile()
 
 
-def _before(site: Site) -> list[Any]:
+def _before(cache: Cache) -> list[Any]:
     """The number of tokens before a call, as its graph knows it: sizes or a start.
 
     A past that the model itself crops says nothing of it.
     """
-    grows = site.source == "cat" and not site.sliding
-    held = [shape(past) or () for past in site.past] if grows else []
-    return [*(sizes[site.token_dim] for sizes in held), example(site.start)]
+    if isinstance(cache, Buffer):
+        return [example(cache.start)]
+    if not isinstance(cache, Cat) or cache.sliding:
+        return []
+    return [sizes_of(past)[cache.token_dim] for past in cache.past if past is not None]
 
 
 def _count(graph: GraphModule, length: Any, first: Node | None, options: dict[str, Any]) -> Node:
@@ -178,7 +182,7 @@ class _Rewriter:
     def _rows(self, node: Node) -> Node | None:
         """``table[s : s + n]`` and ``table[s]``, along any dimension."""
         table: Any = node.args[0]
-        index = list(whole_index(node.args[1], len(shape(table) or ())))
+        index = list(whole_index(node.args[1], rank_of(table)))
         for dim, entry in enumerate(index):
             ends = (entry.start, entry.stop) if isinstance(entry, slice) else (entry,)
             if not any(self._hangs(x) for x in ends):

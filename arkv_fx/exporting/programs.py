@@ -84,7 +84,7 @@ def make_programs(
     own = capture if cached_layers(model) else capture_absorbed
     front = capture_inserted if insert_cache else own
     prompt, token = front(model, config, calibration, batch)
-    plans = [ExportPlan.of(s.plan, s.row()["path"]) for s in prompt.sites if s.plan is not None]
+    plans = [ExportPlan.of(s.plan, s.site.name) for s in prompt.sites]
     if [s.plan for s in token.sites] != [s.plan for s in prompt.sites]:
         raise ExportError(
             f"{type(model).__name__}: its prompt and its steps do not cache the same layers"

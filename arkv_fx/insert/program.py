@@ -28,12 +28,12 @@ from arkv_fx.state.session import LayerState, Session, check_finite
 
 @dataclass
 class Program:
-    """A rewritten graph for the first tokens of a sequence (``fresh``) or for later ones."""
+    """A rewritten graph for the first tokens of a sequence or for later ones."""
 
     graph: GraphModule
     compiled: Compiled
     context: Context
-    fresh: bool
+    insertion: Insertion
     replay: Replay | None = None
 
     @property
@@ -44,26 +44,29 @@ class Program:
     @property
     def biased(self) -> bool:
         """Whether a bias by position must reach over all tokens so far."""
-        return any(site.biases for site in self.context.fused)
+        return any(planned.site.biases for planned in self.context.fused)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it is for the first tokens."""
+        return self.insertion.fresh
 
     @property
     def tokens(self) -> Any:
         """The symbol of the number of new tokens."""
-        assert self.context.insertion is not None
-        return self.context.insertion.tokens
+        return self.insertion.tokens
 
     def __call__(self, inputs: Sequence[Any], session: Session, seen: int) -> Any:
         """The flat outputs for new tokens behind the ``seen`` ones of the session."""
         extra: list[Tensor] = []
         states: dict[int, LayerState] = {}
-        for site in self.context.caches:
-            assert site.plan is not None and site.layer is not None
-            device = example(site.new_k).device
-            state = session.layer(site.layer, site.plan, site.batch, device)
-            states[site.layer] = state
+        caches = self.context.caches
+        for planned in caches:
+            state = session.layer(planned.layer, planned.plan, planned.batch, planned.device)
+            states[planned.layer] = state
             extra += state.tensors
         if not self.fresh:
-            extra.append(torch.full((), seen, device=example(self.context.fused[0].new_k).device))
+            extra.append(torch.full((), seen, device=caches[0].device))
         with torch.no_grad():
             if self.replay is not None:
                 out = self.replay([*inputs, *extra], [*states.values()])
@@ -102,12 +105,12 @@ def build(
         what = "causal self-attention cannot be given a cache" if refused else (
             "there is no causal self-attention to give a cache to"
         )  # fmt: skip
-        lines = [f"  {s.row()['path']}: {s.reason}" for s in refused or context.sites]
+        lines = [f"  {s.name}: {s.reason}" for s in refused or context.sites]
         lines = lines or ["  it has no attention that the passes know"]
         raise TransformError(f"{what}; the model is left as it was\n" + "\n".join(lines))
     if lowering == "eager":
-        return Program(work, work.forward, context, fresh)
-    inputs = _fakes(work, context, one)
+        return Program(work, work.forward, context, insertion)
+    inputs = _fakes(work, insertion.tokens, one)
     if one:
         _fix_extents(work, insertion.tokens)
     with torch.no_grad():
@@ -121,12 +124,11 @@ def build(
     replay = None
     if one and lowering == "reduce-overhead":
         replay = Replay(compiled, work, insertion.constants)
-    return Program(work, compiled, context, fresh, replay)
+    return Program(work, compiled, context, insertion, replay)
 
 
-def _fakes(graph: GraphModule, context: Context, one: bool) -> list[Any]:
+def _fakes(graph: GraphModule, tokens: Any, one: bool) -> list[Any]:
     """Fake inputs of a rewritten graph, for one token or for any number."""
-    assert context.insertion is not None
     for node in graph.graph.nodes:
         # split_module takes "example_value" for Dynamo's, whose symbols are inputs.
         if "example_value" in node.meta:
@@ -137,7 +139,7 @@ def _fakes(graph: GraphModule, context: Context, one: bool) -> list[Any]:
         return traced
     mode = next(x.fake_mode for x in traced if isinstance(x, FakeTensor))
     with mode:
-        fixed = [_with_one_token(x, context.insertion.tokens) for x in traced]
+        fixed = [_with_one_token(x, tokens) for x in traced]
     for node, fake in zip(nodes, fixed, strict=True):
         node.meta = {"val": fake}
     return fixed

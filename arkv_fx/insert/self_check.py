@@ -101,5 +101,5 @@ def _joined(expected: Tensor, pieces: Sequence[Tensor]) -> Tensor | None:
 
 
 def _uncached(program: Program) -> str:
-    alone = [f"{s.row()['path']}: {s.reason}" for s in program.sites if not s.fused]
+    alone = [f"{s.name}: {s.reason}" for s in program.sites if not s.fused]
     return "attention left alone: " + "; ".join(alone) if alone else "no attention was left alone"

@@ -128,7 +128,7 @@ def test_a_prompt_after_a_conversation_still_knows_that_its_cache_is_empty() -> 
     for length in (20, 9):
         model(prompt(length), past_key_values=cache)
     model(prompt(30, batch=2))
-    fresh = [[site.fresh for site in sites] for sites in model.arkv.backend.sites]
+    fresh = [[site.cache.fresh for site in sites] for sites in model.arkv.backend.sites]
     assert fresh == [[True], [False], [True]]
 
 

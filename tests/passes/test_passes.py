@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from arkv_fx.passes import carry, heads, pipeline, rewrite
 from arkv_fx.passes.context import Context
+from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.nodes import op_name
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.site import Cache
 from pass_harness import (
     DIM,
     GROUPS,
@@ -66,13 +67,14 @@ def test_a_marker_and_its_attention_become_one_operator() -> None:
     assert out.count("kv_update") == (1, 0)
     assert out.count("expand") == (2, 0), "the peeled expansion is dead and must go"
     assert out.count("attend") == (0, 1)
-    site = out.context.sites[0]
-    assert (site.source, site.layer, site.fresh, site.heads) == ("marker", 0, True, HEADS)
+    (site,), (planned,) = out.context.sites, out.context.fused
+    assert (site.source, site.layer) == ("marker", 0)
+    assert (planned.cache.fresh, planned.heads) == (True, HEADS)
     # The state comes behind the graph's own inputs, in the plan's order, for this one site.
     inputs = [[n.name for n in g.graph.nodes if n.op == "placeholder"]
               for g in (out.before, out.after)]  # fmt: skip
     assert inputs[1][: len(inputs[0])] == inputs[0]
-    assert len(inputs[1]) - len(inputs[0]) == len(site.plan.specs())  # type: ignore[union-attr]
+    assert len(inputs[1]) - len(inputs[0]) == len(planned.plan.specs())
     attend = next(n for n in out.after.graph.nodes if op_name(n) == "attend")
     assert [n.name for n in attend.args[4]] == inputs[1][len(inputs[0]) :]
     assert attend.args[6] == pytest.approx(1 / math.sqrt(DIM))
@@ -119,7 +121,7 @@ def test_the_scale_is_kept(scale: float | None) -> None:
 def test_an_expansion_of_kv_heads_is_looked_through(expand: Callable[[Tensor], Tensor]) -> None:
     backend = check_output(cached(expand))
     assert [s.reason for sites in backend.sites for s in sites] == [""] * len(backend.sites)
-    assert {s.heads for sites in backend.sites for s in sites} == {HEADS}
+    assert {s.planned.heads for sites in backend.sites for s in sites} == {HEADS}
 
 
 def test_grouped_attention_needs_no_peeling() -> None:
@@ -136,7 +138,7 @@ def test_what_is_not_known_is_refused_and_stays_right() -> None:
 
 def test_keys_and_values_may_pair_heads_differently() -> None:
     backend = check_output(cached(lift, expand_values=repeated))
-    assert all(s.fused and s.rows for sites in backend.sites for s in sites)
+    assert all(s.fused and s.cache.rows for sites in backend.sites for s in sites)
 
 
 def test_keys_and_values_must_have_the_same_heads() -> None:
@@ -173,7 +175,7 @@ def test_keys_and_values_may_be_computed_from_the_cache() -> None:
 
     for function in (latent, cached(doubled)):
         backend = check_output(function)
-        assert all(s.fused and s.rows for sites in backend.sites for s in sites)
+        assert all(s.fused and s.cache.rows for sites in backend.sites for s in sites)
 
 
 def test_a_computation_that_is_not_copied_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +207,7 @@ def test_changed_dtypes_are_no_views() -> None:
         return F.scaled_dot_product_attention(q.bfloat16(), k, v, **options)
 
     (site,) = capture(cached(half, attention), *tensors(6)).context.sites
-    assert site.fused and site.rows
+    assert site.fused and site.cache.rows
 
 
 # What is left alone, and why
@@ -217,7 +219,7 @@ def test_outputs_may_be_swapped() -> None:
         return F.scaled_dot_product_attention(q, values, keys, is_causal=q.shape[2] > 1)
 
     (site,) = check_output(function, HEADS).sites[0]
-    assert site.fused and site.rows
+    assert site.fused and site.cache.rows
 
 
 def both_attend(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
@@ -240,7 +242,7 @@ def also_returns(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) ->
 def test_two_attentions_may_read_one_cache() -> None:
     backend = check_output(both_attend, HEADS)
     assert all(first.fused and second.fused for first, second in backend.sites)
-    assert all(not first.last and second.last for first, second in backend.sites)
+    assert all(not first.cache.last and second.cache.last for first, second in backend.sites)
 
 
 def last_looks(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:
@@ -260,11 +262,11 @@ def test_some_tokens_may_ask_behind_all(steps: tuple[int, ...]) -> None:
     backend = check_output(last_looks, HEADS, steps)
     assert all(site.fused for sites in backend.sites for site in sites)
     first, *others = backend.sites[0]
-    assert first.last and first.behind is others[-1]
+    assert first.cache.last and first.cache.behind is others[-1].node
 
 
 def test_an_update_before_the_last_look_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Site, "behind", property(lambda self: None, lambda self, value: None))
+    monkeypatch.setattr(Cache, "behind", property(lambda self: None, lambda self, value: None))
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="instead of once, at last"):
         check_output(last_looks, HEADS)
 
@@ -280,7 +282,7 @@ def test_some_tokens_alone_are_left_alone() -> None:
 
 
 def test_an_update_by_each_of_two_attentions_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Site, "last", property(lambda self: True, lambda self, value: None))
+    monkeypatch.setattr(Cache, "last", property(lambda self: True, lambda self, value: None))
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="updated 2 times"):
         check_output(both_attend, HEADS)
 
@@ -482,7 +484,7 @@ def test_absorption_leaves_no_cat_behind() -> None:
     past = [torch.zeros(1, HEADS, 0, DIM) for _ in range(2)]
     out = apply(concatenating, *tensors(6), *past)
     assert out.count("cat") == (2, 0) and out.count("attend") == (0, 1)
-    assert out.context.sites[0].fresh
+    assert out.context.sites[0].cache.fresh
 
 
 def reads_joined(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Any:
@@ -566,11 +568,11 @@ def test_windows_and_ratios_reach_the_plan() -> None:
     calibration = Calibration("x", "paper", (1.0, 1.0, 1.0), (8,), rows)
     config = ArkvConfig(budget=36 + 16, tiers=("native", "int8"))
     out = capture(cached(lift), q, k, v, config=config, calibration=calibration)
-    plan = out.context.sites[0].plan
-    assert plan is not None and [t.slots for t in plan.tiers] == [4, 12]
+    plan = out.context.fused[0].plan
+    assert [t.slots for t in plan.tiers] == [4, 12]
     out = capture(cached(lift), q, k, v, config=config, sliding=(16,))
-    plan = out.context.sites[0].plan
-    assert plan is not None and (plan.sliding, plan.sinks, plan.slots) == (16, 0, 16)
+    plan = out.context.fused[0].plan
+    assert (plan.sliding, plan.sinks, plan.slots) == (16, 0, 16)
 
 
 def test_a_format_that_cannot_hold_the_heads_is_named() -> None:
@@ -620,7 +622,7 @@ def test_the_tracer_s_graph_is_not_changed() -> None:
 def sabotaged(monkeypatch: pytest.MonkeyPatch, sabotage: Callable[..., None]) -> Rewritten:
     """The passes with one that breaks the graph before it is verified."""
     passes = list(pipeline.PASSES)
-    passes.insert(-1, sabotage)
+    passes.insert(-1, Pass("sabotage", lambda *given: sabotage(*given) or 0))
     monkeypatch.setattr(pipeline, "PASSES", tuple(passes))
     return capture(cached(lift), *tensors(6))
 
@@ -641,10 +643,10 @@ def _other_reader(graph: GraphModule, context: Context) -> None:
 
 
 def _marker_stays(graph: GraphModule, context: Context) -> None:
-    site = context.sites[0]
+    cache = context.sites[0].cache
     with graph.graph.inserting_before(_attend_of(graph)):
         graph.graph.call_function(
-            torch.ops.arkv.kv_update, (site.new_k, site.new_v, site.handle, 0, 6)
+            torch.ops.arkv.kv_update, (cache.new_k, cache.new_v, cache.handle, 0, 6)
         )
 
 
@@ -675,7 +677,7 @@ def test_a_broken_graph_does_not_pass(
 
 
 def test_a_rewrite_that_does_nothing_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = tuple(p for p in pipeline.PASSES if p is not rewrite.run)
+    passes = tuple(p for p in pipeline.PASSES if p is not rewrite.PASS)
     monkeypatch.setattr(pipeline, "PASSES", passes)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="but 0 attend"):
         capture(cached(lift), *tensors(6))
