@@ -22,8 +22,7 @@ from arkv_fx.passes.site import Site
 from torch.fx import GraphModule, Node
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
-
-Attention = tuple[tuple[Any, ...], dict[str, Any]]
+from arkv_fx.ops.signatures import AttendArguments, ColumnsArguments
 
 STATE, START, OFFSET = "arkv_state_", "arkv_start_", "arkv_offset"
 """Added inputs: prefixes for a site's state and its start in a buffer; the tokens before a call."""
@@ -34,7 +33,7 @@ def run(graph: GraphModule, context: Context) -> None:
     computed = [node for site in context.fused for node in (*site.rows, *site.makers)]
     states: dict[tuple[str, int | None], list[Node]] = {}
     starts: dict[tuple[str, int | None], Node] = {}
-    updates: dict[int, Attention] = {}
+    updates: dict[int, AttendArguments[Node]] = {}
     for site in context.fused:
         assert site.plan is not None
         if (key := site.cache_key) not in states:
@@ -59,7 +58,7 @@ def run(graph: GraphModule, context: Context) -> None:
             updates[id(site.behind)] = attention
         if (late := updates.get(id(site))) is not None:
             with graph.graph.inserting_before(site.node):
-                graph.graph.call_function(torch.ops.arkv.attend.default, *late)
+                graph.graph.call_function(torch.ops.arkv.attend.default, *late.call())
     for site in context.fused:
         if site.source == "marker":
             _count_without_cache(site.cache_nodes[0])
@@ -111,7 +110,7 @@ def _replace(
     state: list[Node],
     start: Node | None,
     context: Context,
-) -> Attention:
+) -> AttendArguments[Node]:
     """Write the attention in front of the old one; its operator's arguments."""
     assert site.plan is not None
     emit = heads.Emitter(graph, site.node)
@@ -122,30 +121,33 @@ def _replace(
     plan = site.plan.to_json()
     assert site.new_k is not None and site.new_v is not None
     new_k, new_v = k, v = site.new_k, site.new_v
-    rows: dict[str, Any] = {}
+    computed: list[Node] | None = None
     if site.rows:
         new_k, new_v = heads.fold(new_k, emit), heads.fold(new_v, emit)
-        found = emit(torch.ops.arkv.columns.default, new_k, new_v, state, plan, site.fresh)
+        asked = ColumnsArguments(new_k, new_v, state, plan, site.fresh)
+        found = emit(torch.ops.arkv.columns.default, *asked.call()[0])
         pair = [heads.unfold(emit(operator.getitem, found, i), site.heads, emit) for i in range(2)]
         k, v = carry.replay(site, pair, emit)
-        rows = {"rows": [k, v]}
-    arguments = (
-        q, new_k, new_v, mask, state, plan, float(scale), site.softcap, sinks, site.fresh
+        computed = [k, v]
+    arguments = AttendArguments(
+        q, new_k, new_v, mask, state, plan, float(scale), site.softcap, sinks, site.fresh,
+        computed=computed,
     )  # fmt: skip
     with graph.graph.inserting_before(site.node):
         if context.probe is not None and site.last:
             graph.graph.call_function(context.probe, (site.layer, q, k, v, mask, float(scale)))
         if context.stand_in is not None:
-            new = graph.graph.call_function(context.stand_in, (site.layer, *arguments))
+            placed, named = arguments.call()
+            new = graph.graph.call_function(context.stand_in, (site.layer, *placed), named)
         else:
             updates = site.last and site.behind is None
             op = torch.ops.arkv.attend if updates else torch.ops.arkv.peek
-            new = graph.graph.call_function(op.default, arguments, rows)
+            new = graph.graph.call_function(op.default, *arguments.call())
     value = example(q)
     new.meta = dict(site.node.meta)
     new.meta["example_value"] = value.new_empty(*value.shape[:-1], (shape(site.v) or ())[-1])
     site.node.replace_all_uses_with(heads.output(site, new, emit))
-    return arguments, rows
+    return arguments
 
 
 def _ending_at_newest(site: Site, mask: Node, start: Node, emit: heads.Emitter) -> Node:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from arkv_fx.errors import ExportError
+from arkv_fx.ops.signatures import AttendArguments
 from arkv_fx.passes.fold import is_constant, look_at, what_is_shown
 from arkv_fx.passes.nodes import (
     ARITHMETIC,
@@ -99,9 +101,11 @@ def _drop_masks(graph: GraphModule, symbols: set[Any], constants: Mapping[str, T
         ExportError: for one that hides some or is a bias: it grows with the text.
     """
     for node in graph.graph.nodes:
-        if op_name(node) not in ("attend", "peek") or node.args[3] is None:
+        if op_name(node) not in ("attend", "peek"):
             continue
-        mask = node.args[3]
+        given: AttendArguments[Node] = AttendArguments.of(node)
+        if (mask := given.mask) is None:
+            continue
         if isinstance((shape(mask) or (0,))[-1], int):
             continue  # over a whole buffer
         if not is_constant(mask, constants) or not _hides_nothing(mask, symbols, constants):
@@ -109,7 +113,7 @@ def _drop_masks(graph: GraphModule, symbols: set[Any], constants: Mapping[str, T
                 f"{module_path(node)}: its logits have a mask or a bias in every step, which grows "
                 "with the text"
             )
-        node.update_arg(3, None)
+        replace(given, mask=None).write(node)
 
 
 def _hides_nothing(mask: Node, symbols: set[Any], constants: Mapping[str, Tensor]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from arkv_fx.exporting.captured import Captured
 from arkv_fx.exporting.groups import Group
-from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.arrivals import Arrivals
 from arkv_fx.ops.attend import Seen, columns, look, peek, settle
+from arkv_fx.ops.signatures import AttendArguments, ColumnsArguments
 from arkv_fx.state.view import view
 
 ATTEND = torch.ops.arkv.attend.default
@@ -119,23 +120,20 @@ class _Run(Interpreter):
     def run_node(self, n: Node) -> Any:
         if n.target not in (ATTEND, PEEK, COLUMNS):
             return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        place = 2 if n.target == COLUMNS else 4
-        names = n.args[place]
-        assert isinstance(names, (list, tuple)) and isinstance(names[0], Node)
-        owner = self.owner[names[0].name]
+        operator = ColumnsArguments if n.target == COLUMNS else AttendArguments
+        owner = self.owner[operator.of(n).state[0].name]
         group = self.step.groups[owner[0]]
         held = group.layer_of(self.states[owner[0]], owner[1])
         if n.target == COLUMNS:
-            k, v, _, _, fresh = args
-            return columns(k, v, held, group.plan, fresh)
-        q, k, v, mask, _, _, scale, softcap, sinks, fresh = args
-        knobs, rows = Knobs(scale, softcap, sinks), kwargs.get("rows")
+            asked: ColumnsArguments[Tensor] = ColumnsArguments.of(n, self.env.__getitem__)
+            return columns(asked.k, asked.v, held, group.plan, asked.fresh)
+        given: AttendArguments[Tensor] = AttendArguments.of(n, self.env.__getitem__)
         if n.target == PEEK:
-            return peek(q, k, v, mask, held, group.plan, knobs, fresh, self.step.kernel, rows)
+            return replace(given, state=held, kernel=self.step.kernel).run(peek, group.plan)
         out, self.seen[owner] = look(
-            q, k, v, mask, view(group.plan, held), knobs, fresh, self.step.kernel, rows
-        )
+            given.q, given.k, given.v, given.mask, view(group.plan, held), given.knobs, given.fresh,
+            self.step.kernel, given.computed,
+        )  # fmt: skip
         return out
 
 
