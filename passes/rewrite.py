@@ -18,14 +18,12 @@ from arkv_fx.passes import block_masks, carry, heads
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import example, op_name, shape
 from arkv_fx.passes.readers import SIZES
+from arkv_fx.passes.roles import Role, add_input
 from arkv_fx.passes.site import Site
 from torch.fx import GraphModule, Node
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 from arkv_fx.ops.signatures import AttendArguments, ColumnsArguments
-
-STATE, START, OFFSET = "arkv_state_", "arkv_start_", "arkv_offset"
-"""Added inputs: prefixes for a site's state and its start in a buffer; the tokens before a call."""
 
 
 def run(graph: GraphModule, context: Context) -> None:
@@ -37,22 +35,22 @@ def run(graph: GraphModule, context: Context) -> None:
     for site in context.fused:
         assert site.plan is not None
         if (key := site.cache_key) not in states:
+            cache, like = site.ordinal, example(site.new_k)
             states[key] = [
-                placeholder(graph, f"{STATE}{site.ordinal}_{i}")
-                for i in range(len(site.plan.specs()))
+                add_input(
+                    graph,
+                    Role("state", cache, spec.name),
+                    like.new_empty((site.batch, *spec.shape), dtype=spec.dtype),
+                )
+                for spec in site.plan.specs()
             ]
-            for node, spec in zip(states[key], site.plan.specs(), strict=True):
-                size = (site.batch, *spec.shape)
-                node.meta = {"example_value": example(site.new_k).new_empty(size, dtype=spec.dtype)}
             context.state_inputs.append(states[key])
             if site.source == "cat":
-                anchor = placeholder(graph, f"arkv_anchor_{site.ordinal}")
-                _proxy_cache(graph, site, anchor)
+                anchor = like.new_empty((1,), dtype=site.plan.dtype)
+                _proxy_cache(graph, site, add_input(graph, Role("anchor", cache), anchor))
             if site.source == "buffer":
-                start = placeholder(graph, f"{START}{site.ordinal}")
-                like = example(site.new_k)
-                start.meta = {"example_value": like.new_empty((), dtype=torch.int64)}
-                starts[key] = start
+                start = like.new_empty((), dtype=torch.int64)
+                starts[key] = add_input(graph, Role("start", cache), start)
         attention = _replace(graph, site, states[key], starts.get(key), context)
         if site.behind is not None:
             updates[id(site.behind)] = attention
@@ -92,16 +90,6 @@ def _with_sizes(graph: GraphModule, computed: Sequence[Node]) -> list[Node]:
         if size and not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return [node for node in graph.graph.nodes if node in found]
-
-
-def placeholder(graph: GraphModule, name: str) -> Node:
-    """A new input behind all others."""
-    last = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    if last:
-        with graph.graph.inserting_after(last[-1]):
-            return graph.graph.placeholder(name)
-    with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
-        return graph.graph.placeholder(name)
 
 
 def _replace(

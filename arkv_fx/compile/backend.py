@@ -22,6 +22,7 @@ from arkv_fx.errors import UnknownOptionError
 from arkv_fx.passes import pipeline
 from arkv_fx.passes.context import Context, Probe, StandIn
 from arkv_fx.passes.nodes import example, same_size, shape
+from arkv_fx.passes.roles import in_order, role_of
 from arkv_fx.passes.site import Site
 from arkv_fx.state.anchors import Anchors
 from arkv_fx.state.buffers import Buffers, first_position
@@ -87,8 +88,8 @@ class ArkvBackend:
         one = self.records and all(_takes_one(site) for site in context.fused)
         if one:
             numbers_as_tensors(work, _device(context.fused[0]))
-        inputs = [*example_inputs, *_example_state(context, example_inputs)]
-        runner = _Runner(graph, context, self._lower(work, inputs, True))
+        inputs = [*example_inputs, *_added_examples(work, example_inputs)]
+        runner = _Runner(graph, context, self._lower(work, inputs, True), in_order(work))
         if one:
             runner.replay = Replay(runner.compiled, work)
             self.replays.append(runner.replay)
@@ -114,26 +115,13 @@ class ArkvBackend:
         return compile_pieces(graph, inputs, self.probe)
 
 
-def _example_state(context: Context, example_inputs: Sequence[Any]) -> list[Tensor]:
-    """Fake state tensors with the shapes of the plans, in the order of the placeholders."""
+def _added_examples(graph: GraphModule, example_inputs: Sequence[Any]) -> list[Tensor]:
+    """Fake tensors for the inputs that the passes added, in order."""
     mode = detect_fake_mode(list(example_inputs))
-    tensors: list[Tensor] = []
-
-    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        with mode or nullcontext():
-            tensors.append(torch.zeros(shape, dtype=dtype, device=device))
-
-    # Placeholders stand in the order in which `rewrite` made them: a cache's state, its anchor.
-    for site in context.caches:
-        assert site.plan is not None
-        device = _device(site)
-        for spec in site.plan.specs():
-            empty((site.batch, *spec.shape), spec.dtype, device)
-        if site.source == "cat":
-            empty((1,), site.plan.dtype, device)
-        if site.source == "buffer":
-            empty((), torch.int64, device)
-    return tensors
+    inputs = graph.graph.find_nodes(op="placeholder")
+    likes = [example(node) for node in inputs if role_of(node) is not None]
+    with mode or nullcontext():
+        return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in likes]
 
 
 def _takes_one(site: Site) -> bool:
@@ -150,9 +138,16 @@ def _device(site: Site) -> torch.device:
 
 
 class _Runner:
-    """Calls a compiled graph with the state of the sequence at hand appended to its inputs."""
+    """Calls a compiled graph with the state of the sequence at hand appended to its inputs.
 
-    def __init__(self, graph: GraphModule, context: Context, compiled: Compiled) -> None:
+    ``added`` says what the passes added to them, see ``passes.roles.in_order``.
+    """
+
+    def __init__(
+        self, graph: GraphModule, context: Context, compiled: Compiled,
+        added: Sequence[tuple[str, int | None]] = (),
+    ) -> None:  # fmt: skip
+        self.added = added
         self.placeholders = graph.graph.find_nodes(op="placeholder")
         self.compiled, self.sites = compiled, context.caches
         self.device = [_device(s) for s in self.sites]
@@ -168,7 +163,7 @@ class _Runner:
         return not all(_takes_one(s) for s in unknown)
 
     def __call__(self, *inputs: Any) -> Any:
-        extra: list[Tensor] = []
+        given: dict[tuple[str, int | None], list[Tensor]] = {}
         states: list[LayerState] = []
         sessions: dict[Node | None, Session] = {}
         anchors, buffers = Anchors(), Buffers()
@@ -181,7 +176,6 @@ class _Runner:
                     session = find_session(self._input(site.handle, inputs))
                     sessions[site.handle] = session
                 state = session.layer(layer, site.plan, site.batch, device)
-                extra += state.tensors
             else:
                 past = tuple(self._input(p, inputs) for p in site.past)
                 where = f"layer {layer} ({site.path})"
@@ -191,18 +185,20 @@ class _Runner:
                         past, site.plan, site.batch, start, length, where, site.token_dim
                     )
                     starts.add(start)
-                    other = torch.full((), start, device=device)
+                    given["start", site.ordinal] = [torch.full((), start, device=device)]
                 else:
-                    state, other = anchors.state(
+                    state, anchor = anchors.state(
                         past, site.plan, site.batch, device, site.fresh, where, site.token_dim
                     )
-                extra += [*state.tensors, other]
+                    given["anchor", site.ordinal] = [anchor]
+            given["state", site.ordinal] = state.tensors
             states.append(state)
         anchors.refuse_strangers(inputs)
         buffers.refuse_strangers(inputs)
         buffers.doubt()
         for session in sessions.values():  # in doubt until the whole step is done
             session.tokens = -1
+        extra = [x for what in self.added for x in given[what]]
         if self.replay is not None:
             out = self.replay([*inputs, *extra], states)
         else:

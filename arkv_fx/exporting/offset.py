@@ -29,7 +29,7 @@ from arkv_fx.passes.nodes import (
     shape,
     whole_index,
 )
-from arkv_fx.passes.rewrite import OFFSET, START, placeholder
+from arkv_fx.passes.roles import Role, add_input, added
 from arkv_fx.passes.site import Site
 
 MANY = 4096
@@ -52,8 +52,8 @@ def count_from_offset(
     Raises:
         ExportError: naming what cannot be followed.
     """
-    starts = [n for n in graph.graph.find_nodes(op="placeholder") if n.name.startswith(START)]
-    offset = None if fresh else placeholder(graph, OFFSET)
+    starts = added(graph, "start")
+    offset = None if fresh else add_input(graph, Role("offset"))
     first = next(n for n in graph.graph.nodes if n.op != "placeholder")
     if positions is not None:
         with graph.graph.inserting_before(first):

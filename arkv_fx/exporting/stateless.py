@@ -16,6 +16,7 @@ from arkv_fx.exporting.groups import Group
 from arkv_fx.ops.arrivals import Arrivals
 from arkv_fx.ops.attend import Seen, columns, look, peek, settle
 from arkv_fx.ops.signatures import AttendArguments, ColumnsArguments
+from arkv_fx.passes.roles import is_added, role_of
 from arkv_fx.state.view import view
 
 ATTEND = torch.ops.arkv.attend.default
@@ -75,12 +76,11 @@ class _Run(Interpreter):
             group.empty() if step.fresh else [next(rest) for _ in group.plan.specs()]
             for group in step.groups
         ]
-        # The layer that a graph's state placeholder belongs to: (group, place in it).
-        self.owner: dict[str, tuple[int, int]] = {}
-        for layer, names in enumerate(step.captured.states):
-            for g, group in enumerate(step.groups):
-                if layer in group.layers:
-                    self.owner.update(dict.fromkeys(names, (g, group.layers.index(layer))))
+        # Where the state of a cache of the graph is: (group, place in it).
+        self.owner: dict[int | None, tuple[int, int]] = {}
+        for g, group in enumerate(step.groups):
+            for place, layer in enumerate(group.layers):
+                self.owner[step.captured.sites[layer].ordinal] = g, place
         self.seen: dict[tuple[int, int], Seen] = {}
 
     def logits(self) -> Tensor:
@@ -108,7 +108,7 @@ class _Run(Interpreter):
                 values.append(self.given[captured.inputs[name]])
             elif name in captured.constants:
                 values.append(getattr(self.step, _attribute(captured.constants[name])))
-            elif name == captured.offset:  # no padding, so the same for all sequences
+            elif is_added(node, "offset"):  # no padding, so the same for all sequences
                 values.append(self.given["position_ids"][0, 0])
             elif name in captured.sizes:
                 argument, dim = captured.sizes[name]
@@ -121,7 +121,9 @@ class _Run(Interpreter):
         if n.target not in (ATTEND, PEEK, COLUMNS):
             return super().run_node(n)
         operator = ColumnsArguments if n.target == COLUMNS else AttendArguments
-        owner = self.owner[operator.of(n).state[0].name]
+        role = role_of(operator.of(n).state[0])
+        assert role is not None
+        owner = self.owner[role.cache]
         group = self.step.groups[owner[0]]
         held = group.layer_of(self.states[owner[0]], owner[1])
         if n.target == COLUMNS:

@@ -22,6 +22,7 @@ from arkv_fx.passes import pipeline
 from arkv_fx.passes.context import Context, Insertion
 from arkv_fx.passes.fold import size_at
 from arkv_fx.passes.nodes import example
+from arkv_fx.passes.roles import in_order, kept
 from arkv_fx.passes.site import Site
 from arkv_fx.state.session import LayerState, Session, check_finite
 
@@ -35,6 +36,9 @@ class Program:
     context: Context
     fresh: bool
     replay: Replay | None = None
+
+    def __post_init__(self) -> None:
+        self.added = in_order(self.graph)
 
     @property
     def sites(self) -> list[Site]:
@@ -54,16 +58,17 @@ class Program:
 
     def __call__(self, inputs: Sequence[Any], session: Session, seen: int) -> Any:
         """The flat outputs for new tokens behind the ``seen`` ones of the session."""
-        extra: list[Tensor] = []
+        given: dict[tuple[str, int | None], list[Tensor]] = {}
         states: dict[int, LayerState] = {}
         for site in self.context.caches:
             assert site.plan is not None and site.layer is not None
             device = example(site.new_k).device
             state = session.layer(site.layer, site.plan, site.batch, device)
             states[site.layer] = state
-            extra += state.tensors
-        if not self.fresh:
-            extra.append(torch.full((), seen, device=example(self.context.fused[0].new_k).device))
+            given["state", site.ordinal] = state.tensors
+        device = example(self.context.fused[0].new_k).device
+        given["offset", None] = [torch.full((), seen, device=device)]
+        extra = [x for what in self.added for x in given[what]]
         with torch.no_grad():
             if self.replay is not None:
                 out = self.replay([*inputs, *extra], [*states.values()])
@@ -139,7 +144,7 @@ def _fakes(graph: GraphModule, context: Context, one: bool) -> list[Any]:
     with mode:
         fixed = [_with_one_token(x, context.insertion.tokens) for x in traced]
     for node, fake in zip(nodes, fixed, strict=True):
-        node.meta = {"val": fake}
+        node.meta = {**kept(node), "val": fake}
     return fixed
 
 
