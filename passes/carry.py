@@ -57,7 +57,7 @@ _SCALARS = (int, float, torch.SymInt, torch.SymFloat)
 def obstacle(site: Site) -> str:
     """Why the site's keys and values cannot be computed from slots, "" if they can."""
     axes: dict[Node, int] = {}
-    for node in site.rows:
+    for node in site.computed:
         if reason := _follow(node, axes):
             return reason
     for x in (site.k, site.v):
@@ -216,16 +216,16 @@ def replay(site: Site, columns: Sequence[Node], emit: Emitter) -> tuple[Node, No
 
 
 def _needed(site: Site) -> list[Node]:
-    """The rows that the site's keys and values depend on, writes into them included."""
+    """What of ``site.computed`` its keys and values depend on, writes into it included."""
     wanted: set[Node] = set()
     more = {site.k, site.v}
     while not more <= wanted:
         wanted |= more
-        for node in site.rows:
+        for node in site.computed:
             writes = op_name(node).endswith("_") and not wanted.isdisjoint(_viewed(node.args[0]))
             if node in wanted or writes:
-                more |= {node, *(n for n in node.all_input_nodes if n in site.rows)}
-    return [node for node in site.rows if node in wanted]
+                more |= {node, *(n for n in node.all_input_nodes if n in site.computed)}
+    return [node for node in site.computed if node in wanted]
 
 
 def _viewed(node: Any) -> list[Node]:

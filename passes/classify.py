@@ -82,7 +82,7 @@ def _decide(site: Site, context: Context) -> None:
     # Extents of the state are numbers: a symbolic batch is specialised here, one graph each.
     site.batch, site.heads = int(k[0]), int(k[1])
     # What is computed from the cache may mix heads, so all heads of a token are kept together.
-    folded = site.heads if site.rows else 1
+    folded = site.heads if site.computed else 1
     if site.layer is not None and site.layer < len(context.sliding):
         site.sliding = context.sliding[site.layer]
     found = context.calibration.row(site.layer) if context.calibration is not None else None

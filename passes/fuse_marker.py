@@ -56,7 +56,7 @@ def _match(site: Site, marker: Node, made: dict[Node, list[Node]], context: Cont
         site.refuse("the layer index is not a constant")
     if _is_direct(site):
         return
-    site.rows = made[marker]
+    site.computed = made[marker]
     if context.stand_in is not None:
         site.refuse("layers whose keys are computed from what is cached are not measured alone")
         return
@@ -67,10 +67,10 @@ def _match(site: Site, marker: Node, made: dict[Node, list[Node]], context: Cont
 def _check_readers(marker: Node, sites: list[Site], context: Context) -> None:
     """One of the attentions updates the state behind all of them; nothing else reads the cache."""
     allowed = [node for site in sites for node in site.products]
-    rows = next((site.rows for site in sites if site.rows), [])
+    computed = next((site.computed for site in sites if site.computed), [])
     for site in sites:  # one state, so one way to keep it
-        site.rows = rows
-    reader = foreign_reader(marker, [*rows, *allowed])
+        site.computed = computed
+    reader = foreign_reader(marker, [*computed, *allowed])
     for site in sites:
         if reader is not None:
             site.refuse(

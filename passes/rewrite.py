@@ -28,7 +28,7 @@ from arkv_fx.ops.signatures import AttendArguments, ColumnsArguments
 
 def run(graph: GraphModule, context: Context) -> None:
     """Insert placeholders and operators, replace the uses of the old attention."""
-    computed = [node for site in context.fused for node in (*site.rows, *site.makers)]
+    computed = [node for site in context.fused for node in (*site.computed, *site.makers)]
     states: dict[tuple[str, int | None], list[Node]] = {}
     starts: dict[tuple[str, int | None], Node] = {}
     updates: dict[int, AttendArguments[Node]] = {}
@@ -110,7 +110,7 @@ def _replace(
     assert site.new_k is not None and site.new_v is not None
     new_k, new_v = k, v = site.new_k, site.new_v
     computed: list[Node] | None = None
-    if site.rows:
+    if site.computed:
         new_k, new_v = heads.fold(new_k, emit), heads.fold(new_v, emit)
         asked = ColumnsArguments(new_k, new_v, state, plan, site.fresh)
         found = emit(torch.ops.arkv.columns.default, *asked.call()[0])

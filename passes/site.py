@@ -42,7 +42,7 @@ class Site:
     (batch), "1" (kv heads) and "copies". ``past`` are the model's own past keys and values, whose
     dimension ``token_dim`` counts tokens; into a buffer the new tokens are written from
     ``start`` on, or at ``positions``.
-    ``rows`` is what the model computes from its cache, in order, where keys and values are more
+    ``computed`` is what the model computes from its cache, in order, where keys and values are more
     than an expansion of what is cached; ``makers`` make a block mask. Of several attentions over
     one cache the ``last`` with a query for every new token updates the state, ``behind`` the last
     of all. ``products`` are the nodes that read keys and values. ``reason`` says why it was left
@@ -79,7 +79,7 @@ class Site:
     heads: int = 0
     plan: LayerPlan | None = None
     cache_nodes: list[Node] = field(default_factory=list)
-    rows: list[Node] = field(default_factory=list)
+    computed: list[Node] = field(default_factory=list)
     makers: list[Node] = field(default_factory=list)
     last: bool = True
     behind: Site | None = None

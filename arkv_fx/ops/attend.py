@@ -208,7 +208,7 @@ def _run(
 
 def _observation(
     probs: Tensor,
-    rows: Tensor,
+    real: Tensor,
     query_pos: Tensor,
     pos: Tensor,
     plan: LayerPlan,
@@ -224,7 +224,7 @@ def _observation(
     watched = slice(-plan.window, None)
     return Observation(
         probs=probs[..., watched, :],
-        rows=rows[:, watched],
+        real=real[:, watched],
         query_pos=query_pos[:, watched],
         pos=pos,
         steps=steps.float(),
