@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
 
 import torch
 
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ConfigError
-from arkv_fx.formats import Format, get_format
+from arkv_fx.formats import Field, Format, get_format
 from arkv_fx.scores import Score, make_score
 
 
@@ -90,7 +90,7 @@ class LayerPlan:
         return any(get_format(t.format).key.centred for t in self.tiers)
 
     def specs(self) -> list[TensorSpec]:
-        """All state tensors in the order in which graphs take them."""
+        """All state tensors in the order in which graphs take them; all else knows their names."""
         policy = self.policy()
         out = [
             TensorSpec("count", (), torch.int32),
@@ -105,13 +105,27 @@ class LayerPlan:
         out.append(TensorSpec("pos", (self.heads, self.slots), torch.int32, fill=-1))
         for stat in policy.slot_fields:
             out.append(TensorSpec(stat.name, (self.heads, self.slots), stat.dtype))
-        for index, (fmt, slots) in enumerate(self.segments()):
-            prefix = "ring" if index == 0 else f"tier{index - 1}"
-            for side, codec, dim in (("k", fmt.key, self.k_dim), ("v", fmt.value, self.v_dim)):
-                for f in codec.fields(dim, self.dtype):
-                    shape = (self.heads, slots, f.width)
-                    out.append(TensorSpec(f"{prefix}.{side}.{f.name}", shape, f.dtype))
+        for (_, slots), sides in zip(self.segments(), self.stored, strict=True):
+            for name, f in (item for side in sides for item in side.items()):
+                out.append(TensorSpec(name, (self.heads, slots, f.width), f.dtype))
         return out
+
+    @cached_property
+    def stored(self) -> list[tuple[dict[str, Field], dict[str, Field]]]:
+        """The fields of each segment's keys and of its values, by their state tensors' names."""
+        out: list[tuple[dict[str, Field], dict[str, Field]]] = []
+        for index, (fmt, _) in enumerate(self.segments()):
+            segment = "ring" if index == 0 else f"tier{index - 1}"
+            keys = fmt.key.fields(self.k_dim, self.dtype)
+            values = fmt.value.fields(self.v_dim, self.dtype)
+            k = {f"{segment}.k.{f.name}": f for f in keys}
+            out.append((k, {f"{segment}.v.{f.name}": f for f in values}))
+        return out
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Where in a list of the state tensors each stands, by its name."""
+        return {spec.name: place for place, spec in enumerate(self.specs())}
 
     def nbytes(self, batch: int = 1) -> int:
         """Exact bytes of the state for ``batch`` sequences."""
@@ -125,7 +139,7 @@ class LayerPlan:
 
     def to_json(self) -> str:
         """The plan as an operator argument; ``parse`` reads it."""
-        values = dict(self.__dict__)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["dtype"] = str(self.dtype).removeprefix("torch.")
         values["tiers"] = [[t.format, t.slots] for t in self.tiers]
         return json.dumps(values, separators=(",", ":"))

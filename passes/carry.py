@@ -61,7 +61,7 @@ _SCALARS = (int, float, torch.SymInt, torch.SymFloat)
 def obstacle(site: Site, cache: Cache) -> str:
     """Why the site's keys and values cannot be computed from slots, "" if they can."""
     axes: dict[Node, int] = {}
-    for node in cache.rows:
+    for node in cache.computed:
         if reason := _follow(node, axes):
             return reason
     for x in (site.k, site.v):
@@ -206,7 +206,7 @@ def replay(planned: Planned, columns: Sequence[Node], emit: Emitter) -> tuple[No
     site = planned.site
     copies: dict[Node, Node] = {}
     axes: dict[Node, int] = {}
-    for node in _needed(site, planned.cache.rows):
+    for node in _needed(site, planned.cache.computed):
         if reason := _follow(node, axes):
             raise PassError(reason)
         if _is_output(node):
@@ -216,17 +216,17 @@ def replay(planned: Planned, columns: Sequence[Node], emit: Emitter) -> tuple[No
     return copies[site.k], copies[site.v]
 
 
-def _needed(site: Site, rows: Sequence[Node]) -> list[Node]:
-    """The rows that the site's keys and values depend on, writes into them included."""
+def _needed(site: Site, computed: Sequence[Node]) -> list[Node]:
+    """What of ``computed`` the site's keys and values depend on, writes into it included."""
     wanted: set[Node] = set()
     more = {site.k, site.v}
     while not more <= wanted:
         wanted |= more
-        for node in rows:
+        for node in computed:
             writes = op_name(node).endswith("_") and not wanted.isdisjoint(_viewed(node.args[0]))
             if node in wanted or writes:
-                more |= {node, *(n for n in node.all_input_nodes if n in rows)}
-    return [node for node in rows if node in wanted]
+                more |= {node, *(n for n in node.all_input_nodes if n in computed)}
+    return [node for node in computed if node in wanted]
 
 
 def _viewed(node: Any) -> list[Node]:

@@ -85,7 +85,7 @@ def _decide(site: Site, context: Context) -> None:
     # Extents of the state are numbers: a symbolic batch is specialised here, one graph each.
     batch, heads = int(k[0]), int(k[1])
     # What is computed from the cache may mix heads, so all heads of a token are kept together.
-    folded = heads if cache.rows else 1
+    folded = heads if cache.computed else 1
     layer = site.ordinal if site.layer is None else site.layer
     sliding = context.sliding[layer] if layer < len(context.sliding) else cache.sliding
     found = context.calibration.row(layer) if context.calibration is not None else None

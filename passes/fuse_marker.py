@@ -66,7 +66,7 @@ def _match(site: Site, marker: Node, made: dict[Node, list[Node]], context: Cont
         site.refuse("the layer index is not a constant")
     if _is_direct(site):
         return cache
-    cache.rows = made[marker]
+    cache.computed = made[marker]
     if context.stand_in is not None:
         site.refuse("layers whose keys are computed from what is cached are not measured alone")
     elif reason := carry.obstacle(site, cache):
@@ -78,8 +78,8 @@ def _share(marker: Node, readers: list[tuple[Site, Marker]], context: Context) -
     """One of the attentions updates the state behind all of them; nothing else reads the cache."""
     sites, caches = zip(*readers, strict=True)
     allowed = [node for site in sites for node in site.products]
-    rows: list[Node] = next((cache.rows for cache in caches if cache.rows), [])
-    reader = foreign_reader(marker, [*rows, *allowed])
+    computed: list[Node] = next((cache.computed for cache in caches if cache.computed), [])
+    reader = foreign_reader(marker, [*computed, *allowed])
     for site in sites:
         if reader is not None:
             site.refuse(
@@ -91,7 +91,7 @@ def _share(marker: Node, readers: list[tuple[Site, Marker]], context: Context) -
     whole = [i for i, site in enumerate(sites) if not site.partial]
     updating = whole[-1] if whole else len(sites) - 1
     for i, cache in enumerate(caches):
-        cache.rows, cache.last = rows, i == updating  # one state, so one way to keep it
+        cache.computed, cache.last = computed, i == updating  # one state, so one way to keep it
     if updating < len(sites) - 1:
         caches[updating].behind = sites[-1].node
 

@@ -10,6 +10,7 @@ operation that it cannot follow is named, and the model refused.
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from arkv_fx.passes.shift_positions import SLICE, counts, first_rows, offset_inp
 from torch.fx import GraphModule, Node
 
 from arkv_fx.errors import TransformError
+from arkv_fx.ops.signatures import AttendArguments
 
 Roles = tuple[str, ...]
 """For each dimension "rows" (new tokens), "columns" (all tokens) or "" (neither)."""
@@ -33,13 +35,14 @@ def run(graph: GraphModule, context: Context) -> int:
         return 0
     masks: dict[Node, Node] = {}
     for node in [n for n in graph.graph.nodes if op_name(n) == "attend"]:
-        mask: Any = node.args[3]
-        if mask is None:
+        given: AttendArguments[Node] = AttendArguments.of(node)
+        if (mask := given.mask) is None:
             continue
         if mask not in masks:
             offset = offset_input(graph, context)
-            masks[mask] = _Grower(graph, context.insertion, node, offset).grow_mask(mask)
-        node.update_arg(3, masks[mask])
+            grower = _Grower(graph, context.insertion, node, given.q, offset)
+            masks[mask] = grower.grow_mask(mask)
+        replace(given, mask=masks[mask]).write(node)
     return len(masks)
 
 
@@ -50,11 +53,10 @@ class _Grower:
     """Copies what computes one mask."""
 
     def __init__(
-        self, graph: GraphModule, insertion: Insertion, attend: Node, offset: Node
+        self, graph: GraphModule, insertion: Insertion, attend: Node, query: Node, offset: Node
     ) -> None:
         self.emit, self.tokens = Emitter(graph, attend), insertion.tokens
         self.columns = insertion.columns
-        query: Any = attend.args[0]
         self.length = self.emit.size(query, -2)
         like = example(query)
         with like.fake_mode:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from arkv_fx.passes import block_masks, carry, heads
@@ -19,49 +18,46 @@ from arkv_fx.passes.context import Context
 from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.nodes import example, op_name, sizes_of
 from arkv_fx.passes.readers import SIZES
+from arkv_fx.passes.roles import Role, add_input
 from arkv_fx.passes.site import Buffer, Cat, Marker, Planned
 from torch.fx import GraphModule, Node
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
-
-Attention = tuple[tuple[Any, ...], dict[str, Any]]
-
-STATE, START, OFFSET = "arkv_state_", "arkv_start_", "arkv_offset"
-"""Added inputs: prefixes for a site's state and its start in a buffer; the tokens before a call."""
+from arkv_fx.ops.signatures import AttendArguments, ColumnsArguments
 
 
 def run(graph: GraphModule, context: Context) -> int:
     """Insert placeholders and operators, replace the uses of the old attention."""
-    computed = [n for p in context.fused for n in (*p.cache.rows, *p.site.makers)]
+    computed = [n for p in context.fused for n in (*p.cache.computed, *p.site.makers)]
     states: dict[tuple[str, int | None], list[Node]] = {}
     starts: dict[tuple[str, int | None], Node] = {}
-    updates: dict[Node, Attention] = {}
+    updates: dict[Node, AttendArguments[Node]] = {}
     for planned in context.fused:
-        site, cache = planned.site, planned.cache
+        site, cache, plan = planned.site, planned.cache, planned.plan
         if (key := site.cache_key) not in states:
+            owner, like = site.ordinal, example(cache.new_k)
             states[key] = [
-                placeholder(graph, f"{STATE}{site.ordinal}_{i}")
-                for i in range(len(planned.plan.specs()))
+                add_input(
+                    graph,
+                    Role("state", owner, spec.name),
+                    like.new_empty((planned.batch, *spec.shape), dtype=spec.dtype),
+                )
+                for spec in plan.specs()
             ]
-            for node, spec in zip(states[key], planned.plan.specs(), strict=True):
-                size = (planned.batch, *spec.shape)
-                like = example(cache.new_k)
-                node.meta = {"example_value": like.new_empty(size, dtype=spec.dtype)}
             context.state_inputs.append(states[key])
             if isinstance(cache, Cat):
-                anchor = placeholder(graph, f"arkv_anchor_{site.ordinal}")
-                _proxy_cache(graph, cache, site.node, anchor)
+                anchor = like.new_empty((1,), dtype=plan.dtype)
+                anchored = add_input(graph, Role("anchor", owner), anchor)
+                _proxy_cache(graph, cache, site.node, anchored)
             if isinstance(cache, Buffer):
-                start = placeholder(graph, f"{START}{site.ordinal}")
-                like = example(cache.new_k)
-                start.meta = {"example_value": like.new_empty((), dtype=torch.int64)}
-                starts[key] = start
+                start = like.new_empty((), dtype=torch.int64)
+                starts[key] = add_input(graph, Role("start", owner), start)
         attention = _replace(graph, planned, states[key], starts.get(key), context)
         if cache.behind is not None:
             updates[cache.behind] = attention
         if (late := updates.get(site.node)) is not None:
             with graph.graph.inserting_before(site.node):
-                graph.graph.call_function(torch.ops.arkv.attend.default, *late)
+                graph.graph.call_function(torch.ops.arkv.attend.default, *late.call())
     for planned in context.fused:
         if isinstance(planned.cache, Marker):
             _count_without_cache(planned.cache.node)
@@ -101,23 +97,13 @@ def _with_sizes(graph: GraphModule, computed: Sequence[Node]) -> list[Node]:
     return [node for node in graph.graph.nodes if node in found]
 
 
-def placeholder(graph: GraphModule, name: str) -> Node:
-    """A new input behind all others."""
-    last = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    if last:
-        with graph.graph.inserting_after(last[-1]):
-            return graph.graph.placeholder(name)
-    with graph.graph.inserting_before(next(iter(graph.graph.nodes))):
-        return graph.graph.placeholder(name)
-
-
 def _replace(
     graph: GraphModule,
     planned: Planned,
     state: list[Node],
     start: Node | None,
     context: Context,
-) -> Attention:
+) -> AttendArguments[Node]:
     """Write the attention in front of the old one; its operator's arguments."""
     site, cache, layer = planned.site, planned.cache, planned.layer
     emit = heads.Emitter(graph, site.node)
@@ -128,32 +114,35 @@ def _replace(
     scale = site.scale if site.scale is not None else 1 / math.sqrt(sizes_of(site.q)[-1])
     plan = planned.plan.to_json()
     new_k, new_v = k, v = cache.new_k, cache.new_v
-    rows: dict[str, Any] = {}
-    if cache.rows:
+    computed: list[Node] | None = None
+    if cache.computed:
         new_k, new_v = heads.fold(new_k, emit), heads.fold(new_v, emit)
-        found = emit(torch.ops.arkv.columns.default, new_k, new_v, state, plan, cache.fresh)
+        asked = ColumnsArguments(new_k, new_v, state, plan, cache.fresh)
+        found = emit(torch.ops.arkv.columns.default, *asked.call()[0])
         pair = [
             heads.unfold(emit(operator.getitem, found, i), planned.heads, emit) for i in range(2)
         ]
         k, v = carry.replay(planned, pair, emit)
-        rows = {"rows": [k, v]}
-    arguments = (
-        q, new_k, new_v, mask, state, plan, float(scale), site.softcap, sinks, cache.fresh
+        computed = [k, v]
+    arguments = AttendArguments(
+        q, new_k, new_v, mask, state, plan, float(scale), site.softcap, sinks, cache.fresh,
+        computed=computed,
     )  # fmt: skip
     with graph.graph.inserting_before(site.node):
         if context.probe is not None and cache.last:
             graph.graph.call_function(context.probe, (layer, q, k, v, mask, float(scale)))
         if context.stand_in is not None:
-            new = graph.graph.call_function(context.stand_in, (layer, *arguments))
+            placed, named = arguments.call()
+            new = graph.graph.call_function(context.stand_in, (layer, *placed), named)
         else:
             updates = cache.last and cache.behind is None
             op = torch.ops.arkv.attend if updates else torch.ops.arkv.peek
-            new = graph.graph.call_function(op.default, arguments, rows)
+            new = graph.graph.call_function(op.default, *arguments.call())
     value = example(q)
     new.meta = dict(site.node.meta)
     new.meta["example_value"] = value.new_empty(*value.shape[:-1], sizes_of(site.v)[-1])
     site.node.replace_all_uses_with(heads.output(planned, new, emit))
-    return arguments, rows
+    return arguments
 
 
 def _ending_at_newest(planned: Planned, mask: Node, start: Node, emit: heads.Emitter) -> Node:

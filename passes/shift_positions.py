@@ -15,7 +15,7 @@ from arkv_fx.passes.context import Context
 from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.fold import is_constant
 from arkv_fx.passes.nodes import arguments, example, is_symbol, op_name, shape
-from arkv_fx.passes.rewrite import OFFSET, placeholder
+from arkv_fx.passes.roles import Role, add_input, added
 from torch.fx import GraphModule, Node
 
 SLICE = ["x", "dim", "start", "end", "step"]
@@ -50,14 +50,10 @@ PASS = Pass("shift_positions", run, needs=("operators", "masks"), gives=("positi
 
 def offset_input(graph: GraphModule, context: Context) -> Node:
     """The input ``arkv_offset``, behind all others; made on first use."""
-    inputs: list[Node] = list(graph.graph.find_nodes(op="placeholder"))
-    for node in inputs:
-        if node.name == OFFSET:
-            return node
-    offset = placeholder(graph, OFFSET)
+    for node in added(graph, "offset"):
+        return node
     like = example(context.fused[0].cache.new_k)
-    offset.meta["val"] = like.new_empty((), dtype=torch.int64)
-    return offset
+    return add_input(graph, Role("offset"), like.new_empty((), dtype=torch.int64))
 
 
 def counts(node: Node, tokens: Any) -> bool:

@@ -44,7 +44,7 @@ class Cache:
     ``new_k`` and ``new_v`` are the tokens of this call [B, Hkv, T, D], ``fresh`` says that they are
     the first of a sequence; ``nodes`` are needed by nobody once the attention is rewritten;
     ``sliding`` is the attention window in tokens that the graph itself shows, 0 for none.
-    ``rows`` is what the model computes from its cache, in order, where keys and values are more
+    ``computed`` is what the model computes from its cache, in order, where keys and values are more
     than an expansion of what is cached. Of several attentions over one cache the ``last`` with a
     query for every new token updates the state: behind the attention ``behind``, where that still
     reads it.
@@ -56,7 +56,7 @@ class Cache:
     fresh: bool
     nodes: list[Node]
     sliding: int = 0
-    rows: list[Node] = field(default_factory=list)
+    computed: list[Node] = field(default_factory=list)
     last: bool = True
     behind: Node | None = None
 

@@ -11,7 +11,7 @@ from reference_attention import TOLERANCE
 from torch import Tensor
 
 from arkv_fx import ArkvConfig, models, restore, transform
-from arkv_fx.evaluation.bench.cases import CASES, Options, copy_of, filled, new_token
+from arkv_fx.evaluation.bench.cases import CASES, Options, filled, new_token
 from arkv_fx.formats import FORMATS
 from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.attend import attend
@@ -32,7 +32,7 @@ def test_triton_is_the_reference(tier: str, dtype: torch.dtype, batch: int) -> N
     state = filled(plan, 4, 1500, batch, CUDA)
     outs: dict[str, Tensor] = {}
     for kernel in ("reference", "triton"):
-        own = copy_of(state).tensors
+        own = state.clone().tensors
         out = attend(*token, None, own, plan, Knobs(case.scale), False, kernel)
         outs[kernel] = out.float()
     # Outputs are means of a thousand values of about 1 each.

@@ -8,7 +8,7 @@ measured. The bytes then go where they buy most.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import CalibrationError, ConfigError
 from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.huggingface.transformed import Transformed
-from arkv_fx.kernels.softmax import Knobs, full_attention
+from arkv_fx.kernels.softmax import full_attention
 from arkv_fx.ops.attend import attend, peek
 from arkv_fx.ops.no_output import NoOutput
+from arkv_fx.ops.signatures import AttendArguments
 from arkv_fx.plan import LayerPlan, plan_layer
 from arkv_fx.state.session import LayerState
 from arkv_fx.transforming import _transform, restore
@@ -59,39 +60,36 @@ class Trials:
         self.prefix: dict[int, tuple[Tensor, Tensor]] = {}
         self.now: tuple[int, Option] | None = None
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-        state: Sequence[Tensor], plan: str, scale: float, softcap: float,
-        sink_logits: Tensor | None, fresh: bool,
-    ) -> Tensor:  # fmt: skip
+    def attend(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
         """``arkv::attend`` with the layer in front of its arguments."""
-        full, knobs = LayerPlan.parse(plan), Knobs(scale, softcap, sink_logits)
+        given: AttendArguments[Tensor] = AttendArguments(*args, **kwargs)
+        q, k, v, mask = given.q, given.k, given.v, given.mask
         if layer not in self.prefix:  # whether or not the graph knows that nothing came before
             self.prefix[layer] = k, v
-            if not full.sliding:  # a window is bounded already and keeps its own plan
-                self._fill(layer, q, k, v, mask, full, knobs)
-            return peek(q, k, v, mask, state, full, knobs, True)
+            given = replace(given, fresh=True)
+            if not given.layer_plan.sliding:  # it is bounded already and keeps its own plan
+                self._fill(layer, given)
+            return given.run(peek)
         if self.now is not None and self.now[0] == layer:
             tried = self.states[layer][self.now[1]]
-            return peek(q, k, v, mask, tried.tensors, tried.plan, knobs, False)
+            return replace(given, state=tried.tensors, fresh=False).run(peek, tried.plan)
         keys, values = (
             torch.cat([a, b], 2) for a, b in zip(self.prefix[layer], (k, v), strict=True)
         )
-        if softcap or sink_logits is not None:
-            return full_attention(q, keys, values, mask, mask is None, scale, softcap, sink_logits)
+        scale, softcap, sinks = given.scale, given.softcap, given.sink_logits
+        if softcap or sinks is not None:
+            return full_attention(q, keys, values, mask, mask is None, scale, softcap, sinks)
         return scaled_dot_product_attention(
             q, keys, values, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
 
-    def _fill(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-        full: LayerPlan, knobs: Knobs,
-    ) -> None:  # fmt: skip
+    def _fill(self, layer: int, given: AttendArguments[Tensor]) -> None:
         self.states[layer] = {}
-        for option, plan in options(self.config, full, self.tokens).items():
-            state = self.states[layer][option] = LayerState(plan, k.shape[0], k.device)
+        batch, device = len(given.k), given.k.device
+        for option, plan in options(self.config, given.layer_plan, self.tokens).items():
+            state = self.states[layer][option] = LayerState(plan, batch, device)
             with NoOutput():
-                attend(q, k, v, mask, state.tensors, plan, knobs, True)
+                replace(given, state=state.tensors).run(attend, plan)
 
 
 def options(config: ArkvConfig, shape: LayerPlan, tokens: int) -> dict[Option, LayerPlan]:

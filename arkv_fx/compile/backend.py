@@ -22,6 +22,7 @@ from arkv_fx.errors import UnknownOptionError
 from arkv_fx.passes import pipeline
 from arkv_fx.passes.context import Applied, Context, Probe, StandIn
 from arkv_fx.passes.nodes import example, same_size, shape
+from arkv_fx.passes.roles import in_order, role_of
 from arkv_fx.passes.site import Buffer, Cache, Cat, Marker, Site
 from arkv_fx.state.anchors import Anchors
 from arkv_fx.state.buffers import Buffers, first_position
@@ -89,8 +90,8 @@ class ArkvBackend:
         one = self.records and all(_takes_one(planned.cache) for planned in context.fused)
         if one:
             numbers_as_tensors(work, context.fused[0].device)
-        inputs = [*example_inputs, *_example_state(context, example_inputs)]
-        runner = _Runner(graph, context, self._lower(work, inputs, True))
+        inputs = [*example_inputs, *_added_examples(work, example_inputs)]
+        runner = _Runner(graph, context, self._lower(work, inputs, True), in_order(work))
         if one:
             runner.replay = Replay(runner.compiled, work)
             self.replays.append(runner.replay)
@@ -123,24 +124,13 @@ class ArkvBackend:
         return compile_pieces(graph, inputs, self.probe)
 
 
-def _example_state(context: Context, example_inputs: Sequence[Any]) -> list[Tensor]:
-    """Fake state tensors with the shapes of the plans, in the order of the placeholders."""
+def _added_examples(graph: GraphModule, example_inputs: Sequence[Any]) -> list[Tensor]:
+    """Fake tensors for the inputs that the passes added, in order."""
     mode = detect_fake_mode(list(example_inputs))
-    tensors: list[Tensor] = []
-
-    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        with mode or nullcontext():
-            tensors.append(torch.zeros(shape, dtype=dtype, device=device))
-
-    # Placeholders stand in the order in which `rewrite` made them: a cache's state, its anchor.
-    for planned in context.caches:
-        for spec in planned.plan.specs():
-            empty((planned.batch, *spec.shape), spec.dtype, planned.device)
-        if isinstance(planned.cache, Cat):
-            empty((1,), planned.plan.dtype, planned.device)
-        if isinstance(planned.cache, Buffer):
-            empty((), torch.int64, planned.device)
-    return tensors
+    inputs = graph.graph.find_nodes(op="placeholder")
+    likes = [example(node) for node in inputs if role_of(node) is not None]
+    with mode or nullcontext():
+        return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in likes]
 
 
 def _takes_one(cache: Cache) -> bool:
@@ -152,9 +142,16 @@ def _is_meta(value: Any) -> bool:
 
 
 class _Runner:
-    """Calls a compiled graph with the state of the sequence at hand appended to its inputs."""
+    """Calls a compiled graph with the state of the sequence at hand appended to its inputs.
 
-    def __init__(self, graph: GraphModule, context: Context, compiled: Compiled) -> None:
+    ``added`` says what the passes added to them, see ``passes.roles.in_order``.
+    """
+
+    def __init__(
+        self, graph: GraphModule, context: Context, compiled: Compiled,
+        added: Sequence[tuple[str, int | None]] = (),
+    ) -> None:  # fmt: skip
+        self.added = added
         self.placeholders = graph.graph.find_nodes(op="placeholder")
         self.compiled, self.caches = compiled, context.caches
         self.devices = [planned.device for planned in self.caches]
@@ -169,7 +166,7 @@ class _Runner:
         return not all(_takes_one(cache) for cache in buffers if not cache.fresh)
 
     def __call__(self, *inputs: Any) -> Any:
-        extra: list[Tensor] = []
+        given: dict[tuple[str, int | None], list[Tensor]] = {}
         states: list[LayerState] = []
         sessions: dict[Node, Session] = {}
         anchors, buffers = Anchors(), Buffers()
@@ -182,28 +179,29 @@ class _Runner:
                 if session is None:
                     session = find_session(self._input(cache.handle, inputs))
                     sessions[cache.handle] = session
-                states.append(session.layer(planned.layer, plan, batch, device))
-                extra += states[-1].tensors
+                state = session.layer(planned.layer, plan, batch, device)
             elif isinstance(cache, Buffer):
                 past = tuple(self._input(p, inputs) for p in cache.past)
                 start, length = self._span(cache, inputs, where)
-                states.append(
-                    buffers.state(past, plan, batch, start, length, where, cache.token_dim)
-                )
+                state = buffers.state(past, plan, batch, start, length, where, cache.token_dim)
                 starts.add(start)
-                extra += [*states[-1].tensors, torch.full((), start, device=device)]
+                given["start", planned.site.ordinal] = [torch.full((), start, device=device)]
             elif isinstance(cache, Cat):
                 past = tuple(self._input(p, inputs) for p in cache.past)
                 state, anchor = anchors.state(
                     past, plan, batch, device, cache.fresh, where, cache.token_dim
                 )
-                states.append(state)
-                extra += [*state.tensors, anchor]
+                given["anchor", planned.site.ordinal] = [anchor]
+            else:
+                continue
+            given["state", planned.site.ordinal] = state.tensors
+            states.append(state)
         anchors.refuse_strangers(inputs)
         buffers.refuse_strangers(inputs)
         buffers.doubt()
         for session in sessions.values():  # in doubt until the whole step is done
             session.tokens = -1
+        extra = [x for what in self.added for x in given[what]]
         if self.replay is not None:
             out = self.replay([*inputs, *extra], states)
         else:

@@ -24,7 +24,6 @@ from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.node import map_arg
 from torch.fx.passes.split_module import split_module
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
@@ -32,9 +31,9 @@ from arkv_fx.formats import FORMATS
 from arkv_fx.kernels import KERNELS, get_direct_step, missing_forms, usable
 from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.attend import peek
+from arkv_fx.ops.signatures import AttendArguments
 from arkv_fx.passes.nodes import example
 from arkv_fx.passes.site import Site
-from arkv_fx.plan import LayerPlan
 from arkv_fx.scores import SCORES
 
 Compiled = Callable[..., Any]
@@ -61,7 +60,7 @@ def _strangers() -> str:
     kernels = [kernel.attend for kernel in KERNELS.values()]
     digest = sha256()
     for thing in (*codecs, *SCORES.values(), *kernels):
-        inner = getattr(thing, "func", thing)  # of a partial function
+        inner: Any = getattr(thing, "func", thing)  # of a partial function
         if inner.__module__.split(".")[0] != __name__.split(".")[0]:
             try:
                 digest.update(Path(inspect.getfile(inner)).read_bytes())
@@ -147,15 +146,14 @@ class _Pieces(Interpreter):
         known = self.local if any(not _is_static(a) for a in args) else compiled_pieces
         one = False
         if attend is not None:
-            arguments: Any = attend.args
-            plan = LayerPlan.parse(arguments[5])
-            kernel = usable(out.device, plan)[0]
+            given: AttendArguments[Node] = AttendArguments.of(attend)
+            kernel = usable(out.device, given.layer_plan)[0]
             one = out.shape[2] == 1
-            step = _whole_step(attend, kernel, plan) if one else None
+            step = _whole_step(attend, kernel) if one else None
             if step is not None:
                 self._put(target, step)
                 return out
-            attend.update_kwarg("kernel", kernel)
+            replace(given, kernel=kernel).write(attend)
             key = (key, kernel)
             if not one:
                 known = self.local
@@ -175,25 +173,21 @@ class _Pieces(Interpreter):
 def _output(attend: Node, args: tuple[Any, ...]) -> Any:
     """What a piece that attends gives for fakes: what it does to the state has no part in it."""
     values = dict(zip(attend.graph.find_nodes(op="placeholder"), args, strict=True))
-    arguments: Any = map_arg(attend.args, values.__getitem__)
-    q, k, v, mask, state, plan, scale, softcap, sinks, fresh = arguments
-    knobs = Knobs(scale, softcap, sinks)
-    rows: Any = map_arg(attend.kwargs.get("rows"), values.__getitem__)
-    return peek(q, k, v, mask, state, LayerPlan.parse(plan), knobs, fresh, rows=rows)
+    given: AttendArguments[Tensor] = AttendArguments.of(attend, values.__getitem__)
+    return given.run(peek)
 
 
-def _whole_step(attend: Node, kernel: str, plan: LayerPlan) -> Compiled | None:
+def _whole_step(attend: Node, kernel: str) -> Compiled | None:
     """The decode step as one call where the kernel does all of it: there is nothing to compile."""
-    arguments: Any = attend.args
-    q, k, v, mask, state, _, scale, softcap, sinks, _ = arguments
-    step = get_direct_step(kernel, plan)
-    if step is None or attend.target != ATTEND or attend.kwargs.get("rows"):
+    given: AttendArguments[Node] = AttendArguments.of(attend)
+    step = get_direct_step(kernel, given.layer_plan)
+    if step is None or attend.target != ATTEND or given.computed:
         return None
     order = {n: i for i, n in enumerate(attend.graph.find_nodes(op="placeholder"))}
-    first = [order[n] for n in (q, k, v)]
-    held = [order[n] for n in state]
-    masked, sunk = (None if n is None else order[n] for n in (mask, sinks))
-    knobs = Knobs(scale, softcap)
+    first = [order[n] for n in (given.q, given.k, given.v)]
+    held = [order[n] for n in given.state]
+    masked, sunk = (None if n is None else order[n] for n in (given.mask, given.sink_logits))
+    knobs = Knobs(given.scale, given.softcap)
 
     def run(*args: Tensor) -> Tensor:
         q, k, v = (args[i] for i in first)
@@ -207,9 +201,9 @@ def _whole_step(attend: Node, kernel: str, plan: LayerPlan) -> Compiled | None:
 def slower_kernels(sites: Iterable[Site]) -> list[str]:
     """Which layers' formats keep them from the fastest kernel of their device, for the report."""
     found = [
-        missing_forms(example(site.new_k).device, site.plan)
+        missing_forms(site.planned.device, site.planned.plan)
         for site in sites
-        if site.fused and site.plan is not None
+        if site.fused and site.planned is not None
     ]
     return sorted({note for notes in found for note in notes})
 

@@ -110,7 +110,7 @@ class Replay:
 
     def __call__(self, inputs: Sequence[Any], states: Sequence[LayerState]) -> Any:
         """The graph's outputs; ``inputs`` hold the tensors of ``states``, too."""
-        devices = {state.tensors[0].device for state in states}
+        devices = {state["count"].device for state in states}
         device = next(iter(devices))
         inputs = [*inputs]
         for i in self.tensors:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from arkv_fx.passes.nodes import ARITHMETIC, example, op_name, writes_in_place
-from arkv_fx.passes.rewrite import STATE
+from arkv_fx.passes.roles import is_added
 
 
 class Kind(Enum):
@@ -34,7 +34,7 @@ def kinds(graph: GraphModule, weights: Collection[str]) -> dict[Node, Kind]:
 def _kind(node: Node, weights: Collection[str]) -> Kind:
     if not node.users:
         return Kind.UNUSED
-    if node.name.startswith(STATE):
+    if is_added(node, "state"):
         return Kind.STATE
     # Dynamo's word for parameters and buffers of modules.
     static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type") is not None

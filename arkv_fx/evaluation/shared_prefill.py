@@ -21,7 +21,7 @@ from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.attend import attend
 from arkv_fx.ops.no_output import NoOutput
 from arkv_fx.plan import LayerPlan, plan_layer
-from arkv_fx.state.session import PlainLayer, check_finite
+from arkv_fx.state.session import check_finite
 from arkv_fx.transforming import restore, transform
 
 
@@ -99,8 +99,7 @@ class Contest:
             cache.seen = cache.session.tokens = first.seen
             # Attention that is not rewritten keeps everything, whatever the method.
             for index, plain in first.session.plain.items():
-                copy = cache.session.plain[index] = PlainLayer()
-                copy.append(plain.tensors[0], plain.tensors[1])
+                cache.session.plain[index] = plain.clone()
         return logits, caches
 
     def step(self, name: str, input_ids: Tensor, cache: ArkvCache) -> Tensor:

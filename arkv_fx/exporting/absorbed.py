@@ -25,7 +25,6 @@ from arkv_fx.exporting.captured import (
     check_sites,
     names_of,
     sample_ids,
-    state_inputs,
     stray,
 )
 from arkv_fx.exporting.offset import count_from_offset
@@ -33,7 +32,6 @@ from arkv_fx.huggingface.transformed import own_code
 from arkv_fx.passes import pipeline
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import example, shape, sizes_of
-from arkv_fx.passes.rewrite import OFFSET
 from arkv_fx.passes.site import Buffer, first_over_caches
 
 PAST = ("past", "cache")
@@ -198,8 +196,8 @@ class _Tracer:
                 raise ExportError(stray(self.name, node, value))
         buffers = [planned.cache for planned in caches if isinstance(planned.cache, Buffer)]
         return Captured(
-            graph, names, {ids.name: "input_ids"}, sizes, caches, state_inputs(graph), 0, {},
-            ("input_ids",) if fresh else ("input_ids", "position_ids"), OFFSET,
+            graph, names, {ids.name: "input_ids"}, sizes, caches, 0, {},
+            ("input_ids",) if fresh else ("input_ids", "position_ids"),
             min((int(sizes_of(x.past[0])[x.token_dim]) for x in buffers), default=None),
         )  # fmt: skip
 

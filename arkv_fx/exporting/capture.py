@@ -21,14 +21,13 @@ from arkv_fx.exporting.captured import (
     check_model,
     check_sites,
     names_of,
-    state_inputs,
     stray,
 )
 from arkv_fx.huggingface.layers import cached_layers, own_state, text_config, windows
 from arkv_fx.huggingface.model_caches import new_cache
 from arkv_fx.huggingface.transformed import Transformed, own_code
 from arkv_fx.passes.nodes import example
-from arkv_fx.passes.rewrite import STATE
+from arkv_fx.passes.roles import role_of
 from arkv_fx.passes.site import first_over_caches
 from arkv_fx.transforming import restore, transform
 
@@ -185,7 +184,7 @@ class _Tracer:
                     if isinstance(size, torch.SymInt):
                         symbols.setdefault(size.node.expr, (name, dim))
         for node, value in zip(nodes, call.inputs, strict=True):
-            if node.name in inputs or node.name.startswith(STATE):
+            if node.name in inputs or role_of(node) is not None:
                 continue
             if id(value) in self.names:
                 constants[node.name] = self.names[id(value)]
@@ -200,7 +199,7 @@ class _Tracer:
             raise ExportError(f"{self.name}: its logits are not an output of its graph")
         return Captured(
             call.graph, constants, inputs, sizes, first_over_caches(call.sites),
-            state_inputs(call.graph), found[0], {}, tuple(given),
+            found[0], {}, tuple(given),
         )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from torch.fx import GraphModule, Node
 
 from arkv_fx.errors import ExportError, TransformError
 from arkv_fx.insert.cached_model import random_ids
-from arkv_fx.passes.rewrite import STATE
 from arkv_fx.passes.site import Planned, Site
 
 PROMPT = 13  # tokens of the sample: a size that no other extent of a model is likely to have
@@ -47,11 +46,11 @@ class Captured:
     """One rewritten graph of a model.
 
     ``constants`` names the parameter or buffer behind a placeholder, ``inputs`` the argument;
-    ``sizes`` the (argument, dimension) behind a symbolic size; ``states`` the placeholders of each
-    cached layer's state, whose first site is in ``sites``; ``logits`` is the output that matters.
-    ``values`` are constants that no module holds, by the names in ``constants``; ``arguments`` are
-    what the graph takes beside the state, ``offset`` a placeholder for the number of tokens before
-    this call, and ``bound`` the most tokens that the model knows positions for, if it has an end.
+    ``sizes`` the (argument, dimension) behind a symbolic size; ``sites`` the first site of each
+    cached layer; ``logits`` is the output that matters. ``values`` are constants that no module
+    holds, by the names in ``constants``; ``arguments`` are what the graph takes beside the state,
+    and ``bound`` the most tokens that the model knows positions for, if it has an end. Placeholders
+    that the passes added have a role, see ``passes.roles``.
     """
 
     graph: GraphModule
@@ -59,11 +58,9 @@ class Captured:
     inputs: dict[str, str]
     sizes: dict[str, tuple[str, int]]
     sites: list[Planned]
-    states: list[list[str]]
     logits: int
     values: dict[str, Tensor]
     arguments: tuple[str, ...]
-    offset: str = ""
     bound: int | None = None
 
 
@@ -126,12 +123,3 @@ def names_of(model: nn.Module) -> dict[int, str]:
             if isinstance(value, Tensor):
                 names.setdefault(id(value), f"{path}.{key}".lstrip("."))
     return names
-
-
-def state_inputs(graph: GraphModule) -> list[list[str]]:
-    """The placeholders of each cache's state, as ``passes.rewrite`` names them."""
-    found: dict[str, list[str]] = {}
-    for node in graph.graph.find_nodes(op="placeholder"):
-        if node.name.startswith(STATE):
-            found.setdefault(node.name.split("_")[2], []).append(node.name)
-    return list(found.values())

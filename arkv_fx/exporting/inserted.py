@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError
-from arkv_fx.exporting.captured import Captured, names_of, sample_ids, state_inputs
+from arkv_fx.exporting.captured import Captured, names_of, sample_ids
 from arkv_fx.insert.cached_model import Inserted, insert
 from arkv_fx.insert.program import Program, build
 from arkv_fx.passes.nodes import shape
-from arkv_fx.passes.rewrite import OFFSET, STATE
+from arkv_fx.passes.roles import role_of
 from arkv_fx.transforming import restore
 
 
@@ -68,13 +68,11 @@ def _bind(
             constants[node.name] = names.get(id(value), f"constant.{node.name}")
             if id(value) not in names:  # made in the forward, and nobody's attribute
                 values[constants[node.name]] = value
-        elif not node.name.startswith(STATE) and node.name != OFFSET:
+        elif role_of(node) is None:
             inputs[node.name] = "input_ids"
     return Captured(
-        graph, constants, inputs, {}, program.context.caches, state_inputs(graph),
-        _logits(graph, program), values,
-        ("input_ids",) if program.fresh else ("input_ids", "position_ids"),
-        OFFSET, bound,
+        graph, constants, inputs, {}, program.context.caches, _logits(graph, program), values,
+        ("input_ids",) if program.fresh else ("input_ids", "position_ids"), bound,
     )  # fmt: skip
 
 

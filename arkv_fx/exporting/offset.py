@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from arkv_fx.errors import ExportError
+from arkv_fx.ops.signatures import AttendArguments
 from arkv_fx.passes.fold import is_constant, look_at, what_is_shown
 from arkv_fx.passes.nodes import (
     ARITHMETIC,
@@ -29,7 +31,7 @@ from arkv_fx.passes.nodes import (
     sizes_of,
     whole_index,
 )
-from arkv_fx.passes.rewrite import OFFSET, START, placeholder
+from arkv_fx.passes.roles import Role, add_input, added
 from arkv_fx.passes.site import Buffer, Cache, Cat, Planned
 
 MANY = 4096
@@ -52,8 +54,8 @@ def count_from_offset(
     Raises:
         ExportError: naming what cannot be followed.
     """
-    starts = [n for n in graph.graph.find_nodes(op="placeholder") if n.name.startswith(START)]
-    offset = None if fresh else placeholder(graph, OFFSET)
+    starts = added(graph, "start")
+    offset = None if fresh else add_input(graph, Role("offset"))
     first = next(n for n in graph.graph.nodes if n.op != "placeholder")
     if positions is not None:
         with graph.graph.inserting_before(first):
@@ -103,9 +105,11 @@ def _drop_masks(graph: GraphModule, symbols: set[Any], constants: Mapping[str, T
         ExportError: for one that hides some or is a bias: it grows with the text.
     """
     for node in graph.graph.nodes:
-        if op_name(node) not in ("attend", "peek") or node.args[3] is None:
+        if op_name(node) not in ("attend", "peek"):
             continue
-        mask = node.args[3]
+        given: AttendArguments[Node] = AttendArguments.of(node)
+        if (mask := given.mask) is None:
+            continue
         if isinstance((shape(mask) or (0,))[-1], int):
             continue  # over a whole buffer
         if not is_constant(mask, constants) or not _hides_nothing(mask, symbols, constants):
@@ -113,7 +117,7 @@ def _drop_masks(graph: GraphModule, symbols: set[Any], constants: Mapping[str, T
                 f"{module_path(node)}: its logits have a mask or a bias in every step, which grows "
                 "with the text"
             )
-        node.update_arg(3, None)
+        replace(given, mask=None).write(node)
 
 
 def _hides_nothing(mask: Node, symbols: set[Any], constants: Mapping[str, Tensor]) -> bool:

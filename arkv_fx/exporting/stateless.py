@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from arkv_fx.exporting.captured import Captured
 from arkv_fx.exporting.groups import Group
-from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.arrivals import Arrivals
 from arkv_fx.ops.attend import Seen, columns, look, peek, settle
+from arkv_fx.ops.signatures import AttendArguments, ColumnsArguments
+from arkv_fx.passes.roles import is_added, role_of
 from arkv_fx.state.view import view
 
 ATTEND = torch.ops.arkv.attend.default
@@ -74,12 +76,11 @@ class _Run(Interpreter):
             group.empty() if step.fresh else [next(rest) for _ in group.plan.specs()]
             for group in step.groups
         ]
-        # The layer that a graph's state placeholder belongs to: (group, place in it).
-        self.owner: dict[str, tuple[int, int]] = {}
-        for layer, names in enumerate(step.captured.states):
-            for g, group in enumerate(step.groups):
-                if layer in group.layers:
-                    self.owner.update(dict.fromkeys(names, (g, group.layers.index(layer))))
+        # Where the state of a cache of the graph is: (group, place in it).
+        self.owner: dict[int | None, tuple[int, int]] = {}
+        for g, group in enumerate(step.groups):
+            for place, layer in enumerate(group.layers):
+                self.owner[step.captured.sites[layer].site.ordinal] = g, place
         self.seen: dict[tuple[int, int], Seen] = {}
 
     def logits(self) -> Tensor:
@@ -107,7 +108,7 @@ class _Run(Interpreter):
                 values.append(self.given[captured.inputs[name]])
             elif name in captured.constants:
                 values.append(getattr(self.step, _attribute(captured.constants[name])))
-            elif name == captured.offset:  # no padding, so the same for all sequences
+            elif is_added(node, "offset"):  # no padding, so the same for all sequences
                 values.append(self.given["position_ids"][0, 0])
             elif name in captured.sizes:
                 argument, dim = captured.sizes[name]
@@ -119,23 +120,22 @@ class _Run(Interpreter):
     def run_node(self, n: Node) -> Any:
         if n.target not in (ATTEND, PEEK, COLUMNS):
             return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        place = 2 if n.target == COLUMNS else 4
-        names = n.args[place]
-        assert isinstance(names, (list, tuple)) and isinstance(names[0], Node)
-        owner = self.owner[names[0].name]
+        operator = ColumnsArguments if n.target == COLUMNS else AttendArguments
+        role = role_of(operator.of(n).state[0])
+        assert role is not None
+        owner = self.owner[role.cache]
         group = self.step.groups[owner[0]]
         held = group.layer_of(self.states[owner[0]], owner[1])
         if n.target == COLUMNS:
-            k, v, _, _, fresh = args
-            return columns(k, v, held, group.plan, fresh)
-        q, k, v, mask, _, _, scale, softcap, sinks, fresh = args
-        knobs, rows = Knobs(scale, softcap, sinks), kwargs.get("rows")
+            asked: ColumnsArguments[Tensor] = ColumnsArguments.of(n, self.env.__getitem__)
+            return columns(asked.k, asked.v, held, group.plan, asked.fresh)
+        given: AttendArguments[Tensor] = AttendArguments.of(n, self.env.__getitem__)
         if n.target == PEEK:
-            return peek(q, k, v, mask, held, group.plan, knobs, fresh, self.step.kernel, rows)
+            return replace(given, state=held, kernel=self.step.kernel).run(peek, group.plan)
         out, self.seen[owner] = look(
-            q, k, v, mask, view(group.plan, held), knobs, fresh, self.step.kernel, rows
-        )
+            given.q, given.k, given.v, given.mask, view(group.plan, held), given.knobs, given.fresh,
+            self.step.kernel, given.computed,
+        )  # fmt: skip
         return out
 
 

@@ -173,8 +173,7 @@ class ArkvCache(Cache):
         """Every tensor by name, for inspection: do not write to them."""
         out = {"handle": self.handle}
         for index, state in self.session.layers.items():
-            for spec, tensor in zip(state.plan.specs(), state.tensors, strict=True):
-                out[f"{index}.{spec.name}"] = tensor
+            out.update({f"{index}.{name}": tensor for name, tensor in state.named().items()})
         for index, plain in self.session.plain.items():
             for name, tensor in zip(("keys", "values"), plain.tensors, strict=False):
                 out[f"{index}.{name}"] = tensor
@@ -217,11 +216,11 @@ class ArkvCache(Cache):
             "(arkv_fx.restore); to start over call reset()"
         )
 
-    def _select(self, rows: Tensor) -> None:
+    def _select(self, sequences: Tensor) -> None:
         for part in self.session.parts():
-            part.select(rows)
+            part.select(sequences)
         for layer in self._own_layers():
-            layer.reorder_cache(rows)
+            layer.reorder_cache(sequences)
 
     def _own_layers(self) -> list[Any]:
         """Layers that transformers keeps: recurrent states and indexers."""

@@ -22,6 +22,7 @@ from arkv_fx.passes import pipeline
 from arkv_fx.passes.context import Context, Insertion
 from arkv_fx.passes.fold import size_at
 from arkv_fx.passes.nodes import example
+from arkv_fx.passes.roles import in_order, kept
 from arkv_fx.passes.site import Site
 from arkv_fx.state.session import LayerState, Session, check_finite
 
@@ -35,6 +36,9 @@ class Program:
     context: Context
     insertion: Insertion
     replay: Replay | None = None
+
+    def __post_init__(self) -> None:
+        self.added = in_order(self.graph)
 
     @property
     def sites(self) -> list[Site]:
@@ -58,15 +62,15 @@ class Program:
 
     def __call__(self, inputs: Sequence[Any], session: Session, seen: int) -> Any:
         """The flat outputs for new tokens behind the ``seen`` ones of the session."""
-        extra: list[Tensor] = []
+        given: dict[tuple[str, int | None], list[Tensor]] = {}
         states: dict[int, LayerState] = {}
         caches = self.context.caches
         for planned in caches:
             state = session.layer(planned.layer, planned.plan, planned.batch, planned.device)
             states[planned.layer] = state
-            extra += state.tensors
-        if not self.fresh:
-            extra.append(torch.full((), seen, device=caches[0].device))
+            given["state", planned.site.ordinal] = state.tensors
+        given["offset", None] = [torch.full((), seen, device=caches[0].device)]
+        extra = [x for what in self.added for x in given[what]]
         with torch.no_grad():
             if self.replay is not None:
                 out = self.replay([*inputs, *extra], [*states.values()])
@@ -141,7 +145,7 @@ def _fakes(graph: GraphModule, tokens: Any, one: bool) -> list[Any]:
     with mode:
         fixed = [_with_one_token(x, tokens) for x in traced]
     for node, fake in zip(nodes, fixed, strict=True):
-        node.meta = {"val": fake}
+        node.meta = {**kept(node), "val": fake}
     return fixed
 
 

@@ -48,12 +48,12 @@ class Encoder(Protocol):
     """Stores many vectors as codes."""
 
     def __call__(
-        self, codec: Codec, x: Tensor, rows: Tensor, centre: Tensor | None, fields: list[Tensor]
+        self, codec: Codec, x: Tensor, source: Tensor, centre: Tensor | None, fields: list[Tensor]
     ) -> None:
         """Write vectors of x [B, Hkv, T, D] into the codec's fields, in place.
 
         Args:
-            rows: [B, Hkv, C] int64, which of the T vectors each slot takes; -1: it stays as it is.
+            source: [B, Hkv, C] int64, which of the T vectors each slot takes; -1: none, it stays.
             centre: [B, Hkv, 1, D] float32, taken off before; None for zeros.
             fields: [B, Hkv, C, ...] each, contiguous.
         """

@@ -42,14 +42,14 @@ def attend_columns(
 
 
 def encode_rows(
-    codec: Codec, x: Tensor, rows: Tensor, centre: Tensor | None, fields: list[Tensor]
+    codec: Codec, x: Tensor, source: Tensor, centre: Tensor | None, fields: list[Tensor]
 ) -> None:
     """See ``Encoder``."""
-    x = gather(x, rows.clamp(min=0))
+    x = gather(x, source.clamp(min=0))
     if centre is not None:
         x = x.float() - centre
     for field, code in zip(fields, codec.encode(x), strict=True):
-        field.copy_(torch.where(rows[..., None] >= 0, code.to(field.dtype), field))
+        field.copy_(torch.where(source[..., None] >= 0, code.to(field.dtype), field))
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

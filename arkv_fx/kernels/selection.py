@@ -18,14 +18,14 @@ from arkv_fx.kernels.reference import attend_columns, gather
 
 
 def encode_empty(
-    codec: Codec, x: Tensor, rows: Tensor, centre: Tensor | None, fields: list[Tensor]
+    codec: Codec, x: Tensor, source: Tensor, centre: Tensor | None, fields: list[Tensor]
 ) -> None:
     """See ``Encoder``; for a prompt, before which all slots are empty and so all fields zero.
 
     Zeros of a storage dtype would be constants of the graph, which TensorRT does not take.
     """
-    x = gather(x, rows.clamp(min=0))
-    taken = rows[..., None] >= 0
+    x = gather(x, source.clamp(min=0))
+    taken = source[..., None] >= 0
     for field, code in zip(fields, _codes(codec, x, centre, fields), strict=True):
         if field.dtype == torch.float8_e4m3fn:
             field.copy_(to_e4m3(torch.where(taken, widen(code), 0.0)))
@@ -35,11 +35,11 @@ def encode_empty(
 
 
 def store_vector(
-    codec: Codec, x: Tensor, rows: Tensor, centre: Tensor | None, fields: list[Tensor]
+    codec: Codec, x: Tensor, source: Tensor, centre: Tensor | None, fields: list[Tensor]
 ) -> None:
     """See ``Encoder``; the code of a single vector is made once and offered to every slot."""
     for field, code in zip(fields, _codes(codec, x, centre, fields), strict=True):
-        field.copy_(_select(rows[..., None] >= 0, code, field))
+        field.copy_(_select(source[..., None] >= 0, code, field))
 
 
 def _codes(codec: Codec, x: Tensor, centre: Tensor | None, fields: list[Tensor]) -> list[Tensor]:

@@ -17,7 +17,7 @@ class Arrivals:
     """Tokens in native precision on their way into the state.
 
     ``k`` [B, Hkv, T, Dk], ``v`` [B, Hkv, T, Dv], ``pos`` [B, Hkv, N] int32 with -1 for "no
-    token", ``valid`` [B, N] bool, ``stats`` [B, Hkv, N] each. ``rows`` [B, Hkv, N] int64 tells
+    token", ``valid`` [B, N] bool, ``stats`` [B, Hkv, N] each. ``places`` [B, Hkv, N] int64 tells
     where in k and v each of the N tokens lies, None where N is T and they lie in order: tokens
     are sorted several times, and only those that are stored in the end are worth copying.
     """
@@ -27,13 +27,13 @@ class Arrivals:
     pos: Tensor
     valid: Tensor
     stats: Stats
-    rows: Tensor | None = None
+    places: Tensor | None = None
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """[B, Hkv, N, Dk] and [B, Hkv, N, Dv]."""
-        if self.rows is None:
+        if self.places is None:
             return self.k, self.v
-        return gather(self.k, self.rows), gather(self.v, self.rows)
+        return gather(self.k, self.places), gather(self.v, self.places)
 
 
 def rank_tokens(held: View, pos: Tensor, stats: Stats, now: Tensor, last: bool) -> Tensor:

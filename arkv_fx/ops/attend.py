@@ -17,7 +17,7 @@ from arkv_fx.kernels.softmax import Knobs, allowed, group
 from arkv_fx.ops.arrivals import Arrivals
 from arkv_fx.ops.exchange import exchange_one
 from arkv_fx.ops.merge import merge_many
-from arkv_fx.ops.uncompressed import attend_prompt, attend_rows
+from arkv_fx.ops.uncompressed import attend_computed, attend_prompt
 from arkv_fx.plan import LayerPlan
 from arkv_fx.scores import Observation, Stats
 from arkv_fx.state.view import View, view
@@ -33,7 +33,7 @@ def attend(
     knobs: Knobs,
     fresh: bool,
     kernel: str = "reference",
-    rows: Sequence[Tensor] | None = None,
+    computed: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Attention of T new tokens over the cache and themselves; updates ``state`` in place.
 
@@ -45,17 +45,17 @@ def attend(
         fresh: the state is known to be empty, so this is a whole prefill.
         kernel: name in ``arkv_fx.kernels.KERNELS``: what attends for a single new token, and makes
             the codes of many.
-        rows: keys [B, Hx, N, Dx] and values [B, Hx, N, Dvx] that the model computes from what is
-            cached (multi-head latent attention), for every column that ``columns`` gives and in
+        computed: keys [B, Hx, N, Dx] and values [B, Hx, N, Dvx] that the model computes from what
+            is cached (multi-head latent attention), for every column that ``columns`` gives and in
             its order; then q is [B, Hq, T, Dx].
 
     Returns:
         [B, Hq, T, Dv] in q's dtype.
     """
-    if not rows and k.shape[2] == 1 and (step := get_step(kernel, plan)) is not None:
+    if not computed and k.shape[2] == 1 and (step := get_step(kernel, plan)) is not None:
         return step(q, k, v, mask, state, knobs)
     held = view(plan, state)
-    out, seen = look(q, k, v, mask, held, knobs, fresh, kernel, rows)
+    out, seen = look(q, k, v, mask, held, knobs, fresh, kernel, computed)
     settle(held, seen, fresh, kernel)
     return out
 
@@ -78,7 +78,7 @@ class Seen:
 
 def look(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, held: View, knobs: Knobs, fresh: bool,
-    kernel: str = "reference", rows: Sequence[Tensor] | None = None,
+    kernel: str = "reference", computed: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Seen]:  # fmt: skip
     """The first half of ``attend``: its result, and the update that ``settle`` makes."""
     # The cache is not differentiated: a graph through it would keep every step alive.
@@ -90,7 +90,7 @@ def look(
     layer = dict(held.layer)
     new.stats = plan.policy().arrive(k, v, new.valid, layer)
     alone = fresh and k.shape[2] != 1
-    out, seen = _run(q, new, mask, held, knobs, query_pos, alone, kernel, rows)
+    out, seen = _run(q, new, mask, held, knobs, query_pos, alone, kernel, computed)
     columns = _gather_stats(held, new, alone)
     updated = plan.policy().observe(columns, seen)
     return out.flatten(1, 2).to(q.dtype), Seen(new, updated, layer, finite, mask is not None)
@@ -115,7 +115,7 @@ def settle(held: View, seen: Seen, fresh: bool, kernel: str = "reference") -> No
 def peek(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: Sequence[Tensor],
     plan: LayerPlan, knobs: Knobs, fresh: bool, kernel: str = "reference",
-    rows: Sequence[Tensor] | None = None,
+    computed: Sequence[Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """What ``attend`` would answer, with the state left as it is; same arguments and result.
 
@@ -126,7 +126,7 @@ def peek(
     new, query_pos = _arrivals(k, v, mask if asking == k.shape[2] else None, held)
     query_pos = query_pos[:, query_pos.shape[1] - asking :]
     alone = fresh and k.shape[2] != 1
-    out, _ = _run(q, new, mask, held, knobs, query_pos, alone, kernel, rows)
+    out, _ = _run(q, new, mask, held, knobs, query_pos, alone, kernel, computed)
     return out.flatten(1, 2).to(q.dtype)
 
 
@@ -189,16 +189,16 @@ def _gather_stats(held: View, new: Arrivals, alone: bool) -> Stats:
 
 def _run(
     q: Tensor, new: Arrivals, mask: Tensor | None, held: View, knobs: Knobs, query_pos: Tensor,
-    alone: bool, kernel: str, rows: Sequence[Tensor] | None,
+    alone: bool, kernel: str, computed: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Observation]:  # fmt: skip
     """Output [B, Hkv, G, T, Dv] and what was observed; ``alone``: there is nothing held."""
     length, padded = new.k.shape[2], mask is not None
     if alone:
-        prompt = rows or (new.k, new.v)
+        prompt = computed or (new.k, new.v)
         out, probs = attend_prompt(q, prompt, mask, held.plan, knobs, query_pos)
         return out, _observation(probs, new.valid, query_pos, new.pos, held.plan, length, padded)
-    if rows:
-        out, probs = attend_rows(q, rows, mask, held, knobs, query_pos)
+    if computed:
+        out, probs = attend_computed(q, computed, mask, held, knobs, query_pos)
     else:
         run = get_kernel(kernel if length == 1 else "reference")
         out, probs = run(group(q, held.plan.heads), new.k, new.v, mask, held, knobs, query_pos)
@@ -208,7 +208,7 @@ def _run(
 
 def _observation(
     probs: Tensor,
-    rows: Tensor,
+    real: Tensor,
     query_pos: Tensor,
     pos: Tensor,
     plan: LayerPlan,
@@ -224,7 +224,7 @@ def _observation(
     watched = slice(-plan.window, None)
     return Observation(
         probs=probs[..., watched, :],
-        rows=rows[:, watched],
+        real=real[:, watched],
         query_pos=query_pos[:, watched],
         pos=pos,
         steps=steps.float(),

@@ -124,11 +124,11 @@ def _write(move: Move, k: Tensor, v: Tensor, writer: Encoder) -> None:
     """One token [B, Hkv, 1, D] into its slot, if it takes one."""
     segment = move.segment
     index = torch.arange(segment.slots, device=k.device)
-    rows = torch.where((index == move.slot[..., None]) & move.wins[..., None], 0, -1)
+    source = torch.where((index == move.slot[..., None]) & move.wins[..., None], 0, -1)
     for (codec, fields), x, centre in zip(
         segment.parts(), (k, v), (segment.centre, None), strict=True
     ):
-        writer(codec, x, rows, centre, fields)
+        writer(codec, x, source, centre, fields)
 
 
 def _weakest(rank: Tensor) -> Tensor:

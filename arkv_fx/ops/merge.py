@@ -97,12 +97,12 @@ def _store_stats(held: View, updated: Stats) -> None:
         stat.copy_(updated[name][..., : held.plan.slots])
 
 
-def _store(segment: Segment, tokens: Arrivals, rows: Tensor, encoder: Encoder) -> None:
-    """Write into each slot the token ``rows`` [B, Hkv, C] int64; where that is -1, none."""
-    token = _pick(tokens, rows.clamp(min=0))
-    assert token.rows is not None
-    taken = rows >= 0
-    where = torch.where(taken, token.rows, -1)
+def _store(segment: Segment, tokens: Arrivals, source: Tensor, encoder: Encoder) -> None:
+    """Write into each slot the token ``source`` [B, Hkv, C] int64; where that is -1, none."""
+    token = _pick(tokens, source.clamp(min=0))
+    assert token.places is not None
+    taken = source >= 0
+    where = torch.where(taken, token.places, -1)
     parts = zip(segment.parts(), (token.k, token.v), (segment.centre, None), strict=True)
     for (codec, fields), x, centre in parts:
         encoder(codec, x, where, centre, fields)
@@ -148,5 +148,5 @@ def _pick(tokens: Arrivals, index: Tensor) -> Arrivals:
         pos,
         pos[:, 0] >= 0,
         {n: gather(t, index) for n, t in tokens.stats.items()},
-        index if tokens.rows is None else tokens.rows.gather(-1, index),
+        index if tokens.places is None else tokens.places.gather(-1, index),
     )

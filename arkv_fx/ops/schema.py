@@ -6,14 +6,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from arkv_fx.errors import CacheError
-from arkv_fx.kernels.softmax import Knobs, full_attention
+from arkv_fx.kernels.softmax import full_attention
 from arkv_fx.ops.attend import attend, columns, peek
+from arkv_fx.ops.signatures import AttendArguments, ColumnsArguments
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.session import PlainLayer, find_session
 
@@ -62,16 +64,9 @@ def _(k: Tensor, v: Tensor, handle: Tensor, layer: int, total: int) -> tuple[Ten
 
 
 _library = torch.library.Library("arkv", "FRAGMENT")
-_ARGUMENTS = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor{} state, str plan, float scale, "
-    "float softcap, Tensor? sink_logits, bool fresh, str kernel='reference', Tensor[]? rows=None) "
-    "-> Tensor"
-)
-_library.define("attend" + _ARGUMENTS.format("(a!)[]"))
-_library.define("peek" + _ARGUMENTS.format("[]"))
-_library.define(
-    "columns(Tensor k, Tensor v, Tensor[] state, str plan, bool fresh) -> (Tensor, Tensor)"
-)
+for _name, _written in (("attend", ["state"]), ("peek", [])):
+    _library.define(f"{_name}({AttendArguments.schema(_written)}) -> Tensor")
+_library.define(f"columns({ColumnsArguments.schema()}) -> (Tensor, Tensor)")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
     "float scale, float softcap, Tensor? sinks) -> Tensor"
@@ -79,22 +74,16 @@ _library.define(
 
 
 def _with_state(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: Sequence[Tensor], plan: str,
-        scale: float, softcap: float, sink_logits: Tensor | None, fresh: bool,
-        kernel: str = "reference", rows: Sequence[Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
-        knobs = Knobs(scale, softcap, sink_logits)
-        parsed = LayerPlan.parse(plan)
-        return run(q, k, v, mask, state, parsed, knobs, fresh, kernel, rows)
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        given: AttendArguments[Tensor] = AttendArguments(*args, **kwargs)
+        return given.run(run)
 
     return call
 
 
-def _columns(
-    k: Tensor, v: Tensor, state: Sequence[Tensor], plan: str, fresh: bool
-) -> tuple[Tensor, Tensor]:
-    return columns(k, v, state, LayerPlan.parse(plan), fresh)
+def _columns(*args: Any) -> tuple[Tensor, Tensor]:
+    given: ColumnsArguments[Tensor] = ColumnsArguments(*args)
+    return columns(given.k, given.v, given.state, LayerPlan.parse(given.plan), given.fresh)
 
 
 # Composite: whoever traces the graph sees plain torch operators, so Inductor generates code for

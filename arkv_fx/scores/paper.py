@@ -32,7 +32,7 @@ class PaperScore(Score):
         self.gamma, self.kernel = float(gamma), int(kernel)
 
     def observe(self, stats: Stats, seen: Observation) -> Stats:
-        weight = seen.rows[:, None, None, :, None].float()
+        weight = seen.real[:, None, None, :, None].float()
         n = weight.sum(-2).clamp(min=1.0)
         probs = seen.masked_probs()
         mean = probs.sum(-2) / n

@@ -30,7 +30,7 @@ class Observation:
 
     Args:
         probs: [B, Hkv, G, Q, N] float32 attention probabilities of the Q observed queries.
-        rows: [B, Q] bool, which of those queries are real (not padding).
+        real: [B, Q] bool, which of those queries are real (not padding).
         query_pos: [B, Q] int, their absolute positions, one after the other.
         pos: [B, Hkv, N] int, absolute position of each column.
         steps: [B, Hkv, N] float32, how many queries came since the column was last observed.
@@ -39,7 +39,7 @@ class Observation:
     """
 
     probs: Tensor
-    rows: Tensor
+    real: Tensor
     query_pos: Tensor
     pos: Tensor
     steps: Tensor
@@ -54,7 +54,7 @@ class Observation:
         """``probs`` with padding queries zeroed."""
         if not self.padded:
             return self.probs
-        return torch.where(self.rows[:, None, None, :, None], self.probs, 0.0)
+        return torch.where(self.real[:, None, None, :, None], self.probs, 0.0)
 
     def visible(self) -> Tensor:
         """[B, Hkv, N] how many observed queries could see each column, at least 1."""
@@ -62,7 +62,7 @@ class Observation:
             return torch.ones_like(self.pos, dtype=torch.float32)
         # Queries stand side by side: all from some place on see a column.
         first = (self.pos - self.query_pos[:, :1, None]).clamp(min=0).flatten(1)
-        later = self.rows.flip(-1).cumsum(-1).flip(-1)
+        later = self.real.flip(-1).cumsum(-1).flip(-1)
         # Not by `pad`: under a tracer it makes a constant of a prompt shorter than the window.
         real = torch.cat([later, torch.zeros_like(later[:, :1])], -1)
         count = real.gather(-1, first.clamp(max=real.shape[-1] - 1).long())

@@ -20,7 +20,11 @@ _sessions: WeakValueDictionary[int, Session] = WeakValueDictionary()
 
 
 class LayerState:
-    """The state tensors of one attention layer for a fixed batch."""
+    """The state tensors of one attention layer for a fixed batch.
+
+    ``tensors`` are those of ``plan.specs()`` in that order, as graphs take them; ``state["pos"]``
+    is one of them.
+    """
 
     def __init__(self, plan: LayerPlan, batch: int, device: torch.device) -> None:
         self.plan, self.batch = plan, batch
@@ -31,33 +35,48 @@ class LayerState:
                 for s in plan.specs()
             ]
 
+    def __getitem__(self, name: str) -> Tensor:
+        """The state tensor of that name."""
+        return self.tensors[self.plan.places[name]]
+
+    def named(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        return dict(zip(self.plan.places, self.tensors, strict=True))
+
     def view(self) -> View:
-        """The tensors by name."""
+        """The tensors by what they are."""
         return view(self.plan, self.tensors)
+
+    def clone(self) -> LayerState:
+        """The same state in tensors of its own."""
+        twin = copy.copy(self)
+        with torch.inference_mode(False):
+            twin.tensors = [t.clone() for t in self.tensors]
+        return twin
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.untyped_storage().nbytes() for t in self.tensors)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep the sequences ``rows`` (beam search, batch expansion)."""
+    def select(self, sequences: Tensor) -> None:
+        """Keep these of the sequences, given by number (beam search, batch expansion)."""
         with torch.inference_mode(False):
-            self.tensors = [t.index_select(0, rows.to(t.device)) for t in self.tensors]
-        self.batch = len(rows)
+            self.tensors = [t.index_select(0, sequences.to(t.device)) for t in self.tensors]
+        self.batch = len(sequences)
 
 
 def check_finite(layers: Iterable[tuple[int, LayerState]]) -> None:
     """Refuse to go on with keys or values that were not finite.
 
     Raises:
-        NonFiniteError: naming the layer and the rows of the batch.
+        NonFiniteError: naming the layer and the sequences of the batch.
     """
     layers = list(layers)
-    flags = [state.tensors[2] for _, state in layers]
+    flags = [state["bad"] for _, state in layers]
     if not flags or not torch.cat(flags).any():  # one look for all layers: it waits for the device
         return
     for layer, state in layers:
-        bad = state.tensors[2]
+        bad = state["bad"]
         if bad.any():
             raise NonFiniteError(
                 f"layer {layer}: keys or values of sequence(s) {bad.nonzero().flatten().tolist()} "
@@ -70,7 +89,7 @@ class PlainLayer:
     """Full-precision keys and values of a layer whose attention could not be rewritten."""
 
     def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
+        self.tensors: list[Tensor] = []  # keys and values, once there are any
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add [B, H, T, D] and return everything so far."""
@@ -78,15 +97,23 @@ class PlainLayer:
         if self.tensors:
             new = [torch.cat([old, x], -2) for old, x in zip(self.tensors, new, strict=True)]
         self.tensors = [x.clone() for x in new] if not self.tensors else new
-        return self.tensors[0].clone(), self.tensors[1].clone()
+        keys, values = self.tensors
+        return keys.clone(), values.clone()
+
+    def clone(self) -> PlainLayer:
+        """The same keys and values in tensors of their own."""
+        twin = PlainLayer()
+        with torch.inference_mode(False):
+            twin.tensors = [t.clone() for t in self.tensors]
+        return twin
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.untyped_storage().nbytes() for t in self.tensors)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep the sequences ``rows``."""
-        self.tensors = [t.index_select(0, rows.to(t.device)) for t in self.tensors]
+    def select(self, sequences: Tensor) -> None:
+        """Keep these of the sequences, given by number."""
+        self.tensors = [t.index_select(0, sequences.to(t.device)) for t in self.tensors]
 
 
 class Session:
@@ -139,7 +166,7 @@ class Session:
         """Whether exactly ``tokens`` [B] tokens of each sequence were taken for real ones."""
         if not self.layers:
             return True
-        found = torch.stack([state.tensors[0] for state in self.layers.values()])
+        found = torch.stack([state["count"] for state in self.layers.values()])
         return bool((found == tokens.to(found)).all())  # one look for all layers
 
     def nbytes(self) -> int:
@@ -154,13 +181,8 @@ class Session:
         """A sequence of its own that goes on from here (prefix reuse): own tensors and handle."""
         twin = Session(self.owner)
         twin.tokens, twin.mask = self.tokens, self.mask
-        with torch.inference_mode(False):
-            for index, state in self.layers.items():
-                twin.layers[index] = copy.copy(state)
-                twin.layers[index].tensors = [t.clone() for t in state.tensors]
-            for index, plain in self.plain.items():
-                twin.plain[index] = copy.copy(plain)
-                twin.plain[index].tensors = [t.clone() for t in plain.tensors]
+        twin.layers.update({index: state.clone() for index, state in self.layers.items()})
+        twin.plain.update({index: plain.clone() for index, plain in self.plain.items()})
         return twin
 
     def reset(self) -> None:

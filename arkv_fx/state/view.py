@@ -80,20 +80,18 @@ class View:
 
 
 def view(plan: LayerPlan, tensors: Sequence[Tensor]) -> View:
-    """Name the tensors of ``plan.specs()``, given in that order."""
-    rest = iter(tensors)
+    """The tensors of ``plan.specs()``, given in that order, by name."""
+    named = dict(zip(plan.places, tensors, strict=True))
     policy = plan.policy()
-    count, seen, bad = next(rest), next(rest), next(rest)
-    layer = {f.name: next(rest) for f in policy.layer_fields(plan.k_dim)}
     # A running sum is one vector per head; specs give it the layout [B, Hkv, width].
-    centre = next(rest) if plan.centred else None
-    pos = next(rest)
-    stats = {f.name: next(rest) for f in policy.slot_fields}
+    layer = {f.name: named[f.name] for f in policy.layer_fields(plan.k_dim)}
+    centre = named["centre"] if plan.centred else None
+    pos = named["pos"]
+    stats = {f.name: named[f.name] for f in policy.slot_fields}
     segments: list[Segment] = []
     start = 0
-    for fmt, slots in plan.segments():
-        k = [next(rest) for _ in fmt.key.fields(plan.k_dim, plan.dtype)]
-        v = [next(rest) for _ in fmt.value.fields(plan.v_dim, plan.dtype)]
+    for (fmt, slots), sides in zip(plan.segments(), plan.stored, strict=True):
+        k, v = ([named[name] for name in side] for side in sides)
         part = slice(start, start + slots)
         own = {name: t[..., part] for name, t in stats.items()}
         segment = Segment(fmt, start, slots, k, v, pos[..., part], own)
@@ -101,4 +99,5 @@ def view(plan: LayerPlan, tensors: Sequence[Tensor]) -> View:
             segment.centre = centre[:, :, None]
         segments.append(segment)
         start += slots
+    count, seen, bad = named["count"], named["seen"], named["bad"]
     return View(plan, count, seen, bad, layer, centre, pos, stats, segments)

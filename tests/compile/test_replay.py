@@ -113,7 +113,7 @@ def test_a_sequence_moves_into_the_memory_of_one_that_ended() -> None:
     for _ in range(3):
         cache = ArkvCache(model)
         decode(model, cache, 4)
-        places.add(cache.session.layers[0].tensors[3].data_ptr())
+        places.add(cache.session.layers[0]["pos"].data_ptr())
         del cache
         gc.collect()
     assert len(places) == 1

@@ -41,10 +41,12 @@ def codes_of(codec: Codec, fields: list[Tensor]) -> Tensor:
     return torch.cat([*runs, fields[2].float()], -1)
 
 
-def check(codec: Codec, x: Tensor, rows: Tensor, centre: Tensor | None, rare: float = RARE) -> None:
-    expected, found = (empty(codec, x, rows.shape[-1]) for _ in range(2))
-    encode_rows(codec, x, rows, centre, expected)
-    encode_cpp(codec, x, rows, centre, found)
+def check(
+    codec: Codec, x: Tensor, source: Tensor, centre: Tensor | None, rare: float = RARE
+) -> None:
+    expected, found = (empty(codec, x, source.shape[-1]) for _ in range(2))
+    encode_rows(codec, x, source, centre, expected)
+    encode_cpp(codec, x, source, centre, found)
     exact = slice(1, 2) if codec.name in ("int4", "int3") else slice(None)
     for a, b in zip(expected[exact], found[exact], strict=True):
         # Scales of rotated vectors are rounded to eight bits: now and then to the next step.
@@ -53,8 +55,8 @@ def check(codec: Codec, x: Tensor, rows: Tensor, centre: Tensor | None, rare: fl
     off_by = (codes_of(codec, expected) - codes_of(codec, found)).abs()
     assert (off_by <= 1).float().mean() >= 1 - rare, "codes differ by more than a unit"
     assert (off_by > 0).float().mean() <= 5 * rare, "too many codes differ"
-    left = (rows < 0)[..., None]
-    for field, old in zip(found, empty(codec, x, rows.shape[-1]), strict=True):
+    left = (source < 0)[..., None]
+    for field, old in zip(found, empty(codec, x, source.shape[-1]), strict=True):
         assert torch.equal(field[left.expand(field.shape)], old[left.expand(field.shape)])
 
 
@@ -95,12 +97,12 @@ def test_extreme_values(name: str) -> None:
 @pytest.mark.parametrize("name", CODECS)
 def test_strides_and_threads(name: str) -> None:
     x = vectors(128, torch.bfloat16, n=300)
-    rows = some_rows(x, 500)
-    check(CODECS[name], x.transpose(1, 2).contiguous().transpose(1, 2), rows, None)
-    check(CODECS[name], x.mT.contiguous().mT, rows.mT.contiguous().mT, None)
-    check(CODECS[name], x[:1].expand(2, -1, -1, -1), rows, None)
+    source = some_rows(x, 500)
+    check(CODECS[name], x.transpose(1, 2).contiguous().transpose(1, 2), source, None)
+    check(CODECS[name], x.mT.contiguous().mT, source.mT.contiguous().mT, None)
+    check(CODECS[name], x[:1].expand(2, -1, -1, -1), source, None)
     torch.set_num_threads(3)
-    check(CODECS[name], x, rows, None)
+    check(CODECS[name], x, source, None)
 
 
 def test_a_native_field_takes_joined_tokens() -> None:
@@ -125,9 +127,9 @@ def test_a_row_that_is_not_there_is_refused() -> None:
 
 def test_operator_is_well_formed() -> None:
     x = vectors(16, torch.float32)
-    rows, centre = some_rows(x), x.mean(2, keepdim=True)
+    source, centre = some_rows(x), x.mean(2, keepdim=True)
     for number, name in enumerate(("int8", "int4"), 4):
-        args = (x, rows, centre, number, empty(CODECS[name], x, 90))
+        args = (x, source, centre, number, empty(CODECS[name], x, 90))
         torch.library.opcheck(torch.ops.arkv_cpu.encode.default, args)
 
 
@@ -179,15 +181,15 @@ def test_a_prompt_is_stored_as_by_the_reference(
 
 
 def _without_centre(
-    codec: Codec, x: Tensor, rows: Tensor, centre: Tensor | None, fields: list[Tensor]
+    codec: Codec, x: Tensor, source: Tensor, centre: Tensor | None, fields: list[Tensor]
 ) -> None:
-    encode_cpp(codec, x, rows, None, fields)
+    encode_cpp(codec, x, source, None, fields)
 
 
 def _other_rows(
-    codec: Codec, x: Tensor, rows: Tensor, centre: Tensor | None, fields: list[Tensor]
+    codec: Codec, x: Tensor, source: Tensor, centre: Tensor | None, fields: list[Tensor]
 ) -> None:
-    encode_cpp(codec, x, torch.where(rows > 0, rows - 1, rows), centre, fields)
+    encode_cpp(codec, x, torch.where(source > 0, source - 1, source), centre, fields)
 
 
 @pytest.mark.parametrize("broken", (_without_centre, _other_rows))

@@ -138,7 +138,7 @@ def test_what_is_not_known_is_refused_and_stays_right() -> None:
 
 def test_keys_and_values_may_pair_heads_differently() -> None:
     backend = check_output(cached(lift, expand_values=repeated))
-    assert all(s.fused and s.cache.rows for sites in backend.sites for s in sites)
+    assert all(s.fused and s.cache.computed for sites in backend.sites for s in sites)
 
 
 def test_keys_and_values_must_have_the_same_heads() -> None:
@@ -175,7 +175,7 @@ def test_keys_and_values_may_be_computed_from_the_cache() -> None:
 
     for function in (latent, cached(doubled)):
         backend = check_output(function)
-        assert all(s.fused and s.cache.rows for sites in backend.sites for s in sites)
+        assert all(s.fused and s.cache.computed for sites in backend.sites for s in sites)
 
 
 def test_a_computation_that_is_not_copied_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_changed_dtypes_are_no_views() -> None:
         return F.scaled_dot_product_attention(q.bfloat16(), k, v, **options)
 
     (site,) = capture(cached(half, attention), *tensors(6)).context.sites
-    assert site.fused and site.cache.rows
+    assert site.fused and site.cache.computed
 
 
 # What is left alone, and why
@@ -219,7 +219,7 @@ def test_outputs_may_be_swapped() -> None:
         return F.scaled_dot_product_attention(q, values, keys, is_causal=q.shape[2] > 1)
 
     (site,) = check_output(function, HEADS).sites[0]
-    assert site.fused and site.cache.rows
+    assert site.fused and site.cache.computed
 
 
 def both_attend(q: Tensor, k: Tensor, v: Tensor, handle: Tensor, total: int) -> Tensor:

@@ -194,7 +194,7 @@ def observation(probs: Tensor, start: int, steps: Tensor, window: int = 99) -> O
     """Queries [Q] from position `start` on over N old columns."""
     queries, columns = probs.shape[-2:]
     return Observation(
-        probs=probs, rows=torch.ones(1, queries, dtype=torch.bool),
+        probs=probs, real=torch.ones(1, queries, dtype=torch.bool),
         query_pos=torch.arange(start, start + queries)[None],
         pos=torch.arange(columns).expand(1, 1, -1), steps=steps, window=window,
     )  # fmt: skip

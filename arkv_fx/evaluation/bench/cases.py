@@ -138,10 +138,3 @@ def filled(
     with NoOutput():
         attend(q, k, v, None, state.tensors, plan, Knobs(plan.k_dim**-0.5), fresh=True)
     return state
-
-
-def copy_of(state: LayerState) -> LayerState:
-    """A second state with tensors of its own."""
-    twin = LayerState(state.plan, state.batch, state.tensors[0].device)
-    twin.tensors = [t.clone() for t in state.tensors]
-    return twin

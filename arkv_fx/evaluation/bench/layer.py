@@ -10,7 +10,7 @@ from torch import Tensor
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 from arkv_fx.compile.pieces import SETTINGS
-from arkv_fx.evaluation.bench.cases import Case, Options, copy_of, filled, new_token
+from arkv_fx.evaluation.bench.cases import Case, Options, filled, new_token
 from arkv_fx.evaluation.bench.timing import Call, Rotation, cold_bytes, compiled
 from arkv_fx.kernels import KERNELS, get_direct_step, get_kernel
 from arkv_fx.kernels.softmax import Knobs, group
@@ -92,7 +92,7 @@ def cold_states(case: Case, plan: LayerPlan, options: Options) -> Rotation[Layer
     """Copies of a state whose slots are all taken."""
     groups, device = case.q_heads // case.heads, options.device
     first = filled(plan, groups, 2 * plan.slots, options.batch, device)
-    return Rotation(lambda: copy_of(first), plan.nbytes(options.batch), cold_bytes(device))
+    return Rotation(first.clone, plan.nbytes(options.batch), cold_bytes(device))
 
 
 def on_states(

@@ -151,17 +151,17 @@ Tensor step(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v, const
   return out;
 }
 
-void encode_vectors(const Tensor& x, const Tensor& rows, const Maybe& centre, int64_t codec,
+void encode_vectors(const Tensor& x, const Tensor& source, const Maybe& centre, int64_t codec,
                     const std::vector<Tensor>& fields) {
   Vectors from{type_of(x), (const char*)x.data_ptr(), {x.stride(0), x.stride(1), x.stride(2)}};
   STD_TORCH_CHECK(x.is_cpu() && from.dtype <= F16 && (x.size(3) == 1 || x.stride(3) == 1),
                   "arkv_cpu: floats on a CPU only, with the elements of a vector side by side");
-  from.heads = x.size(1), from.slots = rows.size(2), from.D = x.size(3);
-  from.rows = data<int64_t>(rows), from.centre = data<float>(centre);
+  from.heads = x.size(1), from.slots = source.size(2), from.D = x.size(3);
+  from.source = data<int64_t>(source), from.centre = data<float>(centre);
   const int64_t n = x.size(0) * from.heads * from.slots;
   const int64_t length = x.size(2);
   bool inside = true;
-  for (int64_t i = 0; i < n; i++) inside &= from.rows[i] < length;
+  for (int64_t i = 0; i < n; i++) inside &= from.source[i] < length;
   STD_TORCH_CHECK(inside, "arkv_cpu: a row outside its tensor");
   const std::vector<char*> held = addresses_of(fields);
   Addresses field = held.data();

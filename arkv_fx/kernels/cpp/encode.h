@@ -3,13 +3,13 @@
 #include "call.h"
 #include "vectors.h"
 
-// Vectors [B, H, T, D] at any strides but the last; `rows` [B, H, C] are those that slots take.
+// Vectors [B, H, T, D] at any strides but the last; `source` [B, H, C] are those that slots take.
 struct Vectors {
   int64_t dtype;
   const char* x;
   int64_t stride[3];   // elements
   int64_t heads, slots, D;
-  const int64_t* rows;  // -1: nothing for this slot
+  const int64_t* source;  // -1: nothing for this slot
   const float* centre;  // [B, H, D] or null: what is taken off first
 };
 
@@ -21,16 +21,16 @@ inline void encode_some(const Vectors& from, const Stored& to, int64_t begin, in
   auto vector_of = [&](int64_t at) {
     const int64_t head = at / from.slots;
     const int64_t element = head / from.heads * from.stride[0] +
-                            head % from.heads * from.stride[1] + from.rows[at] * from.stride[2];
+                            head % from.heads * from.stride[1] + from.source[at] * from.stride[2];
     return from.x + element * width(from.dtype, 1);
   };
   for (int64_t at = begin; at < end; at++) {
     const int64_t head = at / from.slots, ahead = at + 4;
-    if (ahead < end && from.rows[ahead] >= 0) {  // rows by rank: nothing else foresees the next
+    if (ahead < end && from.source[ahead] >= 0) {  // by rank: nothing else foresees the next
       const char* next = vector_of(ahead);
       for (int64_t i = 0; i < width(from.dtype, D); i += 64) __builtin_prefetch(next + i);
     }
-    if (from.rows[at] < 0) continue;
+    if (from.source[at] < 0) continue;
     const char* vector = vector_of(at);
     if (from.dtype == to.codec && !from.centre) {
       std::memcpy(to.codes + at * wide, vector, wide);

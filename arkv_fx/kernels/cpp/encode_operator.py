@@ -14,7 +14,7 @@ from arkv_fx.kernels.reference import encode_rows
 
 
 def encode_cpp(
-    codec: Codec, x: Tensor, rows: Tensor, centre: Tensor | None, fields: list[Tensor]
+    codec: Codec, x: Tensor, source: Tensor, centre: Tensor | None, fields: list[Tensor]
 ) -> None:
     """See ``Encoder``. Equal to ``encode_rows``, but that a rotation may round otherwise.
 
@@ -27,35 +27,35 @@ def encode_cpp(
     native = fields[0].dtype if codec.name == "native" else x.dtype
     known = number(codec, native)
     if x.device.type != "cpu" or x.dtype not in DTYPES or known is None:
-        return encode_rows(codec, x, rows, centre, fields)
+        return encode_rows(codec, x, source, centre, fields)
     x = x if x.stride(-1) == 1 else x.contiguous()
     if centre is not None:
         centre = centre.contiguous()
-    torch.ops.arkv_cpu.encode(x, rows.contiguous(), centre, known, fields)
+    torch.ops.arkv_cpu.encode(x, source.contiguous(), centre, known, fields)
 
 
 library.define(
-    "encode(Tensor x, Tensor rows, Tensor? centre, int codec, Tensor(a!)[] fields) -> ()"
+    "encode(Tensor x, Tensor source, Tensor? centre, int codec, Tensor(a!)[] fields) -> ()"
 )
 
 
 def _encode(
-    x: Tensor, rows: Tensor, centre: Tensor | None, codec: int, fields: Sequence[Tensor]
+    x: Tensor, source: Tensor, centre: Tensor | None, codec: int, fields: Sequence[Tensor]
 ) -> None:
     """Loads the library and runs what takes its place, as for ``attend``.
 
     Args:
         x: [B, H, T, D] in one of ``DTYPES``, the elements of a vector side by side.
-        rows: [B, H, C] int64, contiguous, as is centre [B, H, 1, D] float32.
+        source: [B, H, C] int64, contiguous, as is centre [B, H, 1, D] float32.
         codec: an index of ``NUMBERS``.
         fields: contiguous [B, H, C, ...] of the codec; updated in place.
     """
     load()
-    torch.ops.arkv_cpu.encode(x, rows, centre, codec, fields)
+    torch.ops.arkv_cpu.encode(x, source, centre, codec, fields)
 
 
 def _fake(
-    x: Tensor, rows: Tensor, centre: Tensor | None, codec: int, fields: Sequence[Tensor]
+    x: Tensor, source: Tensor, centre: Tensor | None, codec: int, fields: Sequence[Tensor]
 ) -> None:
     return None
 
