@@ -23,6 +23,7 @@ from arkv_fx.exporting.export_plan import ExportPlan
 from arkv_fx.exporting.groups import Group, group_layers
 from arkv_fx.exporting.inserted import capture_inserted
 from arkv_fx.exporting.stateless import Step
+from arkv_fx.formats.graph_operators import traced_to_leave
 from arkv_fx.huggingface.layers import cached_layers
 
 PAST, PRESENT = "past_key_values", "present"
@@ -133,7 +134,7 @@ def _graph(
     step.eval()
     shapes = (tuple(free[n] for n in inputs),) if free else None
     try:
-        with torch.no_grad(), _plain_min():
+        with torch.no_grad(), _plain_min(), traced_to_leave():
             program = torch.export.export(
                 step, tuple(inputs.values()), dynamic_shapes=shapes, strict=False
             )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from arkv_fx.errors import UnsupportedFormatError
+from arkv_fx.formats.graph_operators import leaving_torch
 
 # Scales and zero points: the range of float32 in two bytes, so no magnitude of the input
 # overflows. Codecs encode with the ROUNDED value, so having only eight bits costs nothing.
@@ -210,7 +211,7 @@ def round_to_scale_dtype(x: Tensor) -> Tensor:
     On the bits, because Inductor computes bfloat16 in float32 and drops the rounding of a cast
     there and back: the codes would be made with another scale than the one that is stored.
     """
-    if torch.compiler.is_exporting():  # no bits of float32 outside of torch, but real casts
+    if leaving_torch():  # no bits of float32 there, but real casts
         return x.to(SCALE_DTYPE).to(torch.float32)
     return ((x.view(torch.int32) + 0x8000) & ~0xFFFF).view(torch.float32)
 

@@ -7,8 +7,32 @@ the best are enough: TopK.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+
+_leaving = False  # not a ContextVar, which Dynamo cannot read
+
+
+def leaving_torch() -> bool:
+    """Whether the graph that is traced is one that leaves torch.
+
+    Not only ``torch.compiler.is_exporting``: before torch 2.13 that is true in every graph.
+    """
+    return _leaving and torch.compiler.is_exporting()
+
+
+@contextmanager
+def traced_to_leave() -> Generator[None]:
+    """Within it ``torch.export`` traces a graph that leaves torch; one at a time in a process."""
+    global _leaving
+    _leaving = True
+    try:
+        yield
+    finally:
+        _leaving = False
 
 
 def _widen(codes: Tensor) -> Tensor:

@@ -62,7 +62,9 @@ def _choose_moves(held: View, new: Arrivals, updated: Stats) -> list[Move]:
             candidates = torch.cat([segment.pos, pos], -1)
             weakest = _weakest(rank_tokens(held, candidates, columns, held.seen, last))
             wins = weakest < segment.slots  # else the token on its way is the weakest itself
-            slot = weakest.clamp(max=segment.slots - 1)
+            # Also from below: compiled for CUDA, rows beyond the last find nothing at all, and
+            # Inductor checks their index too.
+            slot = weakest.clamp(0, segment.slots - 1)
         moves.append(Move(segment, slot, wins))
         column = (segment.start + slot)[..., None]
         chosen = index == torch.where(wins[..., None], column, -1).int()  # int64 vectorises badly
@@ -135,10 +137,11 @@ def _weakest(rank: Tensor) -> Tensor:
     """[B, Hkv] int64 index of the smallest rank [B, Hkv, N].
 
     Of equals the last one loses, as in merge_many's stable sort: the arrival, if it is among them.
+    Where there is NaN it is the last one too: NaN equals nothing and is larger than nothing.
     """
     index = torch.arange(rank.shape[-1], device=rank.device, dtype=torch.int32)
     least = rank.amin(-1, keepdim=True)
-    return torch.where(rank == least, index, -1).amax(-1).long()
+    return torch.where(rank > least, -1, index).amax(-1).long()
 
 
 def _at(slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from arkv_fx.state.session import LayerState
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 ARCHITECTURES = (80, 90, 120)
+DEFAULT = ("k8v4", "k4v3")
 WIDE_LOAD = r"(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128"
 
 
@@ -61,6 +62,8 @@ class Binary:
     stack: int
     shared: int
     sass: str
+    layouts: str
+    """The compiler's form in which every tensor says which thread holds what."""
 
     def count(self, pattern: str) -> int:
         return len(re.findall(pattern, self.sass))
@@ -91,7 +94,8 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Build]:
         )
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         assert found is not None, usage
-        return Binary(int(found[1]), int(found[2]), kernel.metadata.shared, sass)
+        registers, stack = int(found[1]), int(found[2])
+        return Binary(registers, stack, kernel.metadata.shared, sass, kernel.asm["ttgir"])
 
     def compile_launch(
         self: Any, *args: Any, architecture: int, grid: Any, warmup: bool, **kwargs: Any
@@ -150,8 +154,22 @@ def wide_loads(layer: Layer) -> int:
     return total // (16 * 128)
 
 
+def check_factors(decode: Binary) -> None:
+    """The four threads that share a row of a product's factor hold numbers of their own.
+
+    Triton sums the copies that they hold of a shorter row. Its interpreter does not show that.
+    """
+    rows = re.findall(
+        r"tensor<\d+x(\d+)x\w+, #ttg\.dot_op<{opIdx = 0, .*?kWidth = (\d+)}>> \*", decode.layouts
+    )
+    assert len(rows) >= decode.layouts.count("tt.dot ") > 0
+    for inner, neighbours in rows:
+        assert int(inner) >= 4 * int(neighbours), f"{inner} numbers, {neighbours} to each thread"
+
+
 def check(layer: Layer, binaries: dict[str, Binary], most_registers: int = 128) -> None:
     decode = binaries["decode"]
+    check_factors(decode)
     assert decode.registers <= most_registers
     for name, binary in binaries.items():
         assert binary.stack == 0 and not binary.count(r"\b(?:LDL|STL)\b"), f"{name} spills"
@@ -161,9 +179,6 @@ def check(layer: Layer, binaries: dict[str, Binary], most_registers: int = 128) 
     if not names & {"int4", "int3"}:  # their zero points are single bytes
         assert not decode.count(r"LDG\.E\.(?:\w+\.)*[US]8\b")
     assert decode.count(r"\bHMMA\b")
-
-
-DEFAULT = ("k8v4", "k4v3")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -188,8 +203,33 @@ def test_tiers_of_no_slot_and_of_one(build: Build) -> None:
 
 
 def test_float32_runs_fewer_programs_but_does_not_spill(build: Build) -> None:
-    layer = Layer(8, 4, 128, (("int8", 64),), torch.float32)
-    check(layer, build(layer, 80), most_registers=255)
+    """Only the ring's two products are of float32; those with codes are sums of three."""
+    layer = replace(llama(*DEFAULT, slots=64), dtype=torch.float32)
+    binaries = build(layer, 90)
+    check(layer, binaries, most_registers=255)
+    factors = re.findall(r"tt\.dot .* : tensor<\d+x\d+x(\w+),", binaries["decode"].layouts)
+    assert factors == 2 * 3 * ["f32"] + len(DEFAULT) * 2 * 3 * ["bf16"]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer(4, 2, 256, (("k8v4", 64),)),  # few slots at once: short rows of the values' product
+        Layer(4, 2, 16, (("int4", 64),)),  # short rows of the keys' product
+    ],
+)
+def test_factors_of_packed_codes(build: Build, layer: Layer) -> None:
+    check_factors(build(layer, 90)["decode"])
+
+
+def test_copies_among_the_factors_are_noticed(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As was wrong on an H100: 16 slots at once, of which each thread took eight."""
+    monkeypatch.setattr(launch, "block_slots", lambda plan: 16)
+    layer = replace(llama("k8v4", slots=64), dtype=torch.float32)
+    with pytest.raises(AssertionError, match="16 numbers, 8 to each thread"):
+        check_factors(build(layer, 90)["decode"])
 
 
 @pytest.mark.slow

@@ -17,10 +17,21 @@ def run_count(codec: str) -> int:
 
 
 @triton.constexpr_function
+def least_inner(codec: str) -> int:
+    """Least inner dimension of a product with such a tile.
+
+    A tensor core takes 16. But for what came out of ``tl.join`` Triton gives each of the four
+    threads that share a row eight neighbours, and with fewer than 32 some threads get copies,
+    which are summed as if they were numbers of their own (seen in 3.6 and 3.7).
+    """
+    return 32 if run_count(codec) > 1 else 16
+
+
+@triton.constexpr_function
 def run_columns(dim: int, codec: str) -> int:
-    """Columns of one run: a power of two, and 16 columns in all, the least a tensor core takes."""
+    """Columns of one run: a power of two, and all together at least ``least_inner``."""
     runs = run_count(codec)
-    return max(triton.next_power_of_2(dim // runs), 16 // runs)
+    return max(triton.next_power_of_2(dim // runs), least_inner(codec) // runs)
 
 
 @triton.constexpr_function

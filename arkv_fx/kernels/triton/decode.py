@@ -161,7 +161,27 @@ def attend_chunk(
 
 @triton.jit
 def product(a, codes, ROUND_ONLY: tl.constexpr):
-    """Matrix product in a's type, float32 sums; float32 factors keep their precision."""
+    """Matrix product in a's type, float32 sums; float32 factors keep their precision.
+
+    What is stored in less than float32 is exact in bfloat16, and float32 is the sum of three
+    bfloat16 numbers: half the instructions and registers of float32 itself.
+    """
+    if a.dtype != tl.float32:
+        return rounded_product(a, codes, ROUND_ONLY)
+    if codes.dtype == tl.float32:
+        return tl.dot(a, codes, input_precision="tf32x3")
+    most = a.to(tl.bfloat16)
+    rest = a - most.to(tl.float32)
+    more = rest.to(tl.bfloat16)
+    least = (rest - more.to(tl.float32)).to(tl.bfloat16)
+    found = rounded_product(least, codes, ROUND_ONLY)  # the small ones first
+    found += rounded_product(more, codes, ROUND_ONLY)
+    return found + rounded_product(most, codes, ROUND_ONLY)
+
+
+@triton.jit
+def rounded_product(a, codes, ROUND_ONLY: tl.constexpr):
+    """Matrix product in a's narrow type, float32 sums."""
     if ROUND_ONLY:
         return tl.dot(a.to(tl.float32), codes.to(tl.float32))
-    return tl.dot(a, codes.to(a.dtype), input_precision="tf32x3")
+    return tl.dot(a, codes.to(a.dtype))

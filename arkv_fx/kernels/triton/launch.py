@@ -22,9 +22,14 @@ MOST_SPLITS = 128
 
 
 def block_slots(plan: LayerPlan) -> int:
-    """Slots a program holds in registers at once: at most 8 KB of keys in the model's dtype."""
+    """Slots a program holds in registers at once: at most 8 KB of keys in the model's dtype.
+
+    They are the inner dimension of the product with the values, which has a least.
+    """
+    from arkv_fx.kernels.triton.codecs import least_inner
+
     row = max(plan.k_dim, plan.v_dim) * plan.dtype.itemsize
-    size = 16
+    size: int = max(least_inner(fmt.value.name) for fmt, _ in plan.segments())
     while size < 128 and 2 * size * row <= 8192:
         size *= 2
     return size
