@@ -155,6 +155,7 @@ class _Runner:
         self.placeholders = graph.graph.find_nodes(op="placeholder")
         self.compiled, self.caches = compiled, context.caches
         self.devices = [planned.device for planned in self.caches]
+        self.layers = [planned.layer for planned in self.caches]
         self.index = {node.name: i for i, node in enumerate(self.placeholders)}
         # The same for many tokens that begin a sequence, where only a call can tell.
         self.first: Compiled | None = None
@@ -207,7 +208,7 @@ class _Runner:
         else:
             compiled = self.first if self.first is not None and starts == {0} else self.compiled
             out = compiled(*inputs, *extra)
-        check_finite(zip((planned.layer for planned in self.caches), states, strict=True))
+        check_finite(zip(self.layers, states, strict=True))
         anchors.remember(out)
         buffers.remember()
         return out
