@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from arkv_fx.errors import UnknownOptionError, UnsupportedFormatError
 from arkv_fx.formats import CODECS, FORMATS, Codec, get_format
+from arkv_fx.formats import hadamard as hadamard_module
 from arkv_fx.formats.affine import RotatedAffine
 from arkv_fx.formats.codec import SCALE_DTYPE, round_to_scale_dtype
 from arkv_fx.formats.hadamard import block, hadamard, rotate
@@ -201,6 +202,28 @@ def test_the_rotation_is_orthogonal_and_its_own_inverse(dim: int) -> None:
     assert dim % size == 0 and (dim // size) % 2 == 1
     expected = torch.kron(torch.eye(dim // size), hadamard(size, torch.device("cpu")))
     assert torch.equal(matrix, expected)
+
+
+@pytest.mark.parametrize("dim", [7, 64, 80, 128, 192])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_rotation_by_sums_is_that_by_products(
+    dim: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = gaussian(2, 3, dim, seed=dim)
+    expected = rotate(x)
+    monkeypatch.setattr(hadamard_module, "sums_are_faster", lambda x: True)
+    torch._dynamo.reset()
+    found = (torch.compile(rotate, fullgraph=True) if compiled else rotate)(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert dim == 7 or not torch.equal(found, expected)  # else it was the same sum
+
+
+def test_the_rotation_sums_a_few_vectors_on_cuda_and_nothing_else() -> None:
+    with FakeTensorMode():
+        for device, heads, sums in (("cuda", 8, True), ("cuda", 512, False), ("cpu", 8, False)):
+            x = torch.empty(1, heads, 1, 128, device=device)
+            assert hadamard_module.sums_are_faster(x) == sums
 
 
 @every_codec
