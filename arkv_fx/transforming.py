@@ -12,7 +12,12 @@ from torch import nn
 from arkv_fx.calibration import Calibration, fingerprint
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import TransformError
-from arkv_fx.huggingface.model_caches import prepare_cache
+from arkv_fx.huggingface.model_caches import (
+    CONTINUOUS,
+    generating_part,
+    prepare_cache,
+    refuse_continuous,
+)
 from arkv_fx.huggingface.transformed import Transformed
 from arkv_fx.insert.cached_model import Inserted, insert
 from arkv_fx.passes.context import Probe, StandIn
@@ -34,7 +39,8 @@ def transform(
     computing what it computed, and ``model.arkv.report()`` says which and why.
 
     Args:
-        model: a transformers causal language model in eval mode.
+        model: a transformers causal language model in eval mode, or what wraps one (a PEFT model, a
+            value head, ``torch.compile(model)``): then that one is transformed.
         config: budget, formats and ranking; the default is a quarter of the bytes at 4096 tokens.
         calibration: OQ ratios from ``arkv_fx.calibrate``; without one each layer takes
             ``config.oq_ratio``.
@@ -97,6 +103,11 @@ def _transform(
     stand_in: StandIn | None = None,
 ) -> nn.Module:
     _require_plain(model)
+    if (part := generating_part(model)) is not model:
+        _transform(part, config, calibration, compile=compile, probe=probe, stand_in=stand_in)
+        if not hasattr(model, "arkv"):  # some wrappers ask what they wrap
+            model.arkv = part.arkv
+        return model
     if calibration is not None:
         calibration.check(fingerprint(model))
     state = Transformed(model, config or ArkvConfig(), calibration, compile, probe, stand_in)
@@ -112,6 +123,9 @@ def _transform(
     model.forward = forward
     if hasattr(model, "_prepare_cache_for_generation"):
         model._prepare_cache_for_generation = functools.partial(prepare_cache, model)  # type: ignore[assignment]
+    for name in CONTINUOUS:
+        if hasattr(model, name):
+            setattr(model, name, lambda *args, name=name, **kwargs: refuse_continuous(name))
     return model
 
 
@@ -131,7 +145,8 @@ def restore(model: nn.Module) -> nn.Module:
     if not hasattr(model, "arkv"):
         raise TransformError(f"{type(model).__name__} is not transformed: nothing to restore")
     state: Transformed | Inserted = model.arkv  # type: ignore[assignment]
-    for name in ("arkv", "forward", "_prepare_cache_for_generation"):
-        model.__dict__.pop(name, None)
-    model.__dict__.update(state.replaced)
+    model.__dict__.pop("arkv", None)
+    for name in ("arkv", "forward", "_prepare_cache_for_generation", *CONTINUOUS):
+        state.model.__dict__.pop(name, None)
+    state.model.__dict__.update(state.replaced)
     return model

@@ -15,6 +15,7 @@ from arkv_fx.calibrating.attention_statistics import Moments, measure, observed_
 from arkv_fx.calibration import Calibration, LayerStatistics, fingerprint
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import CalibrationError
+from arkv_fx.huggingface.model_caches import generating_part
 from arkv_fx.transforming import _transform, restore
 
 
@@ -68,6 +69,7 @@ def calibrate(
             raise CalibrationError(
                 f"a prompt has shape {tuple(prompt.shape)}; [batch, tokens >= 2] is needed"
             )
+    model = generating_part(model)
     found: dict[int, list[Moments]] = defaultdict(list)
     published = config.calibration == "paper"
 

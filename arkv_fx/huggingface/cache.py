@@ -55,7 +55,7 @@ class ArkvCache(Cache):
             raise CacheError(
                 f"{type(model).__name__} is not transformed: call arkv_fx.transform(model) first"
             )
-        layers = cached_layers(model)
+        layers = cached_layers(transformed.model)  # of what ``model`` wraps, if it does
         super().__init__(layers=own_state(layers))
         self.session = Session(owner=transformed.name)
         self.model_id = id(transformed)
@@ -137,6 +137,11 @@ class ArkvCache(Cache):
     def is_sliding(self) -> list[bool]:
         """Which layers have an attention window."""
         return self.sliding
+
+    @property
+    def is_croppable(self) -> bool:
+        """No: see ``crop``."""
+        return False
 
     @property
     def is_linear(self) -> list[bool]:

@@ -2,18 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 from torch import nn
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-from arkv_fx.errors import CacheError
+from arkv_fx.errors import CacheError, TransformError
 from arkv_fx.huggingface.cache import ArkvCache
 
 # What transformers calls the argument: by its new name since 5.24, which knows the old one, too.
 CACHE_NAMES = ("past_key_values", "cache")[: 2 if "cache" in ALL_CACHE_NAMES else 1]
+
+# What a model offers to generate with a paged cache of transformers' own.
+CONTINUOUS = (
+    "generate_batch", "init_continuous_batching", "continuous_batching_context_manager",
+)  # fmt: skip
+
+
+def generating_part(model: nn.Module) -> nn.Module:
+    """The model whose ``generate`` runs: ``model`` itself, or the one that it wraps.
+
+    Seen through are PEFT and value-head models, modules of ``torch.compile`` and whatever else
+    holds one transformers model that generates.
+
+    Raises:
+        TransformError: if it holds several, so that nobody can tell which is meant.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    found: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, PreTrainedModel) and module.can_generate() and not inside:
+            found.append((path, module))
+    if len(found) > 1:
+        names = ", ".join(f"{path} ({type(module).__name__})" for path, module in found)
+        raise TransformError(
+            f"{type(model).__name__} holds several models that generate: {names}; transform the "
+            "one whose cache is to be small"
+        )
+    return found[0][1] if found else model
+
+
+def refuse_continuous(name: str) -> NoReturn:
+    """What stands for ``generate_batch`` and its kin on a transformed model.
+
+    Raises:
+        CacheError: always.
+    """
+    raise CacheError(
+        f"{name}() keeps every token in a paged cache of transformers, which nothing compresses: "
+        "call generate(), or undo with arkv_fx.restore(model)"
+    )
+
+
+def refuse_foreign(given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuse a cache in an argument that is not one of those ``known``, whatever it is called.
+
+    Raises:
+        CacheError: naming the argument and the type.
+    """
+    for name, value in given.items():
+        like = "cache" in type(value).__name__.lower() and hasattr(value, "update")
+        if name not in known and (
+            isinstance(value, Cache) or (like and not isinstance(value, dict))
+        ):
+            raise CacheError(
+                f"{name}= is a {type(value).__name__}, a cache that is not ours and would grow in "
+                "silence: pass ArkvCache(model), or undo with arkv_fx.restore(model)"
+            )
 
 
 def prepare_cache(
@@ -26,7 +85,7 @@ def prepare_cache(
     """``generate()``'s hook: an ArkvCache instead of a DynamicCache."""
     if generation_config.use_cache is False:
         return
-    if generation_config.cache_implementation is not None:
+    if generation_config.cache_implementation not in (None, "dynamic"):  # what ours stands for
         raise CacheError(
             f"cache_implementation={generation_config.cache_implementation!r} asks for a "
             "transformers cache, but the model is transformed to use ArkvCache; leave it out, or "
@@ -36,7 +95,7 @@ def prepare_cache(
     if cache is None:
         cache = new_cache(model)
     else:
-        our_cache(cache)
+        our_cache(cache, model)
         cache._is_user_defined = True
     model_kwargs[CACHE_NAMES[-1]] = cache
 
@@ -70,15 +129,28 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def our_cache(cache: Any) -> ArkvCache:
-    """The ArkvCache that ``cache`` is or holds."""
+def our_cache(cache: Any, model: nn.Module) -> ArkvCache:
+    """The ArkvCache that ``cache`` is or holds; an empty DynamicCache becomes one.
+
+    In place, since whoever made it goes on with it: chat loops do, and ``generate()`` of a model
+    that ``model`` is a part of.
+    """
     found = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if type(found) is DynamicCache and _is_unused(found):
+        found.__dict__ = ArkvCache(model).__dict__
+        found.__class__ = ArkvCache
     if not isinstance(found, ArkvCache):
         raise CacheError(
             f"the model is transformed but got a {type(cache).__name__}; pass ArkvCache(model), "
             "or no cache at all, or undo with arkv_fx.restore(model)"
         )
     return found
+
+
+def _is_unused(cache: DynamicCache) -> bool:
+    """Whether nothing is in it yet, and nothing was asked of it that ours would not do."""
+    plain = not getattr(cache, "offloading", False)
+    return plain and not any(getattr(layer, "is_initialized", False) for layer in cache.layers)
 
 
 def only_looks_ahead(model: nn.Module) -> bool:

@@ -22,10 +22,12 @@ from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.huggingface.layers import cached_layers, kept_whole, text_config, windows
 from arkv_fx.huggingface.model_caches import (
     CACHE_NAMES,
+    CONTINUOUS,
     is_encoder_decoder,
     new_cache,
     only_looks_ahead,
     our_cache,
+    refuse_foreign,
     take_cache,
 )
 from arkv_fx.passes.context import Probe, StandIn
@@ -62,7 +64,7 @@ class Transformed:
         )  # fmt: skip
         self.original: Callable[..., Any] = model.forward
         # Attributes of the instance that restore puts back (hooks set forward there).
-        names = ("forward", "_prepare_cache_for_generation")
+        names = ("forward", "_prepare_cache_for_generation", *CONTINUOUS)
         self.replaced = {n: model.__dict__[n] for n in names if n in model.__dict__}
         self.compiled = torch.compile(own_code(model.forward), backend=self.backend)
         self.model = model
@@ -104,6 +106,7 @@ class Transformed:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward with an ArkvCache where a cache is wanted."""
+        refuse_foreign(kwargs, self.cache_names)
         given = self.hands_on or any(name in kwargs for name in self.cache_names)
         if self.cache_name not in self.parameters and not given:
             return self._call(args, kwargs)
@@ -118,7 +121,7 @@ class Transformed:
             if "use_cache" in self.parameters or self.hands_on:
                 kwargs["use_cache"] = False
             return self._call((), kwargs)
-        cache = our_cache(cache)
+        cache = our_cache(cache, self.model)
         cache.require(self)
         if self.model.training:
             raise CacheError(
@@ -151,6 +154,7 @@ class Transformed:
             "accumulated_recompile_limit": 8 * RECOMPILE_LIMIT,
             "fail_on_recompile_limit_hit": True,
             "specialize_float": True,  # scales are constants of a layer
+            "skip_nnmodule_hook_guards": False,  # a hook that comes later is to run, too
         }
         try:
             with torch._dynamo.config.patch(limits):

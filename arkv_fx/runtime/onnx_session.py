@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ Logits = NDArray[np.float32]
 class OnnxSession:
     """One batch of sequences of an exported model.
 
+    Threads may share a session: a call waits until another's is done. A stream that another call
+    broke into says so instead of going on over the other's sequences.
+
     Args:
         folder: what ``arkv_fx.export(..., target="onnx")`` wrote.
         threads: of ONNX Runtime; 0 for its own choice.
@@ -37,12 +41,15 @@ class OnnxSession:
         self._prefill = self._open("prefill", threads)
         self._decode = self._open("decode", threads)
         self._outputs = ["logits", *(t.output for t in self.sidecar.tensors)]
+        self._lock = RLock()
         self.reset()
 
     def reset(self) -> None:
         """Forget the sequences."""
-        self._state = [empty(self._runtime, t) for t in self.sidecar.tensors]
-        self._next = np.zeros(self.batch, np.int64)
+        with self._lock:
+            self._state = [empty(self._runtime, t) for t in self.sidecar.tensors]
+            self._next = np.zeros(self.batch, np.int64)
+            self._hold = object()  # whose sequences these are: another one for every call
 
     @property
     def nbytes(self) -> int:
@@ -65,10 +72,10 @@ class OnnxSession:
         Raises:
             EngineError: if tensors are missing or are not of the shape and dtype of the graph's.
         """
-        self._state = [
-            from_numpy(self._runtime, state.get(t.input), t) for t in self.sidecar.tensors
-        ]
-        self._next = np.asarray(tokens, np.int64).reshape(self.batch)
+        found = [from_numpy(self._runtime, state.get(t.input), t) for t in self.sidecar.tensors]
+        with self._lock:
+            self._state, self._hold = found, object()
+            self._next = np.asarray(tokens, np.int64).reshape(self.batch)
 
     def prefill(self, ids: ArrayLike, mask: ArrayLike | None = None) -> Logits:
         """Begin new sequences.
@@ -96,16 +103,18 @@ class OnnxSession:
             if not seen.all():
                 raise EngineError("mask: this model takes no padding; give equally long prompts")
             if short > 0:
-                self.reset()
-                return [self.step(column) for column in tokens.T][-1]
+                with self._lock:
+                    self.reset()
+                    return [self.step(column) for column in tokens.T][-1]
         if short > 0:
             tokens, seen = (np.pad(x, ((0, 0), (short, 0))) for x in (tokens, seen))
         positions = np.maximum(seen.cumsum(1) - 1, 0)
-        self.reset()
         given = {"input_ids": tokens, "attention_mask": seen, "position_ids": positions}
         wanted = self.sidecar.content["graphs"]["prefill"]["inputs"]
-        logits = self._run(self._prefill, {name: given[name] for name in wanted}, {})
-        self._next = seen.sum(1)
+        with self._lock:
+            self.reset()
+            logits = self._run(self._prefill, {name: given[name] for name in wanted}, {})
+            self._next = seen.sum(1)
         return logits
 
     def step(self, ids: ArrayLike) -> Logits:
@@ -121,11 +130,12 @@ class OnnxSession:
         tokens = self._checked(tokens[:, None] if tokens.ndim == 1 else tokens)
         if tokens.shape[1] != 1:
             raise EngineError(f"a step takes one token for each sequence, not {tokens.shape[1]}")
-        self._check_length(int(self._next.max()) + 1)
-        state = {t.input: x for t, x in zip(self.sidecar.tensors, self._state, strict=True)}
-        given = {"input_ids": tokens, "position_ids": self._next[:, None]}
-        logits = self._run(self._decode, given, state)
-        self._next = self._next + 1
+        with self._lock:
+            self._check_length(int(self._next.max()) + 1)
+            state = {t.input: x for t, x in zip(self.sidecar.tensors, self._state, strict=True)}
+            given = {"input_ids": tokens, "position_ids": self._next[:, None]}
+            logits = self._run(self._decode, given, state)
+            self._next, self._hold = self._next + 1, object()
         return logits
 
     def stream(
@@ -144,12 +154,21 @@ class OnnxSession:
         self, ids: Tokens, mask: ArrayLike | None, tokens: int, sampling: Sampling, ends: Tokens
     ) -> Iterator[Tokens]:
         generator = sampling.generator()
-        logits = self.prefill(ids, mask)
+        with self._lock:
+            logits = self.prefill(ids, mask)
+            hold = self._hold
         done = np.zeros(self.batch, bool)
         new = np.zeros(self.batch, np.int64)
         for count in range(tokens):
             if count:
-                logits = self.step(new)
+                with self._lock:
+                    if self._hold is not hold:
+                        raise EngineError(
+                            "another call went on with this session while this stream was open: "
+                            "finish one before the next, or open a session for each"
+                        )
+                    logits = self.step(new)
+                    hold = self._hold
             # A sequence that is done repeats the token that ended it.
             new = np.where(done, new, sampling.choose(logits, generator))
             yield new
@@ -177,7 +196,8 @@ class OnnxSession:
             ids, max_new_tokens, mask=mask, temperature=temperature, top_k=top_k, top_p=top_p,
             seed=seed, stop=stop,
         )  # fmt: skip
-        return np.stack(list(new), 1)
+        with self._lock:
+            return np.stack(list(new), 1)
 
     def _checked(self, ids: ArrayLike) -> Tokens:
         tokens = np.asarray(ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import engine_cases as cases
 import numpy as np
@@ -186,3 +187,26 @@ def test_keys_that_are_not_numbers_are_reported(session: OnnxSession) -> None:
     with pytest.raises(EngineError, match="NaN"):
         session.step(IDS[:, 0])
     session.reset()
+
+
+def test_threads_wait_for_each_other(session: OnnxSession) -> None:
+    prompts = [np.roll(IDS, shift, 1) for shift in range(4)]
+    expected = [session.generate(ids, 12).tolist() for ids in prompts]
+    assert expected[0] != expected[1]  # so that a mixed up state would be seen
+    with ThreadPoolExecutor(4) as pool:
+        found = [f.tolist() for f in pool.map(lambda ids: session.generate(ids, 12), prompts * 2)]
+    assert found == expected * 2
+
+
+def test_a_stream_that_another_call_broke_into_says_so(session: OnnxSession) -> None:
+    for call in (
+        lambda: session.generate(IDS, 2),
+        lambda: session.step(IDS[:, 0]),
+        lambda: session.reset(),
+        lambda: next(session.stream(IDS, 2)),
+    ):
+        stream = session.stream(IDS, 4, mask=MASK)
+        next(stream), next(stream)
+        call()
+        with pytest.raises(EngineError, match="another call went on with this session"):
+            next(stream)

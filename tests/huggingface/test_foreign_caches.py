@@ -1,0 +1,195 @@
+"""After a transform no generation runs on a cache that is not ours without a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, StaticCache
+
+import arkv_fx
+from arkv_fx.errors import CacheError, TransformError
+from arkv_fx.models import random_model
+
+CONFIG = arkv_fx.ArkvConfig(budget=24, window=8, sinks=2, tiers=("native",))
+NEW = 6
+
+
+def ids(tokens: int = 60) -> Tensor:
+    return torch.randint(1, 128, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+
+class WithValues(nn.Module):
+    """Hands generation on, and has a forward of its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.head = inner, nn.Linear(64, 1)
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        out = self.inner(input_ids, output_hidden_states=True, **kwargs)
+        return out.logits, self.head(out.hidden_states[-1])
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.generate(*args, **kwargs)
+
+
+class Asking(WithValues):
+    """Answers for what it wraps, as PEFT models do."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+class Two(WithValues):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.reference = random_model("llama", seed=3)
+
+
+def generate(model: Any, **options: Any) -> Any:
+    return model.generate(
+        ids(), max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, **options
+    )
+
+
+@pytest.mark.parametrize("wrap", [WithValues, Asking, torch.compile])
+def test_wrappers_are_seen_through(wrap: Any) -> None:
+    plain = arkv_fx.transform(random_model("llama"), CONFIG, compile="eager")
+    expected = generate(plain).sequences
+    inner = random_model("llama")
+    full = generate(inner).sequences
+    assert not torch.equal(expected, full)  # so a full cache would be seen
+    model = wrap(inner)
+    assert arkv_fx.transform(model, CONFIG, compile="eager") is model
+    out = generate(model)
+    assert isinstance(out.past_key_values, arkv_fx.ArkvCache)
+    assert torch.equal(out.sequences, expected)
+    assert model.arkv.report().fused == 2
+    assert isinstance(arkv_fx.ArkvCache(model), arkv_fx.ArkvCache)
+    assert arkv_fx.restore(model) is model and not hasattr(model, "arkv")
+    again = generate(model)
+    assert isinstance(again.past_key_values, DynamicCache)
+    assert torch.equal(again.sequences, full)
+
+
+def test_a_peft_model_is_seen_through() -> None:
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    model = peft.get_peft_model(random_model("llama"), adapter).eval()
+    arkv_fx.transform(model, CONFIG, compile="eager")
+    assert isinstance(generate(model).past_key_values, arkv_fx.ArkvCache)
+    assert isinstance(model(ids()).past_key_values, arkv_fx.ArkvCache)
+
+
+def test_of_two_models_nobody_can_tell_which() -> None:
+    with pytest.raises(
+        TransformError, match=r"inner \(Llama.*reference \(Llama.*transform the one"
+    ):
+        arkv_fx.transform(Two(random_model("llama")), CONFIG, compile="eager")
+
+
+def test_a_wrapped_model_is_calibrated() -> None:
+    model = WithValues(random_model("llama"))
+    config = CONFIG.replace(calibration="normalised")
+    calibration = arkv_fx.calibrate(model, ids(), config)
+    arkv_fx.transform(model, config, calibration, compile="eager")
+    assert isinstance(generate(model).past_key_values, arkv_fx.ArkvCache)
+
+
+@pytest.mark.parametrize(
+    "name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"]
+)
+def test_continuous_batching_is_refused_by_name(name: str) -> None:
+    model: Any = random_model("llama")
+    if not hasattr(model, name):
+        pytest.skip("not in this transformers")
+    arkv_fx.transform(model, CONFIG, compile="eager")
+    with pytest.raises(CacheError, match=rf"{name}\(\) keeps every token in a paged cache"):
+        getattr(model, name)([[1, 2, 3]], generation_config=GenerationConfig())
+    arkv_fx.restore(model)
+    assert getattr(model, name).__func__ is getattr(type(model), name)
+
+
+class PagedCache:
+    """Like what continuous batching hands on: no Cache, but one all the same."""
+
+    def update(self, *args: Any) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("name", ["kv_store", "cache_2030"])
+@pytest.mark.parametrize("make", [DynamicCache, PagedCache])
+def test_a_cache_by_any_other_name_is_refused(name: str, make: Any) -> None:
+    model = arkv_fx.transform(random_model("llama"), CONFIG, compile="eager")
+    with pytest.raises(CacheError, match=f"{name}= is a {make.__name__}, a cache that is not ours"):
+        model(ids(), **{name: make()})
+
+
+def test_an_empty_dynamic_cache_becomes_ours() -> None:
+    model = arkv_fx.transform(random_model("llama"), CONFIG, compile="eager")
+    expected = generate(model).sequences
+    for made in (DynamicCache(), DynamicCache(config=model.config)):
+        out = generate(model, past_key_values=made)
+        assert out.past_key_values is made and isinstance(made, arkv_fx.ArkvCache)
+        assert torch.equal(out.sequences, expected)
+        turn = torch.cat([out.sequences, ids(5)], 1)  # the chat goes on with the same object
+        assert model.generate(turn, past_key_values=made, max_new_tokens=2).shape[1] == 60 + NEW + 7
+    cache = DynamicCache()
+    model(ids(), past_key_values=cache)
+    assert cache.get_seq_length() == 60
+
+
+def test_a_cache_that_holds_something_or_is_of_another_kind_is_refused() -> None:
+    model = random_model("llama")
+    used = model(ids(), use_cache=True).past_key_values
+    arkv_fx.transform(model, CONFIG, compile="eager")
+    for cache in (used, StaticCache(config=model.config, max_cache_len=99)):
+        with pytest.raises(CacheError, match=f"got a {type(cache).__name__}; pass ArkvCache"):
+            model(ids(4), past_key_values=cache)
+
+
+def test_a_part_of_a_model_is_served_through_the_whole() -> None:
+    model = random_model("llama")
+    arkv_fx.transform(model, CONFIG, compile="eager")
+    expected = generate(model).sequences
+    arkv_fx.restore(model)
+    arkv_fx.transform(model.model, CONFIG, compile="eager")
+    out = generate(model)
+    assert isinstance(out.past_key_values, arkv_fx.ArkvCache)
+    assert torch.equal(out.sequences, expected)
+
+
+def test_dynamic_is_what_ours_stands_for() -> None:
+    model = arkv_fx.transform(random_model("llama"), CONFIG, compile="eager")
+    out = generate(model, cache_implementation="dynamic")
+    assert isinstance(out.past_key_values, arkv_fx.ArkvCache)
+    with pytest.raises(CacheError, match="cache_implementation='static'"):
+        generate(model, cache_implementation="static")
+
+
+def test_it_says_that_it_cannot_be_cropped() -> None:
+    model = arkv_fx.transform(random_model("llama"), CONFIG, compile="eager")
+    assert arkv_fx.ArkvCache(model).is_croppable is False
+
+
+@pytest.mark.parametrize("compile", ["eager", "inductor"])
+def test_hooks_that_come_later_run(compile: str) -> None:
+    model = arkv_fx.transform(random_model("llama"), CONFIG, compile=compile)
+    before = generate(model).sequences
+    seen: list[Tensor] = []
+    watch = model.model.layers[0].register_forward_hook(lambda module, args, out: seen.append(out))
+    assert torch.equal(generate(model).sequences, before)
+    assert len(seen) == NEW
+    watch.remove()
+    generate(model)
+    assert len(seen) == NEW
+    steer = model.model.layers[1].register_forward_hook(lambda module, args, out: out * 0 + 1)
+    assert not torch.equal(generate(model).sequences, before)
+    steer.remove()
+    assert torch.equal(generate(model).sequences, before)
