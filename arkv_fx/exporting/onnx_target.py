@@ -16,7 +16,7 @@ import torch
 from arkv_fx.errors import ExportError
 from arkv_fx.exporting.programs import Graph, Programs
 from arkv_fx.exporting.target import Target
-from arkv_fx.runtime.manifest import METADATA, OPSET
+from arkv_fx.runtime.manifest import METADATA, OPSET, digest_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -55,7 +55,10 @@ def write_graphs(
     sidecar["versions"] |= {"onnx": onnx.__version__}
     progress("write the weights")
     share_weights(list(models.values()), folder)
-    sidecar["weights"] = {"file": WEIGHTS, "bytes": (folder / WEIGHTS).stat().st_size}
+    weights = folder / WEIGHTS
+    sidecar["weights"] = {
+        "file": WEIGHTS, "bytes": weights.stat().st_size, "sha256": digest_of(weights),
+    }  # fmt: skip
     text = json.dumps(sidecar, sort_keys=True)
     for name, model in models.items():
         progress(f"write and check {name}.onnx")

@@ -5,6 +5,7 @@ Needs neither torch nor the onnx package, and unpickles nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from arkv_fx.runtime.graph_file import GraphFile, read_graph_file
 from arkv_fx.runtime.tensors import TensorInfo
 
 FILE = "arkv.json"
-VERSION = 1
+VERSION = 2
 METADATA = "arkv"
 """The key under which a graph's file carries the same."""
 OPSET = 21
@@ -83,11 +84,11 @@ def read_sidecar(folder: str | Path) -> Sidecar:
     try:
         sidecar = _parse(folder, content)
         weights = folder / _plain(content["weights"]["file"], folder)
-        size = int(content["weights"]["bytes"])
+        size, digest = int(content["weights"]["bytes"]), str(content["weights"]["sha256"])
         graphs = [sidecar.graph(name) for name in ("prefill", "decode")]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"{path}: damaged: {type(error).__name__} {error}") from error
-    _check_weights(weights, size)
+    _check_weights(weights, size, digest)
     for graph in graphs:
         _check_graph(read_graph_file(graph), content, graph, weights.name, size)
     return sidecar
@@ -117,15 +118,38 @@ def _plain(name: Any, folder: Path) -> str:
     return name
 
 
-def _check_weights(path: Path, size: int) -> None:
+_digests: dict[tuple[Path, int, int], str] = {}
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal; read once as long as its size and time are the same.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    stat = path.stat()
+    key = (path.resolve(), stat.st_size, stat.st_mtime_ns)
+    if key not in _digests:
+        with path.open("rb") as file:
+            _digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _digests[key]
+
+
+def _check_weights(path: Path, size: int, digest: str) -> None:
     try:
         found = path.stat().st_size
+        if found != size:
+            raise EngineError(
+                f"{path}: {found} bytes where {size} were written: truncated or replaced; "
+                "export again"
+            )
+        if digest_of(path) != digest:
+            raise EngineError(
+                f"{path}: not the weights that were exported with these graphs (their SHA-256 "
+                "differs): damaged, or another export's; export again"
+            )
     except OSError as error:
         raise EngineError(f"{path}: the weights are missing: {error}") from error
-    if found != size:
-        raise EngineError(
-            f"{path}: {found} bytes where {size} were written: truncated or replaced; export again"
-        )
 
 
 def _check_graph(

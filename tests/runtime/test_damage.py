@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 
 from arkv_fx.errors import EngineError
 from arkv_fx.runtime import OnnxSession, read_sidecar
+from arkv_fx.runtime.manifest import digest_of
 
 
 @pytest.fixture
@@ -87,6 +89,23 @@ def test_truncated_weights(folder: Path) -> None:
     refuses(folder, "weights.data: .* truncated or replaced")
 
 
+@pytest.mark.parametrize("place", [0, 12345, -1])
+def test_weights_of_equal_size_that_are_others(folder: Path, place: int) -> None:
+    path = folder / "weights.data"
+    held = bytearray(path.read_bytes())
+    held[place] ^= 1
+    path.write_bytes(held)
+    refuses(folder, "weights.data: not the weights that were exported with these graphs")
+    path.write_bytes(bytes(len(held)))
+    refuses(folder, "weights.data: not the weights that were exported with these graphs")
+
+
+def test_weights_are_read_through_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opens(folder)
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: pytest.fail("read again"))
+    opens(folder)
+
+
 @pytest.mark.parametrize("keep", [0, 100, 50_000])
 def test_truncated_graphs(folder: Path, keep: int) -> None:
     path = folder / "decode.onnx"
@@ -107,13 +126,15 @@ def test_a_damaged_sidecar(folder: Path, text: str) -> None:
 
 def test_a_sidecar_of_another_model(folder: Path) -> None:
     shutil.copy(cases.folder("gemma3") / "arkv.json", folder)
-    edit(folder, lambda c: c["weights"].update(bytes=(folder / "weights.data").stat().st_size))
+    weights = folder / "weights.data"
+    own = {"bytes": weights.stat().st_size, "sha256": digest_of(weights)}
+    edit(folder, lambda c: c["weights"].update(own))
     refuses(folder, "arkv.json is of another export: they differ in .*model")
 
 
 def test_an_unknown_version(folder: Path) -> None:
     edit(folder, lambda c: c.update(version=99))
-    refuses(folder, "format version 99; this arkv_fx reads version 1")
+    refuses(folder, "format version 99; this arkv_fx reads version 2")
 
 
 def test_a_wrong_opset_of_the_sidecar(folder: Path) -> None:
