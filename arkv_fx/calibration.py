@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from arkv_fx.errors import CalibrationError
 if TYPE_CHECKING:
     from torch import nn
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+MODES = ("measured", "normalised", "paper")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,10 @@ class Calibration:
         return next((row for row in self.layers if row.layer == layer), None)
 
     def check(self, fingerprint: str) -> None:
-        """Refuse a calibration made for another model.
+        """Refuse a calibration made for another model, or for other weights.
+
+        Weights that are quantized or merged with an adapter after calibrating are others: calibrate
+        what will run.
 
         Raises:
             CalibrationError: if the fingerprints differ.
@@ -77,7 +82,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
-        data = {"schema": SCHEMA_VERSION, **asdict(self)}
+        data = {"schema": SCHEMA_VERSION, "count": len(self.layers), **asdict(self)}
         Path(path).write_text(json.dumps(data, indent=1) + "\n")
 
     @classmethod
@@ -85,11 +90,13 @@ class Calibration:
         """Read JSON written by ``save``.
 
         Raises:
-            CalibrationError: if the file is missing, is no calibration or has another schema.
+            CalibrationError: if the file is missing, is no calibration, has another schema, or says
+                what no calibration does; naming the row.
         """
         try:
-            data: dict[str, Any] = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
+            text = Path(path).read_text()
+            data: dict[str, Any] = json.loads(text, object_pairs_hook=_without_repeats)
+        except (OSError, ValueError, RecursionError) as error:
             raise CalibrationError(f"{path}: cannot be read as a calibration: {error}") from error
         if not isinstance(data, dict) or data.get("schema") != SCHEMA_VERSION:
             found = data.get("schema") if isinstance(data, dict) else None
@@ -99,27 +106,81 @@ class Calibration:
             )
         try:
             layers = tuple(LayerStatistics(**row) for row in data["layers"])
-            taus = tuple(float(t) for t in data["taus"])
-            if len(taus) != 3 or not all(
-                0 <= row.oq_ratio <= 1 and row.share > 0 for row in layers
-            ):
-                raise ValueError("taus, OQ ratios or shares out of range")
-            return cls(
-                str(data["fingerprint"]), str(data["mode"]), taus,
+            found = cls(
+                str(data["fingerprint"]), data["mode"], tuple(data["taus"]),
                 tuple(data["samples"]), layers,
             )  # fmt: skip
+            if data["count"] != len(layers):
+                raise ValueError(f"{data['count']} layers were written, {len(layers)} are there")
+            found._check_values()
+            return found
         except (KeyError, TypeError, ValueError) as error:
             raise CalibrationError(f"{path}: damaged calibration: {error}") from error
 
+    def _check_values(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode {self.mode!r}: there are {', '.join(MODES)}")
+        if len(self.taus) != 3 or not all(_is_number(tau) and tau > 0 for tau in self.taus):
+            raise ValueError(f"taus {self.taus!r}: three numbers > 0")
+        if not all(type(n) is int and n > 0 for n in self.samples):
+            raise ValueError(f"samples {self.samples!r}: numbers of tokens")
+        known: set[int] = set()
+        for row in self.layers:
+            if type(row.layer) is not int or row.layer < 0:
+                raise ValueError(f"layer {row.layer!r}: a whole number is needed")
+            if row.layer in known:
+                raise ValueError(f"layer {row.layer} is there twice")
+            known.add(row.layer)
+            for name, value in asdict(row).items():
+                if not _is_number(value) and not (name == "divergence" and value is None):
+                    raise ValueError(f"layer {row.layer}, {name} {value!r}: a number is needed")
+            if not 0 <= row.oq_ratio <= 1:
+                raise ValueError(f"layer {row.layer}, oq_ratio {row.oq_ratio}: between 0 and 1")
+            if row.share <= 0:
+                raise ValueError(f"layer {row.layer}, share {row.share}: above 0")
+        total = sum(row.share for row in self.layers)
+        if total > len(self.layers) * (1 + 1e-6):
+            raise ValueError(f"shares sum to {total:g} where {len(self.layers)} were to be given")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"a key stands there twice, of {[key for key, _ in pairs]}")
+    return found
+
+
+CHUNK = 1 << 20
+
 
 def fingerprint(model: nn.Module) -> str:
-    """Class and shape of a model: names, shapes of its parameters, and a sample of the weights."""
+    """Class of a model, and names, shapes and all weights of its parameters.
+
+    In bfloat16, so that a checkpoint has one fingerprint whatever dtype it is loaded in. Each
+    number counts with an odd factor by its place, so a change of one of them is always seen.
+    Parameters that are made of several tensors (quantized ones) count by these.
+    """
     import torch
 
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        # A few numbers tell two trainings of one architecture apart, in whatever dtype.
-        sample = parameter.detach().flatten()[:4].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(sample.numpy().tobytes())
+        for plain in _plain_tensors(parameter.detach()):
+            sums = []
+            for part in plain.reshape(-1).split(CHUNK):
+                bits = part.to(torch.bfloat16).view(torch.int16).to(torch.int64)
+                sums.append((bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum())
+            digest.update(torch.stack(sums).cpu().numpy().tobytes() if sums else b"")
     return f"{type(model).__name__}-{digest.hexdigest()[:16]}"
+
+
+def _plain_tensors(x: Any) -> list[Any]:
+    """The tensors that a tensor is made of: itself, but of subclasses those inside."""
+    if not hasattr(x, "__tensor_flatten__"):
+        return [x]
+    names, _ = x.__tensor_flatten__()
+    return [plain for name in names for plain in _plain_tensors(getattr(x, name))]

@@ -138,7 +138,7 @@ def our_cache(cache: Any, model: nn.Module) -> ArkvCache:
     found = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     if type(found) is DynamicCache and _is_unused(found):
         found.__dict__ = ArkvCache(model).__dict__
-        found.__class__ = ArkvCache
+        found.__class__ = ArkvCache  # type: ignore[assignment]
     if not isinstance(found, ArkvCache):
         raise CacheError(
             f"the model is transformed but got a {type(cache).__name__}; pass ArkvCache(model), "
