@@ -11,7 +11,7 @@ import os
 
 from arkv_fx.errors import UnknownOptionError
 
-LEVELS = {"info": logging.INFO, "debug": logging.DEBUG}
+LEVELS = {"info": logging.INFO, "debug": logging.DEBUG, "warning": logging.WARNING}
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -38,4 +38,4 @@ def _set_up(level: str) -> None:
     root.propagate = False  # else a program with handlers of its own would show each line twice
 
 
-_set_up(os.environ.get("ARKV_LOG", ""))
+_set_up(os.environ.get("ARKV_LOG", "").strip().lower())

@@ -11,6 +11,7 @@ import torch
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ConfigError
 from arkv_fx.formats import Field, Format, get_format
+from arkv_fx.registry import forgets
 from arkv_fx.scores import Score, make_score
 
 
@@ -145,6 +146,7 @@ class LayerPlan:
         return json.dumps(values, separators=(",", ":"))
 
     @staticmethod
+    @forgets
     @lru_cache(maxsize=1024)
     def parse(text: str) -> LayerPlan:
         """Inverse of ``to_json``."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
 
 from arkv_fx.errors import ConfigError, UnknownOptionError
 
@@ -16,6 +16,20 @@ class Named(Protocol):
 
 
 T = TypeVar("T", bound=Named)
+F = TypeVar("F", bound=Callable[..., Any])
+
+_forget: list[Callable[[], Any]] = []
+
+
+def forgets(function: F) -> F:
+    """A decorator for functions that remember by names (``lru_cache``): not beyond a change."""
+    _forget.append(function.cache_clear)  # type: ignore[attr-defined]
+    return function
+
+
+def forget_with(clear: Callable[[], Any]) -> None:
+    """Call ``clear`` whenever a registry changes."""
+    _forget.append(clear)
 
 
 class Registry(dict[str, T]):
@@ -49,13 +63,23 @@ class Registry(dict[str, T]):
         self[thing.name] = thing
         return thing
 
+    def __setitem__(self, name: str, thing: T) -> None:
+        super().__setitem__(name, thing)
+        for clear in _forget:
+            clear()
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        for clear in _forget:
+            clear()
+
     def find(self, name: str) -> T:
         """The thing called ``name``.
 
         Raises:
             UnknownOptionError: if there is none, with the names that there are.
         """
-        if name not in self:
+        if not isinstance(name, str) or name not in self:
             raise UnknownOptionError(
                 f"unknown {self.kind} {name!r}; the {self.kind}s are {', '.join(self)}"
             )

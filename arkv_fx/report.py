@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from arkv_fx.config import ArkvConfig
 
 if TYPE_CHECKING:
-    from arkv_fx.passes.site import Planned, Site
+    from arkv_fx.passes.sites import Planned, Site
 
 
 @dataclass(frozen=True)

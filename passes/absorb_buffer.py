@@ -26,7 +26,7 @@ from arkv_fx.passes.nodes import (
     whole_index,
 )
 from arkv_fx.passes.readers import foreign_reader
-from arkv_fx.passes.site import Buffer, Site
+from arkv_fx.passes.sites import Buffer, Site
 from torch.fx import GraphModule, Node
 
 WRITES = {"setitem", "index_copy_", "index_put_", "copy_"}

@@ -23,7 +23,7 @@ from arkv_fx.passes.nodes import (
     sizes_of,
 )
 from arkv_fx.passes.readers import foreign_reader
-from arkv_fx.passes.site import Cat, Site
+from arkv_fx.passes.sites import Cat, Site
 from torch.fx import GraphModule, Node
 
 

@@ -26,7 +26,7 @@ from arkv_fx.passes.nodes import (
     whole_index,
 )
 from arkv_fx.passes.readers import SIZES
-from arkv_fx.passes.site import Cache, Planned, Site
+from arkv_fx.passes.sites import Cache, Planned, Site
 from torch.fx import Node
 
 from arkv_fx.errors import PassError

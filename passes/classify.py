@@ -13,7 +13,7 @@ from arkv_fx.passes.context import Context
 from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.heads import mask_reason
 from arkv_fx.passes.nodes import example, sizes_of
-from arkv_fx.passes.site import Cache, Cat, Inserted, Planned, Site
+from arkv_fx.passes.sites import Cache, Cat, Inserted, Planned, Site
 from torch.fx import GraphModule
 
 from arkv_fx.plan import plan_layer

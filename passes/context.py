@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from arkv_fx.passes.site import Planned, Site, first_over_caches, rewritten
+from arkv_fx.passes.sites import Planned, Site, first_over_caches, rewritten
 from torch import Tensor
 from torch.fx import Node
 

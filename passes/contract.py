@@ -34,7 +34,9 @@ def in_order(*passes: Pass) -> tuple[Pass, ...]:
     """
     for place, step in enumerate(passes):
         for fact in step.needs:
-            givers = [i for i, other in enumerate(passes) if fact in other.gives]
+            givers = [
+                i for i, other in enumerate(passes) if fact in other.gives and other is not step
+            ]
             if not givers:
                 raise PassError(
                     f"the pass {step.name} needs {fact!r}, which no pass gives: add one that does "

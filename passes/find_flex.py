@@ -18,7 +18,7 @@ from arkv_fx.passes.context import Context
 from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.heads import Emitter
 from arkv_fx.passes.nodes import example, module_path, op_name, rank_of, same_size, shape
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.sites import Site
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 

@@ -14,7 +14,7 @@ from arkv_fx.passes.context import Context
 from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.nodes import arguments, module_path, op_name, rank_of, shape
 from arkv_fx.passes.pairing import look_through
-from arkv_fx.passes.site import Bias, Site
+from arkv_fx.passes.sites import Bias, Site
 from torch.fx import GraphModule, Node
 
 SDPA = [

@@ -29,7 +29,7 @@ from arkv_fx.passes.nodes import (
 from arkv_fx.passes.pairing import look_through
 from arkv_fx.passes.products import Product, product
 from arkv_fx.passes.readers import SIZES
-from arkv_fx.passes.site import HIDES, Bias, Site
+from arkv_fx.passes.sites import HIDES, Bias, Site
 from torch.fx import GraphModule, Node
 
 ADDS = {"add", "iadd", "add_", "sub", "isub", "sub_"}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from arkv_fx.passes.nodes import example
-from arkv_fx.passes.site import HIDES
+from arkv_fx.passes.sites import HIDES
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg

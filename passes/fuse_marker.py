@@ -14,7 +14,7 @@ from arkv_fx.passes.context import Context
 from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.nodes import example, module_path, op_name, same_size, shape
 from arkv_fx.passes.readers import foreign_reader
-from arkv_fx.passes.site import Marker, Site
+from arkv_fx.passes.sites import Marker, Site
 from torch.fx import GraphModule, Node
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from arkv_fx.passes.layout import Axis, Dims, names, size_of
 from arkv_fx.passes.nodes import example, rank_of, same_size, shape, sizes_of
-from arkv_fx.passes.site import Bias, Planned, Site
+from arkv_fx.passes.sites import Bias, Planned, Site
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node

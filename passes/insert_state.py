@@ -17,7 +17,7 @@ from arkv_fx.passes.context import Context, Insertion
 from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.fold import LARGEST, causal_window, is_constant, look_at, what_is_shown
 from arkv_fx.passes.nodes import op_name, shape
-from arkv_fx.passes.site import Inserted, Site
+from arkv_fx.passes.sites import Inserted, Site
 from torch import SymInt
 from torch.fx import GraphModule, Node
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from arkv_fx.passes.layout import Axis, Dims, follow, names, origin_dims, size_of
 from arkv_fx.passes.nodes import rank_of, same_size, shape, sizes_of
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.sites import Site
 from torch.fx import Node
 
 

@@ -19,7 +19,7 @@ from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.nodes import example, op_name, sizes_of
 from arkv_fx.passes.readers import SIZES
 from arkv_fx.passes.roles import Role, add_input
-from arkv_fx.passes.site import Buffer, Cat, Marker, Planned
+from arkv_fx.passes.sites import Buffer, Cat, Marker, Planned
 from torch.fx import GraphModule, Node
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)

@@ -55,7 +55,7 @@ def added(graph: GraphModule, kind: str) -> list[Node]:
     return [n for n in graph.graph.find_nodes(op="placeholder") if is_added(n, kind)]
 
 
-def in_order(graph: GraphModule) -> list[tuple[str, int | None]]:
+def added_in_order(graph: GraphModule) -> list[tuple[str, int | None]]:
     """Kind and cache of all added inputs in order; the state of a cache counts once.
 
     Whoever calls the graph gives, for a state, its tensors in the order of ``LayerPlan.specs``.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.nodes import op_name
-from arkv_fx.passes.site import Marker
+from arkv_fx.passes.sites import Marker
 from torch.fx import GraphModule
 
 from arkv_fx.errors import PassError

@@ -23,7 +23,7 @@ from arkv_fx.kernels import KERNELS, Kernel, usable
 from arkv_fx.kernels.cpp import make_step
 from arkv_fx.models import random_model
 from arkv_fx.plan import LayerPlan, Tier
-from arkv_fx.scores import SCORES, Observation, Score, Stats
+from arkv_fx.scores import SCORES, CppRank, Observation, Score, StatField, Stats
 from arkv_fx.scores.mass import MassScore
 
 CONFIG = ArkvConfig(budget=40, window=8, sinks=2, tiers=("int8",))
@@ -87,6 +87,27 @@ def test_a_score_does_not_inherit_what_the_cpp_step_knows(monkeypatch: pytest.Mo
     monkeypatch.setitem(SCORES, "backwards", Backwards)
     assert MassScore().cpp() is not None and Backwards().cpp() is None
     assert make_step(plan("backwards")) is None
+
+
+class Extra(MassScore):
+    """Keeps one statistic more than the C++ step walks through, and says that it knows it."""
+
+    name = "extra"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slot_fields = (*self.slot_fields, StatField("more", torch.float32))
+
+    def cpp(self) -> CppRank:
+        return CppRank(self.decay, self.use_age)
+
+
+def test_a_score_with_other_tensors_is_none_of_the_cpp_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(SCORES, "extra", Extra)
+    assert make_step(plan("extra")) is None
+    assert all(make_step(plan(name)) for name in ("mass", "novelty", "combined"))
 
 
 def test_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:

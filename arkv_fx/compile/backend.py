@@ -22,8 +22,8 @@ from arkv_fx.errors import UnknownOptionError
 from arkv_fx.passes import pipeline
 from arkv_fx.passes.context import Applied, Context, Probe, StandIn
 from arkv_fx.passes.nodes import example, same_size, shape
-from arkv_fx.passes.roles import in_order, role_of
-from arkv_fx.passes.site import Buffer, Cache, Cat, Marker, Site
+from arkv_fx.passes.roles import added_in_order, role_of
+from arkv_fx.passes.sites import Buffer, Cache, Cat, Marker, Site
 from arkv_fx.state.anchors import Anchors
 from arkv_fx.state.buffers import Buffers, first_position
 from arkv_fx.state.session import LayerState, Session, check_finite, find_session
@@ -91,13 +91,14 @@ class ArkvBackend:
         if one:
             numbers_as_tensors(work, context.fused[0].device)
         inputs = [*example_inputs, *_added_examples(work, example_inputs)]
-        runner = _Runner(graph, context, self._lower(work, inputs, True), in_order(work))
+        runner = _Runner(graph, context, self._lower(work, inputs, True), added_in_order(work))
         if one:
             runner.replay = Replay(runner.compiled, work)
             self.replays.append(runner.replay)
         if runner.begins_unknown():
             begin = replace(context, first=True)
             runner.first = self._lower(pipeline.apply(graph, begin), inputs, True)
+            self.traces.append(begin.trace)
         return self._counted(runner)
 
     def notes(self) -> list[str]:
@@ -144,7 +145,7 @@ def _is_meta(value: Any) -> bool:
 class _Runner:
     """Calls a compiled graph with the state of the sequence at hand appended to its inputs.
 
-    ``added`` says what the passes added to them, see ``passes.roles.in_order``.
+    ``added`` says what the passes added to them, see ``passes.roles.added_in_order``.
     """
 
     def __init__(

@@ -33,7 +33,8 @@ from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.attend import peek
 from arkv_fx.ops.signatures import AttendArguments
 from arkv_fx.passes.nodes import example
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.sites import Site
+from arkv_fx.registry import forget_with
 from arkv_fx.scores import SCORES
 
 Compiled = Callable[..., Any]
@@ -45,6 +46,7 @@ ATTENTIONS = (ATTEND, torch.ops.arkv.peek.default)
 SETTINGS = {"reorder_for_locality": False, "cpp.enable_floating_point_contract_flag": "fast"}
 # Pieces without symbolic sizes, whatever graph, model or calibration they come from.
 compiled_pieces: dict[Any, Compiled] = {}
+forget_with(compiled_pieces.clear)
 
 
 @lru_cache(maxsize=1)
@@ -56,12 +58,17 @@ def _sources() -> str:
 
 def _strangers() -> str:
     """The same of what others have added to the registries; what has no file is never the same."""
-    codecs = [type(codec) for fmt in FORMATS.values() for codec in fmt.codecs]
-    kernels = [kernel.attend for kernel in KERNELS.values()]
+    classes = [type(codec) for fmt in FORMATS.values() for codec in fmt.codecs]
+    classes = [c for cls in (*classes, *SCORES.values()) for c in cls.__mro__ if c is not object]
+    functions: list[Any] = []
+    for kernel in KERNELS.values():
+        functions += [kernel.attend, kernel.encode]
+        functions += [kernel.writer.take, kernel.writer.store] if kernel.writer else []
+        functions += [kernel.step.traced, kernel.step.direct] if kernel.step else []
     digest = sha256()
-    for thing in (*codecs, *SCORES.values(), *kernels):
-        inner: Any = getattr(thing, "func", thing)  # of a partial function
-        if inner.__module__.split(".")[0] != __name__.split(".")[0]:
+    for thing in (*classes, *filter(None, functions)):
+        inner: Any = inspect.unwrap(getattr(thing, "func", thing))  # of a partial function
+        if inner.__module__.split(".")[0] not in (__name__.split(".")[0], "abc"):
             try:
                 digest.update(Path(inspect.getfile(inner)).read_bytes())
             except (OSError, TypeError):

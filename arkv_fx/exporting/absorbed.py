@@ -32,7 +32,7 @@ from arkv_fx.huggingface.transformed import own_code
 from arkv_fx.passes import pipeline
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import example, shape, sizes_of
-from arkv_fx.passes.site import Buffer, first_over_caches
+from arkv_fx.passes.sites import Buffer, first_over_caches
 
 PAST = ("past", "cache")
 PLACES = ("pos", "start")

@@ -28,7 +28,7 @@ from arkv_fx.huggingface.model_caches import new_cache
 from arkv_fx.huggingface.transformed import Transformed, own_code
 from arkv_fx.passes.nodes import example
 from arkv_fx.passes.roles import role_of
-from arkv_fx.passes.site import first_over_caches
+from arkv_fx.passes.sites import first_over_caches
 from arkv_fx.transforming import restore, transform
 
 

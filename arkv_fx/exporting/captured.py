@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from arkv_fx.errors import ExportError, TransformError
 from arkv_fx.insert.cached_model import random_ids
-from arkv_fx.passes.site import Planned, Site
+from arkv_fx.passes.sites import Planned, Site
 
 PROMPT = 13  # tokens of the sample: a size that no other extent of a model is likely to have
 

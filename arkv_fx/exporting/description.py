@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from inspect import getdoc
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from arkv_fx.calibration import fingerprint
 from arkv_fx.config import ArkvConfig
 from arkv_fx.exporting.groups import Group
 from arkv_fx.exporting.programs import PAST, PRESENT, Graph, Programs
+from arkv_fx.formats.codec import ByteCodec, Codec
 from arkv_fx.huggingface.layers import text_config
 from arkv_fx.plan import LayerPlan
 from arkv_fx.runtime.manifest import VERSION
@@ -42,10 +42,16 @@ def describe(
         "graphs": {graph.name: _io(graph) for graph in programs.graphs},
         "groups": [_group(group) for group in programs.groups],
         "state_bytes": sum(len(g.layers) * g.plan.nbytes(g.batch) for g in programs.groups),
-        "packing": {name: c.packing or getdoc(c) for name, c in sorted(codecs.items())},
+        "packing": {name: _packing(codec) for name, codec in sorted(codecs.items())},
         "tokenizer": tokenizer,
         "versions": {name: version(name) for name in ("arkv-fx", "torch", "transformers")},
     }
+
+
+def _packing(codec: Codec) -> str:
+    said = codec.packing or " ".join((type(codec).__doc__ or "not described").split())
+    shifted = "; uint8 fields are held as int8, 128 less"
+    return said + shifted if isinstance(codec.exported(), ByteCodec) else said
 
 
 def _io(graph: Graph) -> dict[str, Any]:

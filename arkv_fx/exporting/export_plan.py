@@ -14,6 +14,7 @@ from arkv_fx.errors import ExportError, UnsupportedFormatError
 from arkv_fx.formats import FORMATS, Format
 from arkv_fx.formats.hadamard import constant
 from arkv_fx.plan import LayerPlan
+from arkv_fx.scores import SCORES
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,10 @@ class ExportPlan(LayerPlan):
                 f"{where}: {error}; choose tiers of {', '.join(exportable())}"
             ) from None
         if reason := plan.policy().unexportable:
+            names = " or ".join(repr(s.name) for s in SCORES.values() if not s.unexportable)
             raise ExportError(
                 f"{where}: score {plan.score!r} {reason}, which is not exported; "
-                "choose score='combined', 'mass' or 'novelty'"
+                f"choose score={names}"
             )
         for dim in (plan.k_dim, plan.v_dim):
             constant(dim)

@@ -32,7 +32,7 @@ from arkv_fx.passes.nodes import (
     whole_index,
 )
 from arkv_fx.passes.roles import Role, add_input, added
-from arkv_fx.passes.site import Buffer, Cache, Cat, Planned
+from arkv_fx.passes.sites import Buffer, Cache, Cat, Planned
 
 MANY = 4096
 SCALARS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)

@@ -12,8 +12,8 @@ def _refuse_nothing(config: object, **options: object) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """``write(folder, programs, description, progress, **options)`` writes files and completes the
-    description, which is written after it; ``options`` are the names it takes.
+    """``write(folder, programs, sidecar, progress, **options)`` writes files and completes the
+    sidecar (arkv.json), which is written after it; ``options`` are the names it takes.
 
     ``check(config, **options)`` refuses, before the model is captured, what needs no graph to be
     refused.

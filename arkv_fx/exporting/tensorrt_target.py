@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError, UnknownOptionError
 from arkv_fx.exporting import onnx_target
@@ -129,6 +131,20 @@ def check(
         )
     if unknown := [g for g in graphs if g not in GRAPHS]:
         raise UnknownOptionError(f"unknown graphs {unknown}; there are 'prefill' and 'decode'")
+    check_formats(config)
+    old = [c for c in capabilities if int(c.removeprefix("SM")) < FP8_FROM]
+    if stores_float8(config) and old:
+        raise ExportError(
+            f"{', '.join(old)} have no fp8: it begins with SM{FP8_FROM}; take int8, or newer GPUs"
+        )
+
+
+def check_formats(config: ArkvConfig) -> None:
+    """Refuse tiers whose bytes TensorRT cannot read.
+
+    Raises:
+        ExportError: naming the format and what it stores.
+    """
     for name in config.tiers:
         codecs = get_format(name).exported().codecs
         if strange := {codec.name for codec in codecs if isinstance(codec, ByteCodec)}:
@@ -136,11 +152,13 @@ def check(
                 f"format {name!r} stores {', '.join(sorted(strange))}, whose bytes TensorRT cannot "
                 "read; take another, or target 'onnx'"
             )
-    old = [c for c in capabilities if int(c.removeprefix("SM")) < FP8_FROM]
-    if "fp8" in config.tiers and old:
-        raise ExportError(
-            f"{', '.join(old)} have no fp8: it begins with SM{FP8_FROM}; take int8, or newer GPUs"
-        )
+
+
+def stores_float8(config: ArkvConfig) -> bool:
+    """Whether a tier is held in float8."""
+    codecs = [c for name in config.tiers for c in get_format(name).exported().codecs]
+    fields = [f for c in codecs for f in c.fields(c.multiple, torch.float32)]
+    return any(field.dtype == torch.float8_e4m3fn for field in fields)
 
 
 def _check_sizes(

@@ -19,7 +19,7 @@ from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError
 from arkv_fx.exporting.programs import Graph, Programs
 from arkv_fx.exporting.target import Target
-from arkv_fx.exporting.tensorrt_target import check_sorted
+from arkv_fx.exporting.tensorrt_target import check_formats, check_sorted, stores_float8
 
 
 def _dequantize(codes: Tensor, scale: Tensor) -> Tensor:
@@ -55,7 +55,8 @@ def check(config: ArkvConfig, **options: Any) -> None:
             "target 'torch_tensorrt' compiles for the GPU at hand and there is none: take target "
             "'tensorrt', which builds for chosen compute capabilities without one"
         )
-    if "fp8" in config.tiers:
+    check_formats(config)
+    if stores_float8(config):
         raise ExportError(
             "Torch-TensorRT has no conversion to fp8: take int8, or target 'tensorrt'"
         )

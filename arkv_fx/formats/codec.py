@@ -68,7 +68,7 @@ class Unpacked:
 
 @dataclass(frozen=True)
 class CppForm:
-    """What the C++ kernel is compiled with for a codec whose codes it can read and make.
+    """What the C++ kernel is compiled with for a codec of `CODECS` whose codes it reads and makes.
 
     Its fields are codes, a scale and, for codes of less than a byte, a zero.
     """
@@ -104,17 +104,17 @@ class Codec(ABC):
     centred: ClassVar[bool] = False
     """Whether keys are stored as their difference to the head's centre, see `plan.LayerPlan`."""
     plain: ClassVar[bool] = False
-    """Whether numbers are stored and not codes, so that the ring may hold them."""
+    """Whether its one field is the vector's own numbers, at most cast: the ring may hold them."""
     cpp: ClassVar[CppForm | None] = None
     """The C++ kernel's form; plain numbers need none."""
     triton: ClassVar[str] = ""
-    """The Triton kernel's form: the name in `kernels/triton/codecs.py` under which it is read."""
+    """The Triton kernel's form: the name in `kernels/gpu/tiles.py` under which it is read."""
     packing: ClassVar[str] = ""
     """For readers of `arkv.json`: how the exported fields become numbers."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name in ("plain", "cpp", "triton", "packing", "exported"):
+        for name in ("plain", "cpp", "triton", "packing", "exported", "split_words"):
             if name not in vars(cls):
                 setattr(cls, name, vars(Codec)[name])
 
@@ -258,14 +258,21 @@ class ByteCodec(Codec):
             for p in self.codec.encode(x)
         )
 
+    def check(self, dim: int) -> None:
+        self.codec.check(dim)
+
     def unpack(self, parts: Sequence[Tensor]) -> Unpacked:
+        return self.codec.unpack(self._unsigned(parts))
+
+    def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
+        return self.codec.decode(self._unsigned(parts), dim, dtype)
+
+    def _unsigned(self, parts: Sequence[Tensor]) -> list[Tensor]:
         held = self.codec.fields(self.codec.multiple, torch.float32)
-        return self.codec.unpack(
-            [
-                (p.to(torch.int32) + BYTE_SHIFT).to(torch.uint8) if f.dtype == torch.uint8 else p
-                for p, f in zip(parts, held, strict=True)
-            ]
-        )
+        return [
+            (p.to(torch.int32) + BYTE_SHIFT).to(torch.uint8) if f.dtype == torch.uint8 else p
+            for p, f in zip(parts, held, strict=True)
+        ]
 
     def to_stored(self, x: Tensor) -> Tensor:
         return self.codec.to_stored(x)

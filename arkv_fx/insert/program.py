@@ -22,8 +22,8 @@ from arkv_fx.passes import pipeline
 from arkv_fx.passes.context import Context, Insertion
 from arkv_fx.passes.fold import size_at
 from arkv_fx.passes.nodes import example
-from arkv_fx.passes.roles import in_order, kept
-from arkv_fx.passes.site import Site
+from arkv_fx.passes.roles import added_in_order, kept
+from arkv_fx.passes.sites import Site
 from arkv_fx.state.session import LayerState, Session, check_finite
 
 
@@ -38,7 +38,7 @@ class Program:
     replay: Replay | None = None
 
     def __post_init__(self) -> None:
-        self.added = in_order(self.graph)
+        self.added = added_in_order(self.graph)
 
     @property
     def sites(self) -> list[Site]:

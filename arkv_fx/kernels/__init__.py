@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from arkv_fx.kernels import cpp, inductor, reference, selection, triton
+from arkv_fx.kernels import cpp, gpu, inductor, reference, selection
 from arkv_fx.kernels.kernel import Attend, Encoder, Kernel, Step, WholeStep, Writer
 from arkv_fx.plan import LayerPlan
 from arkv_fx.registry import Registry
@@ -24,7 +24,7 @@ KERNELS: Registry[Kernel] = Registry(
         reference.KERNEL,
         inductor.KERNEL,
         cpp.KERNEL,
-        triton.KERNEL,
+        gpu.KERNEL,
         selection.KERNEL,
         selection.SUMS,
     ),

@@ -30,7 +30,7 @@ def encode_empty(
         if field.dtype == torch.float8_e4m3fn:
             field.copy_(to_e4m3(torch.where(taken, widen(code), 0.0)))
         else:
-            plain = torch.int32 if field.dtype == torch.int8 else torch.float32
+            plain = torch.float32 if field.dtype.is_floating_point else torch.int32
             field.copy_(torch.where(taken, code.to(plain), 0).to(field.dtype))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from arkv_fx.errors import UnknownOptionError
-from arkv_fx.registry import Registry
+from arkv_fx.registry import Registry, forgets
 from arkv_fx.scores.combined import CombinedScore
 from arkv_fx.scores.mass import MassScore
 from arkv_fx.scores.novelty import NoveltyScore
@@ -35,6 +35,7 @@ def make_score(name: str, options: Mapping[str, float] | None = None) -> Score:
     return _build(score, tuple(sorted((options or {}).items())))
 
 
+@forgets
 @lru_cache(maxsize=256)
 def _build(score: type[Score], options: tuple[tuple[str, float], ...]) -> Score:
     return score(**dict(options))

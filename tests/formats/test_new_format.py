@@ -16,8 +16,11 @@ from arkv_fx.errors import ConfigError, ExportError, UnknownOptionError
 from arkv_fx.formats import CODECS, FORMATS, Codec, Field, Format, Unpacked
 from arkv_fx.formats.codec import SCALE_DTYPE, symmetric_scale
 from arkv_fx.formats.int4 import Int4
-from arkv_fx.kernels import usable
+from arkv_fx.formats.int8 import Int8
+from arkv_fx.formats.native import Native
+from arkv_fx.kernels import KERNELS, usable
 from arkv_fx.kernels.cpp import available
+from arkv_fx.kernels.cpp.arguments import number
 from arkv_fx.models import random_model
 from arkv_fx.plan import LayerPlan, Tier
 from arkv_fx.runtime import OnnxSession
@@ -98,6 +101,7 @@ def test_it_is_exported_run_and_described(tmp_path: Path) -> None:
     folder = arkv_fx.export(model, None, tmp_path / "out", config=config)
     said = json.loads((folder / "arkv.json").read_text())
     assert "bits 0, 6, 12, 18" in said["packing"]["int6"]
+    assert said["packing"]["int6"].endswith("; uint8 fields are held as int8, 128 less")
     tokens = OnnxSession(folder).generate(ids().numpy(), NEW)
     assert tokens[0].tolist() == generate("eager")[0]
 
@@ -140,3 +144,54 @@ def test_a_name_is_taken_once() -> None:
     FORMATS.add(FORMATS["int8"])  # the same thing again is no other
     with pytest.raises(UnknownOptionError, match=r"unknown format 'int5'; .*int6"):
         FORMATS.find("int5")
+
+
+class Halves(Int8):
+    """Codes of half the size; its parent's way of reading four bytes at once would be wrong."""
+
+    name: ClassVar[str] = "halves"
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        codes, scale = super().encode(x)
+        return (codes / 2).round().to(torch.int8), scale
+
+    def unpack(self, parts: Sequence[Tensor]) -> Unpacked:
+        found = super().unpack(parts)
+        return Unpacked([found.runs[0] * 2], scale=found.scale)
+
+
+def test_nor_is_the_reading_of_words() -> None:
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    parts = Halves().encode(x)
+    by_word = Halves().unpack_words(parts)
+    assert by_word.turns == 1 and torch.equal(by_word.runs[0], Halves().unpack(parts).runs[0])
+    assert CODECS["int8"].unpack_words(CODECS["int8"].encode(x)).turns == 4
+
+
+class Twice(Native):
+    """Numbers, but two fields: no kernel may take it for plain ones."""
+
+    name: ClassVar[str] = "twice"
+    plain: ClassVar[bool] = True
+
+    def fields(self, dim: int, native: torch.dtype) -> tuple[Field, ...]:
+        return Field("codes", dim, native), Field("again", dim, native)
+
+
+def test_what_is_plain_is_looked_at() -> None:
+    assert number(CODECS["native"], torch.bfloat16) == 1
+    assert number(Twice(), torch.float32) is None
+
+
+def test_another_format_under_a_name_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, "mine", Format("mine", Int6(), Int6()))
+    text = LayerPlan(2, 16, 16, torch.float32, 4, 1, 0, (Tier("mine", 8),), "mass").to_json()
+    before = LayerPlan.parse(text).nbytes()
+    monkeypatch.setitem(FORMATS, "mine", Format("mine", CODECS["int4"], CODECS["int4"]))
+    assert LayerPlan.parse(text).nbytes() < before
+
+
+def test_a_kernel_must_know_the_form_that_a_codec_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Int6, "triton", "int6")
+    plan = LayerPlan(2, 16, 16, torch.float32, 4, 1, 0, (Tier("int6", 8),), "mass")
+    assert KERNELS["triton"].lacks(plan) == ["int6"]

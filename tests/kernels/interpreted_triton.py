@@ -19,14 +19,14 @@ from reference_attention import MASKS, TOLERANCE, Layer, make_mask
 from torch import Tensor
 from triton.runtime import interpreter
 
-import arkv_fx.kernels.triton as kernel
-import arkv_fx.kernels.triton.combine as combine_module
-import arkv_fx.kernels.triton.decode as decode_module
+import arkv_fx.kernels.gpu as kernel
+import arkv_fx.kernels.gpu.combine as combine_module
+import arkv_fx.kernels.gpu.decode as decode_module
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 from arkv_fx.formats import FORMATS
 from arkv_fx.kernels import KERNELS
+from arkv_fx.kernels.gpu import launch
 from arkv_fx.kernels.softmax import Knobs, group
-from arkv_fx.kernels.triton import launch
 from arkv_fx.plan import LayerPlan, Tier
 
 

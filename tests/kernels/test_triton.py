@@ -13,8 +13,8 @@ import torch
 
 from arkv_fx.errors import KernelError
 from arkv_fx.kernels import get_kernel
+from arkv_fx.kernels.gpu.launch import chunk_slots
 from arkv_fx.kernels.softmax import Knobs
-from arkv_fx.kernels.triton.launch import chunk_slots
 from arkv_fx.plan import LayerPlan, Tier
 from arkv_fx.state.session import LayerState
 

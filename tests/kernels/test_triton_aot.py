@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from arkv_fx.formats import FORMATS
+from arkv_fx.kernels.gpu import attend_triton, launch
 from arkv_fx.kernels.softmax import Knobs
-from arkv_fx.kernels.triton import attend_triton, launch
 from arkv_fx.plan import LayerPlan, Tier
 from arkv_fx.state.session import LayerState
 
@@ -124,7 +124,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Build]:
         return binaries
 
     monkeypatch.setattr(launch, "_processors", lambda device: 132)
-    monkeypatch.setattr("arkv_fx.kernels.triton._check", lambda q: None)
+    monkeypatch.setattr("arkv_fx.kernels.gpu._check", lambda q: None)
     with knobs.cache.scope():
         knobs.cache.dir = str(tmp_path / "cache")
         yield build

@@ -13,7 +13,7 @@ from arkv_fx.passes import carry, heads, pipeline, rewrite
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.nodes import op_name
-from arkv_fx.passes.site import Cache
+from arkv_fx.passes.sites import Cache
 from pass_harness import (
     DIM,
     GROUPS,

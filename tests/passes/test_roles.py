@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from arkv_fx.passes.roles import Role, add_input, added, in_order, kept, role_of
+from arkv_fx.passes.roles import Role, add_input, added, added_in_order, kept, role_of
 from pass_harness import Rewritten, apply, cached, capture, lift, tensors
 from torch import Tensor
 from torch.fx import GraphModule
@@ -47,14 +47,14 @@ def test_every_added_input_has_a_role_and_no_other_has() -> None:
     assert len(out.context.caches) == 2
     assert found == [None] * own + expected
     first, second = (site.ordinal for site in out.context.caches)
-    assert in_order(out.after) == [
+    assert added_in_order(out.after) == [
         ("state", first), ("anchor", first), ("state", second), ("anchor", second)
     ]  # fmt: skip
 
 
 def test_a_prompt_without_a_cache_has_none() -> None:
     out = apply(lambda q, k, v: F.scaled_dot_product_attention(q, lift(k), lift(v)), *tensors(6))
-    assert not in_order(out.after) and not any(roles(out.after))
+    assert not added_in_order(out.after) and not any(roles(out.after))
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "graph", "split"])

@@ -11,6 +11,7 @@ from arkv_fx.errors import KernelError
 from arkv_fx.formats import CODECS, Codec
 from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.plan import LayerPlan
+from arkv_fx.registry import forgets
 
 library = torch.library.Library("arkv_cpu", "FRAGMENT")
 
@@ -25,8 +26,9 @@ def number(codec: Codec, native: torch.dtype) -> int | None:
     if native not in DTYPES:
         return None
     if codec.plain:
-        dtype = codec.fields(codec.multiple, native)[0].dtype
-        return NUMBERS.index(DTYPES[dtype]) if dtype in DTYPES else None
+        held = codec.fields(codec.multiple, native)
+        known = len(held) == 1 and held[0].width == codec.multiple and held[0].dtype in DTYPES
+        return NUMBERS.index(DTYPES[held[0].dtype]) if known else None
     known = codec.cpp is not None and FORMS.get(codec.name) == codec.cpp
     return NUMBERS.index(codec.name) if known else None
 
@@ -39,6 +41,7 @@ def lacks(plan: LayerPlan) -> list[str]:
     return sorted({c.name for c in codecs if number(c, plan.dtype) is None})
 
 
+@forgets
 @lru_cache(maxsize=256)
 def codecs(plan: LayerPlan) -> list[int] | None:
     """Per segment, the numbers of the keys' and the values' codec, 1 if keys are centred, slots.

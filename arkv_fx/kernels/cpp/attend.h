@@ -1,4 +1,4 @@
-// Attention of one new token over ring, tiers and itself; see arkv_fx/kernels/__init__.py.
+// Attention of one new token over ring, tiers and itself; see arkv_fx/kernels/kernel.py.
 // Steps over units of work, shared out to threads: logits; then weights and their sums of values;
 // then, per query, the sums of all units joined; then, per head, what the caller makes of them.
 #pragma once

@@ -1,5 +1,5 @@
-// The operators arkv_cpu::attend, step and encode, see the files of these names
-// beside this one.
+// The operators arkv_cpu::attend, step and encode, see *_operator.py
+// beside this file.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

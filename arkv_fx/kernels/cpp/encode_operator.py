@@ -23,8 +23,8 @@ def encode_cpp(
     Raises:
         KernelError: without a compiler.
     """
-    # A native field may have another dtype than x, which was joined with decoded tokens.
-    native = fields[0].dtype if codec.name == "native" else x.dtype
+    # Numbers may be held in another dtype than x, which was joined with decoded tokens.
+    native = fields[0].dtype if codec.plain else x.dtype
     known = number(codec, native)
     if x.device.type != "cpu" or x.dtype not in DTYPES or known is None:
         return encode_rows(codec, x, source, centre, fields)

@@ -14,6 +14,8 @@ from arkv_fx.kernels.cpp.build import load
 from arkv_fx.kernels.kernel import Step
 from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.plan import LayerPlan
+from arkv_fx.registry import forgets
+from arkv_fx.scores import Score
 from arkv_fx.scores.mass import log2_of
 
 
@@ -34,7 +36,7 @@ def constants_of(plan: LayerPlan) -> Constants | None:
     """None if the plan is none that the operator knows."""
     policy, numbers = plan.policy(), codecs(plan)
     rank = policy.cpp()
-    if numbers is None or rank is None:
+    if numbers is None or rank is None or not _as_the_library_reads(policy, plan.k_dim):
         return None
     names = {f.name for f in policy.slot_fields}
     has = [int(name in names) for name in ("mass", "norm", "novelty")]
@@ -42,6 +44,21 @@ def constants_of(plan: LayerPlan) -> Constants | None:
     return Constants(numbers, options, [log2_of(rank.decay), rank.margin])
 
 
+# In the order in which the library walks through the state.
+STATISTICS = {"mass": torch.float32, "norm": torch.bfloat16, "novelty": torch.float16}
+
+
+def _as_the_library_reads(policy: Score, k_dim: int) -> bool:
+    """Whether a score's tensors are those that the library knows, and no others."""
+    found = [(f.name, f.dtype, f.width) for f in policy.slot_fields]
+    names = {name for name, _, _ in found}
+    known = [(name, dtype, 1) for name, dtype in STATISTICS.items() if name in names]
+    sums = [(f.dtype, f.width) for f in policy.layer_fields(k_dim)]
+    needed = [(torch.float32, k_dim)] if "novelty" in names else []
+    return found == known and sums == needed
+
+
+@forgets
 @lru_cache(maxsize=256)
 def make_step(plan: LayerPlan) -> Step | None:
     """See ``Step``, None for a plan that the operator does not know; accurate as ``attend_cpp``.

@@ -7,7 +7,7 @@ scales multiply logits and probabilities, zero points are a rank-one term of eac
 import triton
 import triton.language as tl
 
-from arkv_fx.kernels.triton.codecs import columns, load_codes, load_scale, load_zero
+from arkv_fx.kernels.gpu.tiles import columns, load_codes, load_scale, load_zero
 
 
 @triton.constexpr_function

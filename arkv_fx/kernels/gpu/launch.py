@@ -26,10 +26,10 @@ def block_slots(plan: LayerPlan) -> int:
 
     They are the inner dimension of the product with the values, which has a least.
     """
-    from arkv_fx.kernels.triton.codecs import least_inner
+    from arkv_fx.kernels.gpu.tiles import least_inner
 
     row = max(plan.k_dim, plan.v_dim) * plan.dtype.itemsize
-    size: int = max(least_inner(fmt.value.name) for fmt, _ in plan.segments())
+    size: int = max(least_inner(fmt.value.triton) for fmt, _ in plan.segments())
     while size < 128 and 2 * size * row <= 8192:
         size *= 2
     return size
@@ -50,7 +50,7 @@ def constants(plan: LayerPlan, groups: int, softcap: float, bias_groups: int) ->
     import triton.language as tl
     from triton.runtime import JITFunction
 
-    from arkv_fx.kernels.triton.decode import decode
+    from arkv_fx.kernels.gpu.decode import decode
 
     narrow = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     return {
@@ -103,8 +103,8 @@ def attend_slots(
         [segments, B, Hkv, G, Dv], each segment's sum of probability times stored value, and the
         probabilities [B, Hkv, G, N], both float32.
     """
-    from arkv_fx.kernels.triton.combine import combine
-    from arkv_fx.kernels.triton.decode import decode
+    from arkv_fx.kernels.gpu.combine import combine
+    from arkv_fx.kernels.gpu.decode import decode
 
     layer = LayerPlan.parse(plan)
     batch, heads, groups = own.shape

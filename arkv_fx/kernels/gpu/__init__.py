@@ -19,13 +19,16 @@ from arkv_fx.kernels.columns import (
     lowest,
     stored_query,
 )
+from arkv_fx.kernels.gpu.launch import attend_slots
 from arkv_fx.kernels.kernel import Kernel
 from arkv_fx.kernels.softmax import Knobs, cap
-from arkv_fx.kernels.triton.launch import attend_slots
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.view import View
 
-__all__ = ["KERNEL", "attend_triton"]
+__all__ = ["FORMS", "KERNEL", "attend_triton"]
+
+FORMS = frozenset({"native", "bf16", "fp8", "int8", "int4", "int3"})
+"""What ``tiles.py`` reads, by the names that codecs give in ``Codec.triton``."""
 
 
 def attend_triton(
@@ -80,7 +83,7 @@ def _obstacle(device: torch.device) -> str:
 
 
 def _lacks(plan: LayerPlan) -> list[str]:
-    return sorted({c.name for f, _ in plan.segments() for c in f.codecs if not c.triton})
+    return sorted({c.name for f, _ in plan.segments() for c in f.codecs if c.triton not in FORMS})
 
 
 KERNEL = Kernel("triton", attend_triton, priority=20, obstacle=_obstacle, lacks=_lacks)
