@@ -40,13 +40,13 @@ def test_every_added_input_has_a_role_and_no_other_has() -> None:
     own = len(out.before.graph.find_nodes(op="placeholder"))
     found = roles(out.after)
     expected: list[Role] = []
-    for site in out.context.caches:
-        assert site.plan is not None
-        expected += [Role("state", site.ordinal, spec.name) for spec in site.plan.specs()]
-        expected.append(Role("anchor", site.ordinal))
+    for planned in out.context.caches:
+        ordinal = planned.site.ordinal
+        expected += [Role("state", ordinal, spec.name) for spec in planned.plan.specs()]
+        expected.append(Role("anchor", ordinal))
     assert len(out.context.caches) == 2
     assert found == [None] * own + expected
-    first, second = (site.ordinal for site in out.context.caches)
+    first, second = (planned.site.ordinal for planned in out.context.caches)
     assert added_in_order(out.after) == [
         ("state", first), ("anchor", first), ("state", second), ("anchor", second)
     ]  # fmt: skip
