@@ -275,7 +275,15 @@ def test_a_cache_survives_neither_restore_nor_another_configuration() -> None:
         model(IDS[:, :1], past_key_values=cache)
 
 
-@pytest.mark.parametrize("make", [DynamicCache, lambda: ((torch.zeros(1, 2, 3, 16),) * 2,) * 2])
+def filled() -> DynamicCache:
+    """A cache of transformers that holds three tokens: an empty one is taken over."""
+    cache = DynamicCache()
+    for layer in range(2):
+        cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), layer)
+    return cache
+
+
+@pytest.mark.parametrize("make", [filled, lambda: ((torch.zeros(1, 2, 3, 16),) * 2,) * 2])
 def test_another_cache_is_refused(model: PreTrainedModel, make: Callable[[], Any]) -> None:
     with pytest.raises(CacheError, match=r"got a \w+; pass ArkvCache\(model\).*restore"):
         model(IDS, past_key_values=make())
@@ -423,7 +431,7 @@ def test_an_encoder_decoder_answers_as_before() -> None:
         "model.decoder.layers.0.encoder_attn": False,
     }
     with pytest.raises(CacheError, match="got a EncoderDecoderCache"):
-        model(IDS, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
+        model(IDS, past_key_values=EncoderDecoderCache(filled(), DynamicCache()))
 
 
 def test_a_copy_of_a_transformed_model_is_refused(model: PreTrainedModel) -> None:
