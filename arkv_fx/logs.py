@@ -11,7 +11,7 @@ import os
 
 from arkv_fx.errors import UnknownOptionError
 
-LEVELS = {"info": logging.INFO, "debug": logging.DEBUG, "warning": logging.WARNING}
+LEVELS = {"info": logging.INFO, "debug": logging.DEBUG}
 
 
 def get_logger(name: str) -> logging.Logger:
