@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from arkv_fx.calibration import MODES
 from arkv_fx.errors import ConfigError, UnknownOptionError
 from arkv_fx.formats import FORMATS, get_format
 from arkv_fx.registry import Registry
@@ -92,7 +93,7 @@ class ArkvConfig:
             self,
             f"at least window + sinks = {self.window + self.sinks} tokens",
         )
-        if self.calibration not in ("measured", "normalised", "paper"):
+        if self.calibration not in MODES:
             raise UnknownOptionError(
                 f"calibration={self.calibration!r}: choose 'measured', 'normalised' or 'paper'"
             )

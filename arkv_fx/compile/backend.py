@@ -157,6 +157,7 @@ class _Runner:
         self.compiled, self.caches = compiled, context.caches
         self.devices = [planned.device for planned in self.caches]
         self.layers = [planned.layer for planned in self.caches]
+        self.where = [f"layer {p.layer} ({p.site.path})" for p in self.caches]
         self.index = {node.name: i for i, node in enumerate(self.placeholders)}
         # The same for many tokens that begin a sequence, where only a call can tell.
         self.first: Compiled | None = None
@@ -173,9 +174,8 @@ class _Runner:
         sessions: dict[Node, Session] = {}
         anchors, buffers = Anchors(), Buffers()
         starts: set[int] = set()
-        for planned, device in zip(self.caches, self.devices, strict=True):
+        for planned, device, where in zip(self.caches, self.devices, self.where, strict=True):
             cache, plan, batch = planned.cache, planned.plan, planned.batch
-            where = f"layer {planned.layer} ({planned.site.path})"
             if isinstance(cache, Marker):
                 session = sessions.get(cache.handle)
                 if session is None:

@@ -90,12 +90,11 @@ def build(
         ExportError: with what TensorRT said, or that the process ended or took too long.
     """
     script = Path(__file__).with_name("engine_build.py")
-    # -P: else this folder's onnx.py would be what `import onnx` finds.
     arguments = [str(graph), str(engine), capability, *map(str, span)]
     where = f"{graph.name} for {capability}"
     try:
         done = subprocess.run(
-            [sys.executable, "-P", str(script), *arguments],
+            [sys.executable, str(script), *arguments],
             capture_output=True, text=True, timeout=limit_s,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
