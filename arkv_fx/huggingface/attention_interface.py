@@ -8,13 +8,15 @@ model may do there what it tells no interface, and ``find_softmax`` reads what i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
@@ -83,30 +85,65 @@ def mask(
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, mask)
 
+# From these releases on ``sdpa_mask`` leaves out in a traced graph, too, what says nothing.
+_decides = getattr(masking_utils, "_ignore_causal_mask_sdpa", None)
+LEAVES_OUT = Version(torch.__version__).release >= (2, 13) and (
+    "is_torchdynamo_exporting" in getattr(getattr(_decides, "__code__", None), "co_names", ())
+)
+_thread = threading.local()
+
+
+@torch._dynamo.assume_constant_result  # asked while a graph is traced: it is one of ours or not
+def _in_step() -> bool:
+    return getattr(_thread, "steps", 0) > 0
+
+
+def mask_by_caller(*args: Any, **kwargs: Any) -> Tensor | None:
+    """``mask`` in a step of ours, ``sdpa_mask`` for everybody else, other threads included."""
+    return mask(*args, **kwargs) if _in_step() else sdpa_mask(*args, **kwargs)
+
 
 @contextmanager
 def masks_left_out() -> Generator[None]:
-    """Within it models of SDPA attention make their masks by ``mask``."""
-    before = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-    if before is not sdpa_mask:  # another library's, or ours already
+    """Within it, in this thread, models of SDPA attention leave masks out that say nothing.
+
+    With releases that do not by themselves ``mask_by_caller`` takes the place of ``sdpa_mask`` for
+    good: to swap them in every step would change what other threads trace meanwhile.
+    """
+    if LEAVES_OUT:
         yield
         return
-    AttentionMaskInterface.register("sdpa", mask)
+    if ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is sdpa_mask:  # else another library's, or ours
+        AttentionMaskInterface.register("sdpa", mask_by_caller)
+    _thread.steps = getattr(_thread, "steps", 0) + 1
     try:
         yield
     finally:
-        AttentionMaskInterface.register("sdpa", before)
+        _thread.steps -= 1
 
 
-@contextmanager
-def closed_replaced(config: Any) -> Generator[None]:
-    """Within it a configuration that asks for flex or flash attention asks for ours."""
-    before = getattr(config, "_attn_implementation_internal", None)
-    if not isinstance(before, str) or not before.startswith(("flex_", "flash_")):
-        yield
-        return
-    config._attn_implementation_internal = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before
+class OpenAttention:
+    """Lets the model of a configuration that asks for flex or flash attention ask for ours.
+
+    While at least one step of it runs, in whatever thread.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.lock, self.steps = config, threading.Lock(), 0
+        self.before = ""
+
+    @contextmanager
+    def step(self) -> Generator[None]:
+        """Around each step."""
+        with self.lock:
+            asked = getattr(self.config, "_attn_implementation_internal", None)
+            if isinstance(asked, str) and asked.startswith(("flex_", "flash_")):
+                self.before, self.config._attn_implementation_internal = asked, NAME
+            self.steps += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.steps -= 1
+                if not self.steps and self.before:
+                    self.config._attn_implementation_internal, self.before = self.before, ""

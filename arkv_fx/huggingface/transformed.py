@@ -17,7 +17,7 @@ from arkv_fx.calibration import Calibration
 from arkv_fx.compile.backend import ArkvBackend
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ArkvError, CacheError, TransformError
-from arkv_fx.huggingface.attention_interface import closed_replaced, masks_left_out
+from arkv_fx.huggingface.attention_interface import OpenAttention, masks_left_out
 from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.huggingface.layers import cached_layers, kept_whole, text_config, windows
 from arkv_fx.huggingface.model_caches import (
@@ -56,6 +56,7 @@ class Transformed:
         self.name = f"{type(model).__name__}#{id(model):x}"
         self.config, self.calibration = config, calibration
         self.text_config = text_config(model)
+        self.open_attention = OpenAttention(self.text_config)
         layers = cached_layers(model)
         self.windows = windows(layers)
         self.backend = ArkvBackend(
@@ -133,7 +134,7 @@ class Transformed:
         cache.session.active = True
         calls = self.backend.calls
         try:
-            with torch.no_grad(), closed_replaced(self.text_config), masks_left_out():
+            with torch.no_grad(), self.open_attention.step(), masks_left_out():
                 out = self._call((), kwargs)
         finally:
             cache.session.active = False

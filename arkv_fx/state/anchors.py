@@ -79,8 +79,8 @@ class Anchors:
     def _start(
         self, plan: LayerPlan, batch: int, device: torch.device, token_dim: int = 2
     ) -> tuple[LayerState, Tensor]:
-        for key in [k for k, e in _entries.items() if e.storage.expired()]:
-            del _entries[key]
+        for key in [k for k, e in list(_entries.items()) if e.storage.expired()]:
+            _entries.pop(key, None)  # another thread may have been faster
         # NaN, so that whoever reads it as numbers (an uncompiled model, user code) notices.
         anchor = torch.full((1,), float("nan"), dtype=plan.dtype, device=device)
         state = LayerState(plan, batch, device)

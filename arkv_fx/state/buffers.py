@@ -74,8 +74,8 @@ class Buffers:
         return entry.state
 
     def _start(self, past: Sequence[Tensor], plan: LayerPlan, batch: int, token_dim: int) -> _Entry:
-        for key in [k for k, e in _entries.items() if e.storage.expired()]:
-            del _entries[key]
+        for key in [k for k, e in list(_entries.items()) if e.storage.expired()]:
+            _entries.pop(key, None)  # another thread may have been faster
         keys = past[0]
         with torch.no_grad():
             # NaN, so that whoever reads the buffer itself (the model uncompiled) notices.

@@ -14,7 +14,8 @@ from transformers.masking_utils import (
 )
 
 from arkv_fx import ArkvConfig, transform
-from arkv_fx.huggingface.attention_interface import mask
+from arkv_fx.huggingface import attention_interface
+from arkv_fx.huggingface.attention_interface import LEAVES_OUT, mask, mask_by_caller
 from arkv_fx.models import random_model
 
 
@@ -56,11 +57,24 @@ def test_one_that_must_be_there_is() -> None:
 
 
 @torch.no_grad()
-def test_other_models_keep_theirs() -> None:
-    model = random_model("llama", num_hidden_layers=1)
+def test_other_models_keep_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With releases that leave masks out by themselves nothing is replaced; with others their own
+    function is called for other models."""
+    model, other = (random_model("llama", num_hidden_layers=1) for _ in range(2))
     transform(model, ArkvConfig(budget=32, window=4), compile="eager")
     model(torch.ones(1, 5, dtype=torch.long))
-    assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is sdpa_mask
+    if LEAVES_OUT:
+        assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is sdpa_mask
+    called: list[str] = []
+    for name in ("mask", "sdpa_mask"):
+        monkeypatch.setattr(
+            attention_interface, name, lambda *a, name=name, **k: called.append(name)
+        )
+    mask_by_caller(1, 2, 3)
+    with attention_interface.masks_left_out():
+        mask_by_caller(1, 2, 3)
+    assert called == (["sdpa_mask"] * 2 if LEAVES_OUT else ["sdpa_mask", "mask"])
     with pytest.raises((TypeError, RuntimeError, IndexError)):
         model(torch.full((1, 5), 10**6))
-    assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is sdpa_mask
+    assert attention_interface._in_step() is False
+    assert other(torch.ones(1, 5, dtype=torch.long)).logits.shape == (1, 5, 128)
