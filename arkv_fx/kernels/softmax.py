@@ -132,16 +132,21 @@ def hide_slots(
     return logits.masked_fill(~shown, float("-inf"))
 
 
-def hide_new(logits: Tensor, mask: Tensor | None, plan: LayerPlan, query_pos: Tensor) -> Tensor:
+def hide_new(
+    logits: Tensor, mask: Tensor | None, plan: LayerPlan, query_pos: Tensor,
+    newest: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Mask the new tokens' columns [B, Hkv, G, Q, T] for queries at ``query_pos`` [B, Q].
 
-    Without a mask they are causal among themselves.
+    Without a mask they are causal among themselves. ``newest`` [B, 1] is the position of the last
+    column; None: that of the last query.
     """
     length = logits.shape[-1]
-    newest = query_pos[:, -1:, None]
+    last = query_pos[:, -1:] if newest is None else newest
     column_pos = (
-        newest - (length - 1) + torch.arange(length, device=logits.device, dtype=torch.int32)
-    )
+        last[..., None] - (length - 1)
+        + torch.arange(length, device=logits.device, dtype=torch.int32)
+    )  # fmt: skip
     rows = query_pos[:, :, None]
     if mask is not None:
         own = mask[..., -length:]

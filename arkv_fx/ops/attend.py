@@ -15,7 +15,9 @@ from torch import Tensor
 from arkv_fx.kernels import get_kernel, get_step
 from arkv_fx.kernels.softmax import Knobs, allowed, group
 from arkv_fx.ops.arrivals import Arrivals
+from arkv_fx.ops.blocks import attend_in_blocks, fits
 from arkv_fx.ops.exchange import exchange_one
+from arkv_fx.ops.halves import attend_in_halves, comes_in_halves
 from arkv_fx.ops.merge import merge_many
 from arkv_fx.ops.uncompressed import attend_computed, attend_prompt
 from arkv_fx.plan import LayerPlan
@@ -139,8 +141,13 @@ def columns(
     """
     if fresh and k.shape[2] != 1:
         return k, v
-    held = view(plan, state)
-    found = [s.keys_and_values(..., (plan.k_dim, plan.v_dim)) for s in held.segments]
+    return _columns(k, v, view(plan, state))
+
+
+def _columns(k: Tensor, v: Tensor, held: View) -> tuple[Tensor, Tensor]:
+    """Slots, then the new tokens."""
+    plan = held.plan
+    found = [s.keys_and_values(..., (plan.k_dim, plan.v_dim)) for s in held.segments if s.slots]
     keys, values = (
         torch.cat([*(x.to(new.dtype) for x in side), new], 2)
         for side, new in zip(zip(*found, strict=True), (k, v), strict=True)
@@ -197,11 +204,26 @@ def _run(
         prompt = computed or (new.k, new.v)
         out, probs = attend_prompt(q, prompt, mask, held.plan, knobs, query_pos)
         return out, _observation(probs, new.valid, query_pos, new.pos, held.plan, length, padded)
+    asked, watched, rows, heard = q, mask, query_pos, None
+    if not fits(q.shape[2], held.plan.slots + length, q.shape[0], q.shape[1]):
+        pair = computed or _columns(new.k, new.v, held)
+        whole = q.shape[2] == length
+        if whole and comes_in_halves(q, pair, mask, held.plan, knobs):
+            heard = attend_in_halves(q, pair, held.pos, held.plan, knobs)
+        else:
+            offset = held.seen + length - (mask.shape[-1] if mask is not None else 0)
+            heard = attend_in_blocks(q, pair, held.pos, mask, offset, query_pos, held.plan, knobs)
+        # The score only looks at what the last queries saw.
+        last = slice(-held.plan.window, None)
+        asked, rows = q[:, :, last], query_pos[:, last]
+        watched = mask[..., last, :] if mask is not None else None
     if computed:
-        out, probs = attend_computed(q, computed, mask, held, knobs, query_pos)
+        out, probs = attend_computed(asked, computed, watched, held, knobs, rows)
     else:
         run = get_kernel(kernel if length == 1 else "reference")
-        out, probs = run(group(q, held.plan.heads), new.k, new.v, mask, held, knobs, query_pos)
+        grouped = group(asked, held.plan.heads)
+        out, probs = run(grouped, new.k, new.v, watched, held, knobs, rows)
+    out = out if heard is None else heard
     pos = torch.cat([held.pos, new.pos], -1)
     return out, _observation(probs, new.valid, query_pos, pos, held.plan, length, padded)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from reference_attention import (
     MASKS,
     TOLERANCE,
@@ -18,10 +20,13 @@ from reference_attention import (
     reference_attention,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import arkv_fx.kernels.reference as reference
 import arkv_fx.kernels.softmax as attention_module
 import arkv_fx.ops.attend as attend_module
+import arkv_fx.ops.blocks as blocks
 from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.plan import LayerPlan, Tier
 
@@ -169,6 +174,95 @@ def test_nothing_evicted_equals_full_attention(case: Case) -> None:
 @given(case=cases("quantized"))
 def test_quantized_tiers_equal_attention_over_what_they_hold(case: Case) -> None:
     check(case, over="slots")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many new tokens as need more than one block, without there being many."""
+    monkeypatch.setattr(blocks, "LEAST", 2)
+    monkeypatch.setattr(blocks, "LOGITS", 0)
+
+
+@settings(
+    max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(case=st.one_of(cases(), cases("quantized")), over=st.sampled_from(("everything", "slots")))
+@example(Case((9, 1, 8), k_dim=8, v_dim=8, mask="none"), "everything")  # in halves
+@example(Case((9, 8, 7), mask="bool-heads", pad=(0, 12)), "everything")
+@example(Case((9, 8, 7), sliding=5, window=5, sinks=0, mask="none"), "everything")
+@example(Case((9, 8), softcap=1.5, sink_logits=True, mask="none"), "everything")
+@pytest.mark.usefixtures("small_blocks")
+def test_block_by_block_is_the_same(case: Case, over: str) -> None:
+    native = all(name == "native" for name, _ in case.tiers)
+    check(case, over if native else "slots")
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_block_that_sees_what_comes_later_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        blocks, "hide_new", lambda x, m, plan, pos, last, f=blocks.hide_new: f(x, m, plan, pos)
+    )
+    with pytest.raises(AssertionError):
+        check(Case((9, 8), softcap=1.5, mask="bool", sliding=4, window=4, sinks=0))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((), mask="none"),
+        Case((), mask="bool"),
+        Case((), mask="bool", pad=(3,)),
+        Case((), mask="none", sliding=40, sinks=0),
+        Case((), mask="none", softcap=2.0),
+        Case((), mask="none", sink_logits=True),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 5])
+def test_memory_grows_with_the_tokens_alone(case: Case, before: int) -> None:
+    """The largest tensor of a call of twice as many tokens is twice as large, but for masks that
+    come with the call, which are bool."""
+    if not before and case.mask == "bool":
+        pytest.skip("torch's own fused attention turns the whole mask into numbers")
+    sizes = [_largest(case, before, length) for length in (1024, 2048)]
+    assert sizes[1] <= 2.1 * sizes[0]
+
+
+def test_memory_that_grows_with_the_square_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend_module, "fits", lambda *_: True)
+    sizes = [_largest(Case((), mask="none"), 5, length) for length in (1024, 2048)]
+    assert sizes[1] > 3 * sizes[0]
+
+
+class _Largest(TorchDispatchMode):
+    """The most bytes of one tensor that an operator gives; bool ones do not count."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.dtype != torch.bool:
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+def _largest(case: Case, before: int, length: int) -> int:
+    generator = torch.Generator().manual_seed(0)
+    layer = Layer(case.plan(), 1)
+    heads = case.heads * case.groups
+    knobs = Knobs(case.scale, case.softcap, torch.zeros(heads) if case.sink_logits else None)
+    most = _Largest()
+    for number, tokens in enumerate(n for n in (before, length) if n):
+        q = torch.randn(1, heads, tokens, 8, generator=generator)
+        k, v = torch.randn(2, 1, case.heads, tokens, 8, generator=generator)
+        valid = torch.arange(layer.seen, layer.seen + tokens)[None] >= case.pad[0]
+        mask = make_mask(
+            torch.cat([layer.valid, valid], 1), tokens, kind=case.mask, heads=heads,
+            sliding=case.sliding, dtype=case.dtype, generator=generator,
+        )  # fmt: skip
+        with most if tokens == length else nullcontext():
+            layer.step(q, k, v, mask, knobs, valid, fresh=number == 0)
+    return most.bytes
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive", "lowest"])
