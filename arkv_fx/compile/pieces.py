@@ -8,6 +8,7 @@ Inductor minutes. The idea is that of vLLM's piecewise compilation.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -36,6 +37,7 @@ from arkv_fx.passes.nodes import example
 from arkv_fx.passes.sites import Site
 from arkv_fx.registry import forget_with
 from arkv_fx.scores import SCORES
+from arkv_fx.state.journal import current
 
 Compiled = Callable[..., Any]
 ATTEND = torch.ops.arkv.attend.default
@@ -158,7 +160,7 @@ class _Pieces(Interpreter):
             one = out.shape[2] == 1
             step = _whole_step(attend, kernel) if one else None
             if step is not None:
-                self._put(target, step)
+                self._put(target, _recordable(piece, kernel, step))
                 return out
             replace(given, kernel=kernel).write(attend)
             key = (key, kernel)
@@ -166,8 +168,14 @@ class _Pieces(Interpreter):
                 known = self.local
         if key not in known:
             piece.recompile()
-            left = attend is not None and not one
-            known[key] = piece.forward if left else compile_graph(piece, list(args))
+            if attend is None:
+                known[key] = compile_graph(piece, list(args))
+            elif not one:
+                known[key] = _laid_out(piece.forward, out)
+            else:
+                same = GraphModule(piece, copy.deepcopy(piece.graph))
+                compiled = compile_graph(piece, list(args))
+                known[key] = _recordable(same, "reference", compiled)
         self._put(target, known[key])
         return out
 
@@ -201,6 +209,40 @@ def _whole_step(attend: Node, kernel: str) -> Compiled | None:
         here = knobs if sunk is None else replace(knobs, sink_logits=args[sunk])
         seen = None if masked is None else args[masked]
         return step(q, k, v, seen, [args[i] for i in held], here)
+
+    return run
+
+
+def _laid_out(attend: Compiled, fake: Tensor) -> Compiled:
+    """``attend``, its result in memory as that of ``fake``: compiled pieces rely on it.
+
+    How many tokens come decides how they are attended to, and that how the result lies.
+    """
+    strides = [s.node.hint if isinstance(s, torch.SymInt) else s for s in fake.stride()]
+    order = sorted(range(fake.dim()), key=strides.__getitem__, reverse=True)
+    back = sorted(range(fake.dim()), key=order.__getitem__)
+
+    def run(*args: Tensor) -> Tensor:
+        out: Tensor = attend(*args)
+        return out.permute(order).contiguous().permute(back)
+
+    return run
+
+
+def _recordable(piece: GraphModule, kernel: str, compiled: Compiled) -> Compiled:
+    """``compiled``, but the operator itself while steps are written down, see ``ops.recorded``."""
+    plain: list[Compiled] = []
+
+    def run(*args: Tensor) -> Any:
+        if current() is None:
+            return compiled(*args)
+        if not plain:
+            for node in piece.graph.find_nodes(op="call_function", target=ATTEND):
+                given: AttendArguments[Node] = AttendArguments.of(node)
+                replace(given, kernel=kernel).write(node)
+            piece.recompile()
+            plain.append(piece.forward)
+        return plain[0](*args)
 
     return run
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from arkv_fx.compile.replay_inputs import Kind, kinds, why_not
 from arkv_fx.passes.nodes import shape
+from arkv_fx.state.journal import current
 from arkv_fx.state.session import LayerState
 
 Call = Callable[[], Any]
@@ -119,7 +120,7 @@ class Replay:
         record = RECORDERS.get(device.type)
         if record is None:
             self.reason = f"there are no graphs to record on {device.type}"
-        if record is None or self.reason:
+        if record is None or self.reason or current() is not None:
             return self.compiled(*inputs)
         if len(devices) > 1:
             return self._give_up("its layers are on several devices", inputs)

@@ -93,9 +93,12 @@ LEAVES_OUT = Version(torch.__version__).release >= (2, 13) and (
 _thread = threading.local()
 
 
-@torch._dynamo.assume_constant_result  # asked while a graph is traced: it is one of ours or not
 def _in_step() -> bool:
     return getattr(_thread, "steps", 0) > 0
+
+
+# Asked once while a graph is traced, which is one of ours or is not.
+torch._dynamo.assume_constant_result(_in_step)
 
 
 def mask_by_caller(*args: Any, **kwargs: Any) -> Tensor | None:

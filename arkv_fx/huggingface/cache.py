@@ -18,6 +18,8 @@ from arkv_fx.huggingface.layers import (
     tensors_of,
     windows,
 )
+from arkv_fx.state.journal import Journal
+from arkv_fx.state.rollback import take_back
 from arkv_fx.state.session import Session, check_finite
 
 
@@ -140,8 +142,17 @@ class ArkvCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """No: see ``crop``."""
-        return False
+        """Whether ``crop`` takes back the last tokens: after ``activate_past_recording``."""
+        return self.session.journal is not None and not self._own_layers()
+
+    def activate_past_recording(self) -> None:
+        """Keep what it takes to take back the last tokens, 32 or as many as a draft has.
+
+        That is a second state of each layer, so the cache's bytes double. ``generate()`` calls this
+        for assisted decoding and prompt lookup.
+        """
+        if self.session.journal is None:
+            self.session.journal = Journal()
 
     @property
     def is_linear(self) -> list[bool]:
@@ -208,22 +219,34 @@ class ArkvCache(Cache):
             self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: what the removed tokens displaced is gone or quantized.
+        """Take back the last tokens; ``tokens_to_remove`` is 0 or negative, as in transformers.
+
+        All of them, as many as ``activate_past_recording`` keeps what it takes for, or any number
+        as long as no token has left window and sinks.
 
         Raises:
-            CacheError: unless nothing is removed.
+            CacheError: if what they displaced is quantized or evicted, or the model keeps states of
+                its own that have no way back (linear attention).
         """
+        if not isinstance(tokens_to_remove, int) or not -self.seen <= tokens_to_remove <= 0:
+            raise CacheError(
+                f"crop({tokens_to_remove!r}): give minus the number of tokens to remove, at most "
+                f"the {self.seen} that the cache has seen"
+            )
         if tokens_to_remove == 0:
             return None
-        raise CacheError(
-            "an ArkvCache cannot be cropped: tokens that the removed ones displaced are already "
-            "quantized or evicted. Assisted decoding and rollback need the full cache "
-            "(arkv_fx.restore); to start over call reset()"
-        )
+        if -tokens_to_remove == self.seen:
+            return self.reset()
+        if self._own_layers():
+            raise CacheError(
+                "tokens cannot be taken back: layers that are no attention keep a state that has "
+                "no way back; assisted decoding needs a model of attention alone"
+            )
+        take_back(self.session, -tokens_to_remove)
+        self.seen += tokens_to_remove
 
     def _select(self, sequences: Tensor) -> None:
-        for part in self.session.parts():
-            part.select(sequences)
+        self.session.select(sequences)
         for layer in self._own_layers():
             layer.reorder_cache(sequences)
 

@@ -11,6 +11,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 from arkv_fx.errors import CacheError, TransformError
 from arkv_fx.huggingface.cache import ArkvCache
+from arkv_fx.state.journal import Journal
 
 # What transformers calls the argument: by its new name since 5.24, which knows the old one, too.
 CACHE_NAMES = ("past_key_values", "cache")[: 2 if "cache" in ALL_CACHE_NAMES else 1]
@@ -97,6 +98,9 @@ def prepare_cache(
     else:
         our_cache(cache, model)
         cache._is_user_defined = True
+    if getattr(generation_config, "is_assistant", False):
+        # Its drafts will be taken back, and where there was but one the prompt's end, too.
+        our_cache(cache, model).session.journal = Journal(least=2)
     model_kwargs[CACHE_NAMES[-1]] = cache
 
 

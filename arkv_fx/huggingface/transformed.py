@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +32,7 @@ from arkv_fx.huggingface.model_caches import (
 )
 from arkv_fx.passes.context import Probe, StandIn
 from arkv_fx.report import Report
+from arkv_fx.state.journal import DEPTH, Journal, kept_in
 
 # Each batch size, a mask or none, one token or many: a model in real use needs more graphs than
 # Dynamo's default allows, and falling back to eager would leave the cache behind.
@@ -134,7 +135,8 @@ class Transformed:
         cache.session.active = True
         calls = self.backend.calls
         try:
-            with torch.no_grad(), self.open_attention.step(), masks_left_out():
+            kept = _kept(cache.session.journal, kwargs.get("logits_to_keep"))
+            with torch.no_grad(), self.open_attention.step(), masks_left_out(), kept:
                 out = self._call((), kwargs)
         finally:
             cache.session.active = False
@@ -207,6 +209,16 @@ class Transformed:
             x = kwargs.get(name)
             if isinstance(x, Tensor) and x.dim() >= 2 and x.shape[1] > 1:
                 torch._dynamo.maybe_mark_dynamic(x, 1)
+
+
+def _kept(journal: Journal | None, logits: Any) -> AbstractContextManager[None]:
+    """Steps are written into ``journal``; ``logits`` is the model's ``logits_to_keep``.
+
+    Whoever judges a draft asks for the logits of its tokens and of the one before them.
+    """
+    if journal is not None:
+        journal.expect(logits - 1 if isinstance(logits, int) and logits > 0 else DEPTH)
+    return kept_in(journal)
 
 
 def own_code(function: Callable[..., Any]) -> Callable[..., Any]:

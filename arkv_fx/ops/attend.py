@@ -19,9 +19,11 @@ from arkv_fx.ops.blocks import attend_in_blocks, fits
 from arkv_fx.ops.exchange import exchange_one
 from arkv_fx.ops.halves import attend_in_halves, comes_in_halves
 from arkv_fx.ops.merge import merge_many
+from arkv_fx.ops.recorded import attend_recorded
 from arkv_fx.ops.uncompressed import attend_computed, attend_prompt
 from arkv_fx.plan import LayerPlan
 from arkv_fx.scores import Observation, Stats
+from arkv_fx.state.journal import current
 from arkv_fx.state.view import View, view
 
 
@@ -54,6 +56,10 @@ def attend(
     Returns:
         [B, Hq, T, Dv] in q's dtype.
     """
+    if (journal := current()) is not None and type(q) is Tensor:  # numbers, and no tracing
+        return attend_recorded(
+            journal, attend, q, k, v, mask, state, plan, knobs, fresh, kernel, computed
+        )
     if not computed and k.shape[2] == 1 and (step := get_step(kernel, plan)) is not None:
         return step(q, k, v, mask, state, knobs)
     held = view(plan, state)

@@ -135,9 +135,9 @@ def _fused(
         bias, seen = (group(x.flatten(1, 2), heads) for x in (bias, seen))
     else:
         bias, seen = (x.repeat_interleave(heads // plan.heads, 1) for x in (bias, seen))
+    k, v = (x.flatten(0, 1)[:, None].expand(-1, groups, -1, -1) for x in (keys, values))
     out = scaled_dot_product_attention(
-        group(q, heads).flatten(0, 1),
-        *(x.flatten(0, 1)[:, None].expand(-1, groups, -1, -1) for x in (keys, values)),
+        group(q, heads).flatten(0, 1), k, v,
         attn_mask=bias.to(q.dtype).flatten(0, 1), scale=knobs.scale,
     )  # fmt: skip
     # A row with nothing to attend to is defined as zeros; fused kernels differ on it.

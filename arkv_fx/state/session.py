@@ -13,6 +13,7 @@ from torch import Tensor
 
 from arkv_fx.errors import CacheError, NonFiniteError
 from arkv_fx.plan import LayerPlan
+from arkv_fx.state.journal import Journal
 from arkv_fx.state.view import View, view
 
 _handles = itertools.count(1)
@@ -115,6 +116,10 @@ class PlainLayer:
         """Keep these of the sequences, given by number."""
         self.tensors = [t.index_select(0, sequences.to(t.device)) for t in self.tensors]
 
+    def take_back(self, tokens: int) -> None:
+        """Forget the last ``tokens``."""
+        self.tensors = [t[..., : t.shape[-2] - tokens, :].clone() for t in self.tensors]
+
 
 class Session:
     """The states of all layers of one batch of sequences.
@@ -131,6 +136,7 @@ class Session:
         self.active = False
         self.tokens = 0  # what the states have seen, kept by whoever runs the model
         self.mask: Tensor | None = None  # the last padding mask [B, S], likewise
+        self.journal: Journal | None = None  # if tokens may be taken back
         _sessions[number] = self
 
     def layer(self, index: int, plan: LayerPlan, batch: int, device: torch.device) -> LayerState:
@@ -170,8 +176,9 @@ class Session:
         return bool((found == tokens.to(found)).all())  # one look for all layers
 
     def nbytes(self) -> int:
-        """Bytes of every tensor of every layer, the handle included."""
-        return sum(part.nbytes() for part in self.parts()) + int(self.handle.nbytes)
+        """Bytes of every tensor of every layer, the handle and what is kept to go back included."""
+        kept = self.journal.nbytes() if self.journal is not None else 0
+        return sum(part.nbytes() for part in self.parts()) + int(self.handle.nbytes) + kept
 
     def parts(self) -> list[LayerState | PlainLayer]:
         """The states of all layers, compressed and plain."""
@@ -181,13 +188,20 @@ class Session:
         """A sequence of its own that goes on from here (prefix reuse): own tensors and handle."""
         twin = Session(self.owner)
         twin.tokens, twin.mask = self.tokens, self.mask
+        twin.journal = self.journal and self.journal.twin()
         twin.layers.update({index: state.clone() for index, state in self.layers.items()})
         twin.plain.update({index: plain.clone() for index, plain in self.plain.items()})
         return twin
 
+    def select(self, sequences: Tensor) -> None:
+        """Keep these of the sequences, given by number; none of their tokens can be taken back."""
+        self.journal = self.journal and self.journal.twin()
+        for part in self.parts():
+            part.select(sequences)
+
     def reset(self) -> None:
         """Forget everything."""
-        self.tokens, self.mask = 0, None
+        self.tokens, self.mask, self.journal = 0, None, self.journal and self.journal.twin()
         self.layers.clear()
         self.plain.clear()
 
