@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -64,6 +65,14 @@ class Calibration:
     def row(self, layer: int | None) -> LayerStatistics | None:
         """What was found for a layer, None if it was not calibrated."""
         return next((row for row in self.layers if row.layer == layer), None)
+
+    def shares(self, sliding: Sequence[int]) -> tuple[float, ...]:
+        """Those of all layers that attend without a window; ``sliding`` are windows by layer.
+
+        Only such layers share the budget out: the others have bounds of their own.
+        """
+        whole = (r for r in self.layers if r.layer >= len(sliding) or not sliding[r.layer])
+        return tuple(row.share for row in whole)
 
     def check(self, fingerprint: str) -> None:
         """Refuse a calibration made for another model, or for other weights.
