@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arkv_fx.errors import CalibrationError
+from arkv_fx.files import write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,9 +91,9 @@ class Calibration:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write JSON."""
+        """Write JSON; a file that is there is replaced when the new one is complete."""
         data = {"schema": SCHEMA_VERSION, "count": len(self.layers), **asdict(self)}
-        Path(path).write_text(json.dumps(data, indent=1) + "\n")
+        write_text(path, json.dumps(data, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

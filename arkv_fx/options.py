@@ -38,7 +38,7 @@ class Whole:
     def read(self, name: str, value: Any) -> int:
         """The number as an int; raises ``ConfigError`` for anything else."""
         number = _number(value)
-        inside = isinstance(number, numbers.Integral) and self.least <= number <= self.most
+        inside = isinstance(number, numbers.Integral) and self.least <= int(number) <= self.most
         if not inside or (self.above and number == self.least):
             least = f"{'>' if self.above else '>='} {self.least}"
             refuse(name, value, f"{least} and <= {self.most}, a whole number{self.unit}")

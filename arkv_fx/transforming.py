@@ -28,8 +28,8 @@ from arkv_fx.passes.context import Probe, StandIn
 SHARDED = ("FSDPModule", "FullyShardedDataParallel")  # not imported: both pull in a lot
 CAPTURED = (
     "a transformed model is compiled already, and its cache stands outside of any graph: call it "
-    "as it is; for a graph that leaves torch call arkv_fx.restore(model), then arkv_fx.export(model, "
-    "calibration, folder)"
+    "as it is; for a graph that leaves torch call arkv_fx.restore(model), then "
+    "arkv_fx.export(model, calibration, folder)"
 )
 CALIBRATION = "what arkv_fx.calibrate returned (Calibration.load reads a file), or None"
 
@@ -115,7 +115,7 @@ def _refuse_sharded(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if any(kind.__name__ in SHARDED for kind in type(module).__mro__):
             raise TransformError(
-                f"{path or type(model).__name__} is sharded by FSDP, whose hooks gather its weights "
+                f"{path or type(model).__name__} is sharded by FSDP, whose hooks gather weights "
                 "outside of the graph that is rewritten: load the model whole, or shard it by "
                 "tensor parallelism (tp_plan='auto')"
             )
