@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import arkv_fx
 from arkv_fx import ArkvConfig
 from arkv_fx.errors import TransformError
+from arkv_fx.huggingface import transformed
 from arkv_fx.models import random_model
 
 CONFIG = ArkvConfig(budget=64, window=8)
@@ -52,6 +53,7 @@ CAPTURES: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", CAPTURES)
 def test_capturing_it(model: PreTrainedModel, name: str) -> None:
+    torch._dynamo.reset()  # it may know the forward from a call that allowed breaks
     # Dynamo wraps what it cannot trace in an error of its own, with our reason in it.
     error = Exception if name in ("strict", "fullgraph") else TransformError
     with pytest.raises(error, match=r"compiled already(.|\n)*restore(.|\n)*arkv_fx.export\("):
@@ -101,3 +103,12 @@ def test_options_of_torch_compile_are_those_of_a_configuration() -> None:
         run = torch.compile(lambda x: x + 1, backend="arkv", options={"calibration": wrong})
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=says):
             run(IDS)
+
+
+def test_too_many_batch_sizes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformed, "RECOMPILE_LIMIT", 2)
+    model = arkv_fx.transform(random_model("llama", num_hidden_layers=1), CONFIG, compile="eager")
+    with torch.no_grad(), pytest.raises(TransformError, match=r"batch size.*few batch sizes"):
+        for batch in range(1, 5):
+            model(input_ids=IDS.repeat(batch, 1), use_cache=True)
+    assert batch == 3

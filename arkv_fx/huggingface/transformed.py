@@ -166,6 +166,12 @@ class Transformed:
         try:
             with torch._dynamo.config.patch(limits):
                 return self.compiled(*args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise TransformError(
+                f"{self.name} has been compiled {RECOMPILE_LIMIT} times: each batch size costs a "
+                "graph for prompts and one for steps. Call with few batch sizes (pad a batch to "
+                "the next power of two), or begin again with torch._dynamo.reset()"
+            ) from error
         except torch._dynamo.exc.BackendCompilerFailed as error:
             inner = error.inner_exception
             if isinstance(inner, ArkvError):
