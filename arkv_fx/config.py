@@ -199,7 +199,8 @@ def _pairs(options: Any) -> tuple[tuple[str, float], ...]:
         if not isinstance(name, str):
             refuse("score_options", options, allowed)
         number = int(value) if isinstance(value, bool) else value  # switches are 0 and 1
-        found.append((name, Real().read(f"score_options {name}", number)))
+        read = Real().read(f"score_options {name}", number)
+        found.append((name, number if isinstance(number, int) else read))
     return tuple(sorted(found))
 
 

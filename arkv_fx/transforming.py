@@ -159,14 +159,14 @@ def _transform(
     def forward(*args: Any, **kwargs: Any) -> Any:
         # Dynamo says so itself, with its reason, where it comes to ``run``.
         if not torch.compiler.is_dynamo_compiling() and (
-            torch.compiler.is_exporting() or torch.jit.is_tracing()
+            torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
         ):
             refuse_capture()
         return run(*args, **kwargs)
 
     model.arkv = state  # type: ignore[assignment]
     model.forward = forward
-    model.__prepare_scriptable__ = refuse_capture  # torch.jit.script asks for it
+    model.__dict__["__prepare_scriptable__"] = refuse_capture  # torch.jit.script asks for it
     if hasattr(model, "_prepare_cache_for_generation"):
         model._prepare_cache_for_generation = functools.partial(prepare_cache, model)  # type: ignore[assignment]
     for name in CONTINUOUS:

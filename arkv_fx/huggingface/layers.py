@@ -120,7 +120,7 @@ def head_dims(model: nn.Module) -> list[int]:
 
     Without those of latent attention, which caches something else.
     """
-    dims = {
+    dims: set[Any] = {
         module.head_dim
         for module in model.modules()
         if hasattr(module, "layer_idx")
