@@ -86,7 +86,8 @@ JsonFile = Annotated[
     typer.Option("--json", callback=writable, help="Also write the result here, as JSON."),
 ]
 Compression = Annotated[
-    float | None, typer.Option(min=1, help="Times fewer bytes than the full cache (4).")
+    float | None,
+    typer.Option(min=1, help="Times fewer bytes than the full cache in --dtype (4)."),
 ]
 Budget = Annotated[
     int | None, typer.Option(min=1, help="Tokens kept per layer, instead of a compression.")
