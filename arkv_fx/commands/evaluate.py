@@ -76,7 +76,7 @@ def fidelity(
             progress=progress,
         )
     shown = fidelity_.means(found) if text is None or len(text) > 1 else found
-    out.print(results_.table("Fidelity to the full cache", shown))
+    out.print(results_.table("Fidelity to the full cache (full_bytes: of bf16)", shown))
     if json:
         results_.write(json, found)
 
