@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arkv_fx.errors import CalibrationError
+from arkv_fx.files import write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,6 +67,14 @@ class Calibration:
         """What was found for a layer, None if it was not calibrated."""
         return next((row for row in self.layers if row.layer == layer), None)
 
+    def shares(self, sliding: Sequence[int]) -> tuple[float, ...]:
+        """Those of all layers that attend without a window; ``sliding`` are windows by layer.
+
+        Only such layers share the budget out: the others have bounds of their own.
+        """
+        whole = (r for r in self.layers if r.layer >= len(sliding) or not sliding[r.layer])
+        return tuple(row.share for row in whole)
+
     def check(self, fingerprint: str) -> None:
         """Refuse a calibration made for another model, or for other weights.
 
@@ -81,9 +91,9 @@ class Calibration:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write JSON."""
+        """Write JSON; a file that is there is replaced when the new one is complete."""
         data = {"schema": SCHEMA_VERSION, "count": len(self.layers), **asdict(self)}
-        Path(path).write_text(json.dumps(data, indent=1) + "\n")
+        write_text(path, json.dumps(data, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from arkv_fx.calibration import MODES
 from arkv_fx.errors import ConfigError, UnknownOptionError
 from arkv_fx.formats import FORMATS, get_format
+from arkv_fx.options import Real, Whole, in_a_row, refuse, require_one_of, require_type
 from arkv_fx.registry import Registry
-from arkv_fx.scores import make_score
+from arkv_fx.scores import SCORES, make_score
 
 PAPER_TAUS = (7.774380648611771, 5.407015096778621, 5.527702582901318)
 """tau1 (entropy), tau2 (variance), tau3 (kurtosis) as published with arXiv 2603.08727."""
+
+ROUND_TO = 8
+
+NUMBERS: dict[str, Whole | Real] = {
+    "compression": Real(1),
+    "context": Whole(1, unit=" of tokens"),
+    "budget": Whole(1, unit=" of tokens"),
+    "bytes": Whole(0, most=2**63 - 1, above=True, unit=" of bytes"),
+    "window": Whole(1, unit=" of tokens"),
+    "sinks": Whole(0, unit=" of tokens"),
+    "oq_ratio": Real(0, 1),
+    "round_to": Whole(1, unit=" of slots"),
+}
+"""What the options that are numbers may be."""
+TIERS = "one or two format names in a row, as ('int8', 'int4')"
+TAUS = "three numbers > 0"
 
 
 @dataclass(frozen=True)
@@ -66,44 +83,46 @@ class ArkvConfig:
     score_options: tuple[tuple[str, float], ...] = ()
     calibration: str = "measured"
     taus: tuple[float, float, float] = PAPER_TAUS
-    round_to: int = 8
+    round_to: int = ROUND_TO
 
     def __post_init__(self) -> None:
-        given = [n for n in ("compression", "budget", "bytes") if getattr(self, n) is not None]
+        sizes = ("compression", "budget", "bytes")
+        given = [n for n in sizes if getattr(self, n) is not None]
         if len(given) > 1:
             raise ConfigError(f"give one of compression, budget and bytes, not {given}")
         if not given:
-            object.__setattr__(self, "compression", 4.0)
-        object.__setattr__(self, "tiers", tuple(self.tiers))
-        options = self.score_options
-        pairs = options.items() if isinstance(options, Mapping) else options
-        object.__setattr__(self, "score_options", tuple(sorted((str(k), v) for k, v in pairs)))
-        _require(self.compression is None or self.compression >= 1, "compression", self, ">= 1")
-        _require(self.context >= 1, "context", self, ">= 1 token")
-        _require(self.window >= 1, "window", self, ">= 1 token")
-        _require(self.sinks >= 0, "sinks", self, ">= 0 tokens")
-        _require(0 <= self.oq_ratio <= 1, "oq_ratio", self, "between 0 and 1")
-        _require(self.round_to >= 1, "round_to", self, ">= 1")
-        _require(1 <= len(self.tiers) <= 2, "tiers", self, "one or two format names")
-        _require(len(self.taus) == 3 and min(self.taus) > 0, "taus", self, "three numbers > 0")
-        _require(self.bytes is None or self.bytes > 0, "bytes", self, "> 0")
-        _require(
-            self.budget is None or self.budget >= self.window + self.sinks,
-            "budget",
-            self,
-            f"at least window + sinks = {self.window + self.sinks} tokens",
-        )
-        if self.calibration not in MODES:
-            raise UnknownOptionError(
-                f"calibration={self.calibration!r}: choose 'measured', 'normalised' or 'paper'"
-            )
-        plain = [f.name for f in FORMATS.values() if f.key.plain and f.value.plain]
-        if self.window_format not in plain:
-            choices = " or ".join(map(repr, plain))
-            raise UnknownOptionError(f"window_format={self.window_format!r}: choose {choices}")
+            self._set("compression", 4.0)
+        for name, kind in NUMBERS.items():
+            if name not in sizes or getattr(self, name) is not None:
+                self._set(name, kind.read(name, getattr(self, name)))
+        self._check_sizes()
+        self._set("tiers", in_a_row("tiers", self.tiers, TIERS))
+        if not 1 <= len(self.tiers) <= 2:
+            refuse("tiers", self.tiers, TIERS)
         for name in self.tiers:
-            get_format(name)
+            require_type("tiers", name, str, TIERS)
+            try:
+                get_format(name)
+            except UnknownOptionError as error:
+                raise UnknownOptionError(f"tiers={self.tiers!r}: {error}") from None
+        self._set("taus", _taus(self.taus))
+        require_one_of("calibration", self.calibration, MODES)
+        plain = [f.name for f in FORMATS.values() if f.key.plain and f.value.plain]
+        require_one_of("window_format", self.window_format, plain)
+        self._set("score_options", _pairs(self.score_options))
+        require_type("score", self.score, str, f"one of {', '.join(SCORES)}")
         make_score(self.score, dict(self.score_options))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_sizes(self) -> None:
+        """Refuse options that contradict each other."""
+        least = self.window + self.sinks
+        if self.budget is not None and self.budget < least:
+            refuse("budget", self.budget, f"at least window + sinks = {least} tokens")
+        if self.budget is not None and self.round_to > max(self.budget, ROUND_TO):
+            refuse("round_to", self.round_to, f"no more than budget={self.budget}")
 
     @classmethod
     def paper(cls, budget: int = 1024, **options: Any) -> ArkvConfig:
@@ -131,23 +150,23 @@ class ArkvConfig:
         Raises:
             UnknownOptionError: naming the unknown options and listing the valid ones.
         """
+        require_type("options", options, Mapping, "a mapping of names to values")
         if "preset" in options:
             rest = {k: v for k, v in options.items() if k != "preset"}
-            return preset(str(options["preset"]), **rest)
+            return preset(options["preset"], **rest)
+        cls._require_known(options)
+        return cls(**options)
+
+    @classmethod
+    def _require_known(cls, names: Iterable[Any]) -> None:
         known = [f.name for f in fields(cls)]
-        unknown = sorted(set(options) - set(known))
+        unknown = sorted(str(name) for name in names if name not in known)
         if unknown:
             raise UnknownOptionError(f"unknown option {', '.join(unknown)}; known: {known}")
-        settings = dict(options)
-        for name in ("tiers", "taus"):
-            if isinstance(settings.get(name), list):
-                settings[name] = tuple(settings[name])
-        if isinstance(settings.get("score_options"), list):
-            settings["score_options"] = tuple((k, v) for k, v in settings["score_options"])
-        return cls(**settings)
 
     def replace(self, **changes: Any) -> ArkvConfig:
         """A copy with changes; giving one budget clears the other two."""
+        self._require_known(changes)
         budgets = ("compression", "budget", "bytes")
         if any(changes.get(name) is not None for name in budgets):
             changes = {**dict.fromkeys(budgets), **changes}
@@ -158,9 +177,31 @@ class ArkvConfig:
         return asdict(self)
 
 
-def _require(ok: bool, name: str, config: ArkvConfig, allowed: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name}={getattr(config, name)!r}: must be {allowed}")
+def _taus(taus: Any) -> tuple[float, ...]:
+    found = in_a_row("taus", taus, TAUS)
+    try:
+        numbers = tuple(Real(0, above=True).read("taus", tau) for tau in found)
+    except ConfigError:
+        refuse("taus", found, TAUS)
+    return numbers if len(numbers) == 3 else refuse("taus", found, TAUS)
+
+
+def _pairs(options: Any) -> tuple[tuple[str, float], ...]:
+    """Options of a score by name, sorted."""
+    allowed = "numbers by name, as {'decay': 0.9}"
+    pairs = list(options.items()) if isinstance(options, Mapping) else options
+    found = []
+    for pair in in_a_row("score_options", pairs, allowed):
+        try:
+            name, value = pair
+        except (TypeError, ValueError):
+            refuse("score_options", options, allowed)
+        if not isinstance(name, str):
+            refuse("score_options", options, allowed)
+        number = int(value) if isinstance(value, bool) else value  # switches are 0 and 1
+        read = Real().read(f"score_options {name}", number)
+        found.append((name, number if isinstance(number, int) else read))
+    return tuple(sorted(found))
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ as a GGUF file, converted once to float32 safetensors in the cache folder (`ARKV
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from shutil import copyfileobj
-from tempfile import TemporaryDirectory
+from shutil import copyfileobj, rmtree
 from typing import Any
 
 import torch
@@ -99,14 +100,23 @@ def load(
     (Gemma3-270M, the base model). Only safetensors weights are read, never pickled ones.
 
     Raises:
-        ModelNotFoundError: if there is no such model, or the package that holds it is missing.
+        ModelNotFoundError: if there is no such model, it cannot be read, weights that its
+            configuration asks for are not there, or the package that holds it is missing.
     """
     source = str(_packaged_folder(name)) if name in PACKAGED else name
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    with _readable(name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"cannot load the model {name!r}: {error}") from error
+    model, info = loaded
+    # transformers has left out what is tied to other weights, or made anew by its class.
+    if missing := sorted(info["missing_keys"]):
+        raise ModelNotFoundError(
+            f"cannot load the model {name!r}: its checkpoint lacks {len(missing)} weights of "
+            f"{len(model.state_dict())} that its config.json asks for, the first of them "
+            f"{missing[0]}: they would be random; is the configuration of another model?"
+        )
     return model.to(device).eval(), tokenizer
 
 
@@ -120,17 +130,26 @@ def skeleton(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
         ModelNotFoundError: if there is no such configuration, or not of a language model.
     """
     source = str(_packaged_folder(name)) if name in PACKAGED else name
-    try:
+    with _readable(name):
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"cannot load the model {name!r}: {error}") from error
     kind = next((k for k in _KINDS if type(config) in k._model_mapping), None)
     if kind is None:
         raise ModelNotFoundError(f"{name!r} is a {config.model_type}, which is no language model")
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _readable(name), FakeTensorMode(allow_non_fake_inputs=True):
         model: Any = kind.from_config(config, dtype=dtype or config.dtype or torch.float32)
     ready: PreTrainedModel = model.eval()
     return ready
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Whatever a damaged folder leads to is an error of ours; libraries raise every kind."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split()) or "no reason given"
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise ModelNotFoundError(f"cannot load the model {name!r}: {kind}{said}") from error
 
 
 def random_model(arch: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
@@ -164,14 +183,31 @@ def _packaged_folder(name: str) -> Path:
         raise _missing(name, packaged.distribution) from None
     pieces = [_piece(name, module) for module in packaged.modules]
     folder = _cache_folder() / f"{name}-{release}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            with TemporaryDirectory(dir=folder.parent) as temporary:
-                gguf = _joined(pieces, Path(temporary) / f"{name}.gguf")
-                _convert(gguf, Path(temporary) / "model")
-                (Path(temporary) / "model").rename(folder)  # atomic: complete or absent
+    if folder.is_dir():  # complete, and perhaps nobody may write there
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _convert_into(folder, pieces)
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"the model {name!r} is converted once, into {folder.parent}, which cannot be written "
+            f"({error}): set ARKV_CACHE to a folder that can"
+        ) from error
     return folder
+
+
+def _convert_into(folder: Path, pieces: list[Path]) -> None:
+    """Under the lock of ``folder``: what lies in the way was left by a process that was killed."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        _convert(_joined(pieces, partial / "model.gguf"), partial / "model")
+        (partial / "model").rename(folder)  # atomic: complete or absent
+    finally:
+        rmtree(partial, ignore_errors=True)
 
 
 def _piece(name: str, module: str) -> Path:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 
 import torch
 
-from arkv_fx.config import ArkvConfig
+from arkv_fx.config import ROUND_TO, ArkvConfig
 from arkv_fx.errors import ConfigError
 from arkv_fx.formats import Field, Format, get_format
 from arkv_fx.registry import forgets
@@ -167,19 +169,22 @@ def plan_layer(
     sliding: int = 0,
     oq_ratio: float | None = None,
     share: float = 1.0,
-    where: str = "layer",
+    shares: Sequence[float] = (),
 ) -> LayerPlan:
     """Slots of one layer under the configured budget and what its calibration says.
+
+    A budget that holds less than window and sinks gives these and nothing else: they take more than
+    was asked for (``Report`` says so), and hold every token of a text that is no longer.
 
     Args:
         oq_ratio: this layer's OQ ratio instead of ``config.oq_ratio``.
         share: this layer's budget in units of the configured one.
+        shares: those of all layers that share the budget out, see ``lifted``.
 
     Raises:
-        ConfigError: if the bytes do not even hold the window and the sinks.
         UnsupportedFormatError: if a format cannot store these head dims.
     """
-    for name in config.tiers:
+    for name in (config.window_format, *config.tiers):
         get_format(name).check(k_dim, v_dim)
     # A sliding layer never attends beyond its window, so sinks would expire; its ring takes no
     # more than an eighth of the window, else a short one would leave nothing to compress.
@@ -187,7 +192,7 @@ def plan_layer(
     sinks = 0 if sliding else config.sinks
     ratio = config.oq_ratio if oq_ratio is None else oq_ratio
 
-    def build(counts: list[int]) -> LayerPlan:
+    def build(counts: Sequence[int]) -> LayerPlan:
         tiers = tuple(Tier(f, n) for f, n in zip(config.tiers, counts, strict=True))
         return LayerPlan(
             heads, k_dim, v_dim, dtype, window, sinks, sliding, tiers,
@@ -195,35 +200,26 @@ def plan_layer(
         )  # fmt: skip
 
     empty = build([0] * len(config.tiers))
-    shares = [ratio, 1 - ratio] if len(config.tiers) == 2 else [1.0]
+    parts = [ratio, 1 - ratio] if len(config.tiers) == 2 else [1.0]
+    allowed = allowance(config, empty)
+    least = empty.ring if config.budget is not None else empty.nbytes()
+    if not sliding:
+        share = lifted(share, shares, least / max(1, allowed))
     if config.budget is not None:
-        total = round(config.budget * share)
+        total = round(allowed * share)
         total = min(total, sliding) if sliding else total
         beyond = max(0, total - empty.ring)
         # The paper's rule: Originals = ratio * (budget - window); the rest are Quantized.
-        first = round(shares[0] * beyond)
-        counts = [first, beyond - first] if len(shares) == 2 else [beyond]
-        return build(counts)
-    allowed = config.bytes
-    if config.compression is not None:
-        allowed = int(empty.full_nbytes(config.context) / config.compression)
-    assert allowed is not None
-    allowed = int(allowed * share)
-    left = allowed - empty.nbytes()
-    if left < 0 and sliding:
-        # So short a window is not worth its bookkeeping: keep all of it as it is.
-        return replace(empty, window=sliding)
+        first = round(parts[0] * beyond)
+        return build([first, beyond - first] if len(parts) == 2 else [beyond])
+    left = int(allowed * share) - least
     if left < 0:
-        raise ConfigError(
-            f"{where}: a budget of {allowed} bytes does not hold the window and the sinks "
-            f"({empty.ring} native tokens and their bookkeeping: {empty.nbytes()} bytes); "
-            "lower compression, raise bytes or context, or shrink window"
-        )
+        # So short a window is not worth its bookkeeping: keep all of it as it is.
+        return replace(empty, window=sliding) if sliding else empty
     counts = []
-    for index, part in enumerate(shares):
-        one = [int(i == index) for i in range(len(shares))]
-        per_slot = build(one).nbytes() - empty.nbytes()
-        room = (left if index == len(shares) - 1 else int(left * part)) // per_slot
+    for index, part in enumerate(parts):
+        per_slot = build([int(i == index) for i in range(len(parts))]).nbytes() - least
+        room = (left if index == len(parts) - 1 else int(left * part)) // per_slot
         count = room // config.round_to * config.round_to
         counts.append(count)
         left -= count * per_slot
@@ -231,4 +227,36 @@ def plan_layer(
         beyond = max(0, sliding - empty.ring)
         counts = [min(c, beyond) for c in counts]
         counts[-1] = min(counts[-1], beyond - sum(counts[:-1]))
+    elif not sum(counts) and room and config.round_to > ROUND_TO:
+        warnings.warn(
+            f"round_to={config.round_to} leaves nothing of the {room} tokens that the budget holds "
+            "beyond the window and the sinks: lower round_to",
+            stacklevel=2,
+        )
     return build(counts)
+
+
+def allowance(config: ArkvConfig, layer: LayerPlan) -> int:
+    """What a layer of such a shape is given: tokens under ``config.budget``, else bytes."""
+    if config.compression is not None:
+        return int(layer.full_nbytes(config.context) / config.compression)
+    given = config.bytes if config.budget is None else config.budget
+    if given is None:
+        raise ConfigError("give one of compression, budget and bytes: none of them is set")
+    return given
+
+
+def lifted(share: float, shares: Sequence[float], least: float) -> float:
+    """A layer's share where no layer may have less than ``least``; the sum stays what it was.
+
+    Layers below it are lifted to it, and the others give: each the same part of what it has beyond
+    it. If their sum does not reach ``least`` for every layer, all have that.
+
+    >>> [lifted(share, (0.5, 0.5, 2.0), 0.8) for share in (0.5, 2.0)]
+    [0.8, 1.4]
+    """
+    if not shares or min(shares) >= least:
+        return share
+    spare = sum(shares) - least * len(shares)
+    beyond = sum(max(0.0, each - least) for each in shares)
+    return least + max(0.0, share - least) * max(0.0, spare) / beyond if beyond else least

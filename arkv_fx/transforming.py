@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -12,6 +12,8 @@ from torch import nn
 from arkv_fx.calibration import Calibration, fingerprint
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import TransformError
+from arkv_fx.formats import get_format
+from arkv_fx.huggingface.layers import head_dims
 from arkv_fx.huggingface.model_caches import (
     CONTINUOUS,
     generating_part,
@@ -20,7 +22,16 @@ from arkv_fx.huggingface.model_caches import (
 )
 from arkv_fx.huggingface.transformed import Transformed
 from arkv_fx.insert.cached_model import Inserted, insert
+from arkv_fx.options import require_type
 from arkv_fx.passes.context import Probe, StandIn
+
+SHARDED = ("FSDPModule", "FullyShardedDataParallel")  # not imported: both pull in a lot
+CAPTURED = (
+    "a transformed model is compiled already, and its cache stands outside of any graph: call it "
+    "as it is; for a graph that leaves torch call arkv_fx.restore(model), then "
+    "arkv_fx.export(model, calibration, folder)"
+)
+CALIBRATION = "what arkv_fx.calibrate returned (Calibration.load reads a file), or None"
 
 
 def transform(
@@ -65,7 +76,8 @@ def transform(
         TransformError: if it is transformed already; with ``insert_cache``, if it has no causal
             self-attention or answers otherwise with a cache.
         CalibrationError: if the calibration is of another model.
-        ConfigError: if the budget does not hold the window and the sinks.
+        ConfigError: for an argument of another type, or a head dimension that a format of
+            ``config`` cannot store.
 
     Example:
         >>> import torch, arkv_fx
@@ -78,12 +90,35 @@ def transform(
         >>> model.arkv.report().fused
         2
     """
+    _require_plain(model)
+    require_type("config", config, (ArkvConfig, type(None)), "an ArkvConfig, or None")
+    require_type("calibration", calibration, (Calibration, type(None)), CALIBRATION)
+    require_type("compile", compile, str, "'inductor', 'eager' or 'reduce-overhead'")
+    require_type("insert_cache", insert_cache, bool, "True or False")
     if not insert_cache:
         return _transform(model, config, calibration, compile=compile)
-    _require_plain(model)
     if calibration is not None:
         calibration.check(fingerprint(model))
     return insert(model, config or ArkvConfig(), calibration, compile, sample)
+
+
+def refuse_capture() -> NoReturn:
+    """What a transformed model answers to torch.export, torch.onnx.export and torch.jit.
+
+    Raises:
+        TransformError: always, saying what to call instead.
+    """
+    raise TransformError(CAPTURED)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if any(kind.__name__ in SHARDED for kind in type(module).__mro__):
+            raise TransformError(
+                f"{path or type(model).__name__} is sharded by FSDP, whose hooks gather weights "
+                "outside of the graph that is rewritten: load the model whole, or shard it by "
+                "tensor parallelism (tp_plan='auto')"
+            )
 
 
 def _require_plain(model: nn.Module) -> None:
@@ -110,17 +145,28 @@ def _transform(
         return model
     if calibration is not None:
         calibration.check(fingerprint(model))
-    state = Transformed(model, config or ArkvConfig(), calibration, compile, probe, stand_in)
+    config = config or ArkvConfig()
+    _refuse_sharded(model)
+    for dim in head_dims(model):  # others, such as those of latents, only a graph knows
+        for name in (config.window_format, *config.tiers):
+            get_format(name).check(dim, dim)
+    state = Transformed(model, config, calibration, compile, probe, stand_in)
 
     # An outer torch.compile stops here: what is inside is compiled already.
-    run: Callable[..., Any] = torch._dynamo.disable(state.run)
+    run: Callable[..., Any] = torch._dynamo.disable(state.run, reason=CAPTURED)
 
     @functools.wraps(state.original)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        # Dynamo says so itself, with its reason, where it comes to ``run``.
+        if not torch.compiler.is_dynamo_compiling() and (
+            torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+        ):
+            refuse_capture()
         return run(*args, **kwargs)
 
     model.arkv = state  # type: ignore[assignment]
     model.forward = forward
+    model.__dict__["__prepare_scriptable__"] = refuse_capture  # torch.jit.script asks for it
     if hasattr(model, "_prepare_cache_for_generation"):
         model._prepare_cache_for_generation = functools.partial(prepare_cache, model)  # type: ignore[assignment]
     for name in CONTINUOUS:
@@ -146,7 +192,8 @@ def restore(model: nn.Module) -> nn.Module:
         raise TransformError(f"{type(model).__name__} is not transformed: nothing to restore")
     state: Transformed | Inserted = model.arkv  # type: ignore[assignment]
     model.__dict__.pop("arkv", None)
-    for name in ("arkv", "forward", "_prepare_cache_for_generation", *CONTINUOUS):
+    put = ("arkv", "forward", "__prepare_scriptable__", "_prepare_cache_for_generation")
+    for name in (*put, *CONTINUOUS):
         state.model.__dict__.pop(name, None)
     state.model.__dict__.update(state.replaced)
     return model

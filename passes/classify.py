@@ -98,7 +98,7 @@ def _decide(site: Site, context: Context) -> None:
         sliding=sliding,
         oq_ratio=found.oq_ratio if found else None,
         share=found.share if found else 1.0,
-        where=f"layer {layer} ({site.path})",
+        shares=context.calibration.shares(context.sliding) if found and context.calibration else (),
     )
     site.planned = Planned(site, cache, plan, layer, batch, heads)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -145,18 +146,28 @@ def test_an_unknown_lowering_is_refused_and_leaves_the_model_as_it_was() -> None
     assert model(IDS).logits.isfinite().all()
 
 
-def test_bytes_that_do_not_hold_the_ring_name_the_layer() -> None:
+def test_bytes_that_do_not_hold_the_ring_hold_it_all_the_same_and_the_report_says_so() -> None:
     model = transformed(ArkvConfig(bytes=4000), num_hidden_layers=1)
-    with pytest.raises(ConfigError, match=r"layer 0 \(model.layers.0.self_attn\).*4000 bytes.*36"):
-        model(IDS)
+    expected = small().generate(IDS, max_new_tokens=24, do_sample=False)
+    assert torch.equal(model.generate(IDS, max_new_tokens=24, do_sample=False), expected)
+    report = model.arkv.report()
+    (row,) = report.rows
+    assert row["slots"] == row["ring"] == 36 == IDS.shape[1] + 24
+    assert re.search(
+        rf"budget is below.* holds 36 tokens; asked for 4000 bytes, it takes {report.nbytes}\.",
+        str(report),
+    )
+    restore(model)
+    transform(model, ArkvConfig(bytes=40_000), compile="eager")  # negative control
+    assert "below" not in str(model.arkv.report())
 
 
 def test_a_head_dim_that_a_format_cannot_store_is_named() -> None:
-    model = transformed(
-        ArkvConfig(budget=64, tiers=("int8", "k4v3")), num_hidden_layers=1, head_dim=12
-    )
+    model = models.random_model("llama", num_hidden_layers=1, head_dim=12)
     with pytest.raises(UnsupportedFormatError, match=r"'k4v3', values: .* 12 .* multiple of 8"):
-        model(IDS)
+        transform(model, ArkvConfig(budget=64, tiers=("int8", "k4v3")), compile="eager")
+    assert not hasattr(model, "arkv")
+    transform(model, ArkvConfig(budget=64, tiers=("int8",)), compile="eager")
 
 
 # Calibration

@@ -5,6 +5,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_model
@@ -12,9 +13,9 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner, Result
 
 import arkv_fx
-from arkv_fx import ArkvConfig, Calibration, transform
+from arkv_fx import ArkvConfig, Calibration, models, transform
 from arkv_fx.cli import app
-from arkv_fx.commands import doctor
+from arkv_fx.commands import calibrate_report, common, doctor
 from arkv_fx.commands.group import COMMANDS, Entry
 from arkv_fx.commands.group import load as load_command
 from arkv_fx.models import load
@@ -58,6 +59,12 @@ def test_generate_prints_the_text_and_writes_the_measurements(
     assert row["decode_tokens_per_second"] > 0
     assert row["text"].strip() in result.stdout
     assert "tokens/s" in result.stderr
+    assert row["compression"] == row["full_bytes"] / row["bytes"]
+    assert row["full_bytes_16bit"] == row["full_bytes"] / 2 and not row["notes"]
+    ratio = f"({row['compression_16bit']:.2f}x)"
+    said = " ".join(result.stderr.split())
+    assert "a full float32 cache takes" in said and "a full 16-bit cache takes" in said
+    assert ratio in said
 
 
 def test_generate_with_a_budget_and_a_preset(model: str, prompt: str, tmp_path: Path) -> None:
@@ -254,7 +261,6 @@ def test_errors_are_one_line(model: str, prompt: str, tmp_path: Path) -> None:
     fails(*with_model, prompt, "--device", "nowhere", says="device 'nowhere'")
     fails(*with_model, prompt, "--preset", "best", says="unknown preset")
     fails(*with_model, prompt, "--budget", "8", "--compression", "2", says="not both")
-    fails(*with_model, prompt, "--compression", "90", says="does not hold the window")
     fails(*with_model, prompt, "--calibration", prompt, says="as a calibration")
     fails("report", str(tmp_path), says="cannot load the model")
     evaluate = ["eval", "fidelity", "--model", model]
@@ -262,6 +268,99 @@ def test_errors_are_one_line(model: str, prompt: str, tmp_path: Path) -> None:
     fails(*evaluate, "--context", "90000", says="tokens; context + steps")
     fails(*evaluate, "--method", "best", says="unknown method")
     fails("eval", "passkey", "--model", model, "--filler", "noise", says="choose one of")
+
+
+def changed(folder: Path, arch: str = "llama", **changes: Any) -> str:
+    """A model whose config.json says something else."""
+    path = tiny_model.save(folder, arch) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"intermediate_size": 96}, "cannot load the model"),
+        ({"hidden_size": "many"}, "cannot load the model"),
+        ({"num_attention_heads": 0}, "cannot load the model"),
+        ({"vocab_size": -1}, "cannot load the model"),
+        (
+            {"num_hidden_layers": 3, "layer_types": None},
+            "lacks 9 weights of 30 that its config.json asks for, the first of them model.layers.2",
+        ),
+    ],
+)
+def test_a_configuration_of_another_checkpoint_is_one_line(
+    changes: dict[str, Any], says: str, prompt: str, tmp_path: Path
+) -> None:
+    folder = changed(tmp_path / "model", **changes)
+    fails("generate", "--model", folder, "--prompt-file", prompt, says=says)
+
+
+def test_other_mistakes_are_one_line(model: str, prompt: str, tmp_path: Path) -> None:
+    with_model = ["generate", "--model", model, "--prompt-file", prompt]
+    fails(*with_model, "--device", "meta", says="'meta' is not to be had")
+    fails(*with_model, "--budget", "1000000000", says="GiB of memory: lower --budget")
+    fails(*with_model, "--context", "3000000000", says="context=3000000000: must be")
+    fails(*with_model, "--budget", "20", says="at least window + sinks = 36")
+    gpt = str(tiny_model.save(tmp_path / "gpt2", "gpt2"))
+    says = "the model has positions for 512: give a shorter prompt or a smaller --max-new-tokens"
+    fails("generate", "--model", gpt, "--prompt-file", prompt, "--max-new-tokens", 400, says=says)
+    (Path(gpt) / "tokenizer.json").write_text("[]")
+    fails("generate", "--model", gpt, "--prompt-file", prompt, says="cannot load the model")
+
+
+def test_where_results_go_is_looked_at_first(
+    model: str, prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded first"))
+    nowhere = tmp_path / "none" / "x"
+    with_model = ["generate", "--model", model, "--prompt-file", prompt]
+    fails(*with_model, "--json", nowhere, says="cannot be written")
+    fails(*with_model, "--json", tmp_path, says="it is a folder")
+    for option in ("--out", "--plot"):
+        fails("calibrate", "--model", model, option, nowhere, says="cannot be written")
+    fails("eval", "fidelity", "--model", model, "--json", nowhere, says="cannot be written")
+    fails("export", model, "--out", prompt, says="not an empty folder")
+    fails("export", model, "--out", Path(prompt) / "x", says="cannot be made")
+
+
+def test_the_text_is_printed_before_a_file_is_written(
+    model: str, prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(common, "write_text", full)
+    args = ["--max-new-tokens", "2", "--compile", "eager", "--json", tmp_path / "g.json"]
+    result = run("generate", "--model", model, "--prompt-file", prompt, *args, code=1)
+    assert "tokens/s" in result.stderr and "no space left" in result.stderr
+    assert result.stdout.strip()
+
+
+@pytest.mark.parametrize("text", ["x", "A cat sat."])
+def test_a_short_prompt_needs_no_compression(model: str, tmp_path: Path, text: str) -> None:
+    path, out = tmp_path / "prompt.txt", tmp_path / "g.json"
+    path.write_text(text)
+    args = ["generate", "--model", model, "--prompt-file", path, "--max-new-tokens", "20"]
+    result = run(*args, "--json", out)
+    network, tokenizer = load(model)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    expected = network.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+    row = json.loads(out.read_text())
+    assert row["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+    assert "holds 36 tokens" in row["notes"][0] and "note: the budget is below" in result.stderr
+
+
+def test_what_was_not_foreseen_is_one_line_with_its_type(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("by\nzero")
+
+    monkeypatch.setattr(models, "skeleton", broken)
+    monkeypatch.setattr(calibrate_report, "skeleton", broken)
+    fails("report", str(tmp_path), says="ZeroDivisionError: by zero (not foreseen; with ARKV_LOG")
 
 
 def test_damaged_weights_are_one_line(tmp_path: Path) -> None:

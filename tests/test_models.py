@@ -5,7 +5,9 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+import tiny_model
 import torch
+from safetensors.torch import save_file
 
 from arkv_fx import models
 from arkv_fx.errors import ModelNotFoundError
@@ -143,3 +145,65 @@ def test_gemma3_is_read_as_it_was_trained() -> None:
         if name.endswith("norm.weight"):  # stored less one, which GGUF files add
             weight += 1
     assert perplexity() > 100
+
+
+def test_weights_that_are_not_there_are_not_made_up(tmp_path: Path) -> None:
+    """But those that are tied to others, which no checkpoint holds twice."""
+    for name, tied in (("untied", False), ("tied", True)):
+        folder = tmp_path / name
+        tiny_model.save(folder)
+        model = models.random_model("llama", vocab_size=256, tie_word_embeddings=tied)
+        weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+        model.config.save_pretrained(folder)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert models.load(str(tmp_path / "tied"))[0](IDS).logits.isfinite().all()
+    with pytest.raises(ModelNotFoundError, match=r"lacks 1 weights .* lm_head.weight.* be random"):
+        models.load(str(tmp_path / "untied"))
+
+
+@pytest.fixture
+def packaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A packaged model that converts in no time; the cache folder."""
+    piece = tmp_path / "piece.gguf"
+    piece.write_text("weights")
+
+    def convert(gguf: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "weights").write_text(gguf.read_text())
+
+    monkeypatch.setattr(models, "version", lambda _: "1")
+    monkeypatch.setattr(models, "_piece", lambda *_: piece)
+    monkeypatch.setattr(models, "_convert", convert)
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("ARKV_CACHE", str(cache))
+    return cache
+
+
+def test_a_conversion_that_was_killed_leaves_nothing_for_ever(packaged: Path) -> None:
+    partial = packaged / "smollm2-1.partial" / "model"
+    partial.mkdir(parents=True)
+    (partial / "half").write_text("of it")
+    assert (models._packaged_folder("smollm2") / "weights").read_text() == "weights"
+    assert {path.name for path in packaged.iterdir()} <= {"smollm2-1", "smollm2-1.lock"}
+
+
+def test_a_conversion_that_fails_is_made_again(
+    packaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(gguf: Path, folder: Path) -> None:
+        folder.mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(models, "_convert", fail)
+        models._packaged_folder("smollm2")
+    assert not (packaged / "smollm2-1").exists()
+    assert models._packaged_folder("smollm2").is_dir()
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(
+    packaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packaged.write_text("a file")
+    with pytest.raises(ModelNotFoundError, match="set ARKV_CACHE to a folder that can"):
+        models._packaged_folder("smollm2")

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from arkv_fx.calibrating import sensitivity
 from arkv_fx.calibrating.attention_statistics import Moments, measure, observed_attention, oq_ratios
+from arkv_fx.calibrating.samples import read_samples
 from arkv_fx.calibration import Calibration, LayerStatistics, fingerprint
 from arkv_fx.config import ArkvConfig
-from arkv_fx.errors import CalibrationError
+from arkv_fx.errors import CalibrationError, ConfigError, TransformError
 from arkv_fx.huggingface.model_caches import generating_part
+from arkv_fx.options import require_type
 from arkv_fx.transforming import _transform, restore
 
 
@@ -44,7 +46,9 @@ def calibrate(
         progress: called with what is done next.
 
     Raises:
-        CalibrationError: if a prompt is too short or no attention could be read.
+        CalibrationError: if a prompt is too short or none of this model, or no attention could be
+            read.
+        ConfigError: for an argument of another type.
         TransformError: if the model is transformed: restore it first.
 
     Example:
@@ -55,21 +59,18 @@ def calibrate(
         >>> [row.layer for row in arkv_fx.calibrate(model, prompt, config).layers]
         [0, 1]
     """
-    config = config or ArkvConfig()
-    prompts = [input_ids] if isinstance(input_ids, Tensor) else list(input_ids)
-    masks: list[Any] = (
-        [attention_mask] * len(prompts)
-        if attention_mask is None or isinstance(attention_mask, Tensor)
-        else list(attention_mask)
-    )
-    if not prompts or len(masks) != len(prompts):
-        raise CalibrationError("give at least one prompt, and one attention mask for each or none")
-    for prompt in prompts:
-        if prompt.dim() != 2 or prompt.shape[1] < 2:
-            raise CalibrationError(
-                f"a prompt has shape {tuple(prompt.shape)}; [batch, tokens >= 2] is needed"
-            )
+    config = ArkvConfig() if config is None else config
+    require_type("model", model, nn.Module, "an nn.Module")
+    require_type("config", config, ArkvConfig, "an ArkvConfig, or None")
+    if not callable(progress):
+        raise ConfigError(f"progress={progress!r}: give a function of a text")
+    if hasattr(model, "arkv"):
+        raise TransformError("the model is transformed: call arkv_fx.restore(model) first")
     model = generating_part(model)
+    if model.training:
+        raise CalibrationError("the model is in train mode: call model.eval() first")
+    samples = read_samples(model, input_ids, attention_mask)
+    prompts, masks = [prompt for prompt, _ in samples], [mask for _, mask in samples]
     found: dict[int, list[Moments]] = defaultdict(list)
     published = config.calibration == "paper"
 
@@ -97,8 +98,8 @@ def calibrate(
     )
     if config.calibration == "measured":
         rows = _measured(model, prompts, masks, config, rows, progress)
-    samples = tuple(int(p.shape[1]) for p in prompts)
-    return Calibration(fingerprint(model), config.calibration, config.taus, samples, rows)
+    lengths = tuple(int(p.shape[1]) for p in prompts)
+    return Calibration(fingerprint(model), config.calibration, config.taus, lengths, rows)
 
 
 def _measured(

@@ -23,7 +23,7 @@ from arkv_fx.kernels.softmax import full_attention
 from arkv_fx.ops.attend import attend, peek
 from arkv_fx.ops.no_output import NoOutput
 from arkv_fx.ops.signatures import AttendArguments
-from arkv_fx.plan import LayerPlan, plan_layer
+from arkv_fx.plan import LayerPlan, allowance, plan_layer
 from arkv_fx.state.session import LayerState
 from arkv_fx.transforming import _transform, restore
 
@@ -94,7 +94,8 @@ class Trials:
 
 def options(config: ArkvConfig, shape: LayerPlan, tokens: int) -> dict[Option, LayerPlan]:
     """What a layer may be given, with its plan: every share with the configured OQ ratio, and
-    where all ``tokens`` have room, with the largest ratio that leaves them room.
+    where all ``tokens`` have room, with the largest ratio that leaves them room. Shares that do not
+    hold the window and the sinks are left out.
 
     Raises:
         ConfigError: if the configured budget does not hold the window and the sinks.
@@ -107,14 +108,19 @@ def options(config: ArkvConfig, shape: LayerPlan, tokens: int) -> dict[Option, L
             oq_ratio=ratio, share=share,
         )  # fmt: skip
 
+    given, bare = allowance(config, shape), plan(0.0, 0.0)
+    least = bare.ring if config.budget is not None else bare.nbytes()
+    if least > given:
+        unit = "tokens" if config.budget is not None else "bytes"
+        raise ConfigError(
+            f"a budget of {given} {unit} does not hold the window and the sinks ({least} {unit}), "
+            "so measuring says nothing: give longer prompts, lower compression or raise bytes"
+        )
     out: dict[Option, LayerPlan] = {}
     for share in SHARES:
-        try:
-            out[Option(share, config.oq_ratio)] = plan(share, config.oq_ratio)
-        except ConfigError:
-            if share >= 1:
-                raise
+        if given * share < least:
             continue
+        out[Option(share, config.oq_ratio)] = plan(share, config.oq_ratio)
         for ratio in RATIOS if len(config.tiers) == 2 else ():
             richer = plan(share, ratio)
             if ratio > config.oq_ratio and richer.slots >= tokens:

@@ -26,6 +26,7 @@ from arkv_fx.commands.common import (
     load_calibration,
     spinner,
     tokens_of,
+    writable,
 )
 from arkv_fx.commands.console import out
 from arkv_fx.config import ArkvConfig
@@ -51,9 +52,12 @@ def calibrate(
     ] = 4.0,
     preset: Preset = "default",
     calibration_file: Annotated[
-        Path | None, typer.Option("--out", help="Where the calibration is saved.")
+        Path | None,
+        typer.Option("--out", callback=writable, help="Where the calibration is saved."),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="An image file to draw it into.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=writable, help="An image file to draw it into.")
+    ] = None,
     dtype: DTypeOption = DType.float32,
     device: Device = "cpu",
     json: AsJson = False,
@@ -72,15 +76,15 @@ def calibrate(
     ]
     with spinner() as progress:
         calibration = calibrate_(network, samples, config, progress=progress)
-    if calibration_file:
-        calibration.save(calibration_file)
-    if plot:
-        plot_calibration(calibration, plot)
     if json:
         print(json_.dumps(asdict(calibration)))
     else:
         rows = [asdict(row) for row in calibration.layers]
         out.print(table(f"{calibration.fingerprint}, {calibration.mode}", rows))
+    if calibration_file:
+        calibration.save(calibration_file)
+    if plot:
+        plot_calibration(calibration, plot)
 
 
 def report(
@@ -110,7 +114,13 @@ def report(
     transformed: Transformed = network.arkv  # type: ignore[assignment]
     found = transformed.report()
     if json:
-        total = {"context": found.context, "bytes": found.nbytes, "full_bytes": found.full_nbytes}
+        total = {
+            "context": found.context,
+            "bytes": found.nbytes,
+            "full_bytes": found.full_nbytes,
+            "full_bytes_16bit": found.half_nbytes,
+            "notes": found.notes,
+        }
         print(json_.dumps({**total, "sites": found.rows}))
     else:
         out.print(str(found), markup=False, highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -20,8 +20,9 @@ from arkv_fx import models
 from arkv_fx.calibration import Calibration
 from arkv_fx.commands.console import err
 from arkv_fx.config import PRESETS, ArkvConfig, preset
-from arkv_fx.errors import ConfigError, EvaluationError, ModelNotFoundError
+from arkv_fx.errors import ConfigError, EvaluationError
 from arkv_fx.evaluation import texts
+from arkv_fx.files import write_text
 
 
 class DType(StrEnum):
@@ -40,6 +41,38 @@ class Lowering(StrEnum):
     reduce_overhead = "reduce-overhead"
 
 
+def writable(path: Path | None) -> Path | None:
+    """A file that can be written when all is done: looked at before anything is computed.
+
+    Raises:
+        EvaluationError: if it is a folder, or in one that is not there or cannot be written.
+    """
+    if path is None or path.exists():
+        bad = path is not None and (path.is_dir() or not os.access(path, os.W_OK))
+        reason = "it is a folder, or not to be written" if bad else ""
+    else:
+        folder = path.absolute().parent
+        good = folder.is_dir() and os.access(folder, os.W_OK)
+        reason = "" if good else f"{folder} is not there, or no folder, or not to be written"
+    if reason:
+        raise EvaluationError(f"{path}: cannot be written: {reason}")
+    return path
+
+
+def new_folder(path: Path) -> Path:
+    """A folder that can be made, or is there and empty: looked at before anything is computed.
+
+    Raises:
+        EvaluationError: if it is neither.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise EvaluationError(f"{path} exists and is not an empty folder")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise EvaluationError(f"{path}: cannot be made: {there} is no folder, or not to be written")
+    return path
+
+
 Model = Annotated[
     str,
     typer.Option(
@@ -49,10 +82,12 @@ Model = Annotated[
 DTypeOption = Annotated[DType, typer.Option("--dtype", help="The dtype of weights and cache.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="Also write the result here, as JSON.")
+    Path | None,
+    typer.Option("--json", callback=writable, help="Also write the result here, as JSON."),
 ]
 Compression = Annotated[
-    float | None, typer.Option(min=1, help="Times fewer bytes than the full cache (4).")
+    float | None,
+    typer.Option(min=1, help="Times fewer bytes than the full cache in --dtype (4)."),
 ]
 Budget = Annotated[
     int | None, typer.Option(min=1, help="Tokens kept per layer, instead of a compression.")
@@ -72,15 +107,11 @@ def load(
     """The model, in eval mode, and its tokenizer.
 
     Raises:
-        ModelNotFoundError: if there is no such model or its weights are damaged.
+        ModelNotFoundError: if there is no such model or it is damaged.
         EvaluationError: if there is no such device.
     """
     transformers_logging.disable_progress_bar()
-    place = device_of(device)
-    try:
-        return models.load(name, getattr(torch, dtype), place)
-    except SafetensorError as error:
-        raise ModelNotFoundError(f"the weights of {name!r} are damaged: {error}") from error
+    return models.load(name, getattr(torch, dtype), device_of(device))
 
 
 def device_of(name: str) -> torch.device:
@@ -92,6 +123,8 @@ def device_of(name: str) -> torch.device:
     try:
         place = torch.device(name)
         torch.empty(0, device=place)
+        if place.type == "meta":
+            raise RuntimeError("tensors there have no numbers")
     except (RuntimeError, AssertionError) as error:
         raise EvaluationError(f"device {name!r} is not to be had: {error}") from error
     return place
@@ -151,7 +184,7 @@ def tokens_of(
 def write_json(path: Path | None, value: Any) -> None:
     """Write ``value`` if a path is given."""
     if path is not None:
-        path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 @contextmanager

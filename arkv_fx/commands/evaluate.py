@@ -75,17 +75,18 @@ def fidelity(
             compile=compile,
             progress=progress,
         )
+    shown = fidelity_.means(found) if text is None or len(text) > 1 else found
+    out.print(results_.table("Fidelity to the full cache (full_bytes: of bf16)", shown))
     if json:
         results_.write(json, found)
-    shown = fidelity_.means(found) if text is None or len(text) > 1 else found
-    out.print(results_.table("Fidelity to the full cache", shown))
 
 
 @app.command()
 def passkey(
     model: Model = "smollm2",
     context: Annotated[
-        list[int] | None, typer.Option(help="Prompt tokens (2048 and 4096). May be repeated.")
+        list[int] | None,
+        typer.Option(min=1, help="Prompt tokens (2048 and 4096). May be repeated."),
     ] = None,
     method: Methods = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts per row.")] = 20,
@@ -117,6 +118,6 @@ def passkey(
             compile=compile,
             progress=progress,
         )
+    out.print(results_.table("Passkey retrieval", found))
     if json:
         results_.write(json, found)
-    out.print(results_.table("Passkey retrieval", found))

@@ -18,6 +18,7 @@ from arkv_fx.commands.common import (
     configure,
     load,
     load_calibration,
+    new_folder,
     spinner,
 )
 from arkv_fx.commands.console import err, out
@@ -30,7 +31,9 @@ def export(
     model: Annotated[
         str, typer.Argument(help=f"{', '.join(PACKAGED)}, a transformers id or a local folder.")
     ],
-    folder: Annotated[Path, typer.Option("--out", help="A new or empty folder.")],
+    folder: Annotated[
+        Path, typer.Option("--out", callback=new_folder, help="A new or empty folder.")
+    ],
     target: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")] = "onnx",
     compression: Compression = None,
     context: Context = None,

@@ -34,8 +34,10 @@ from arkv_fx.commands.common import (
     write_json,
 )
 from arkv_fx.commands.console import err, out
+from arkv_fx.commands.limits import require_memory, require_positions
 from arkv_fx.errors import EvaluationError
 from arkv_fx.huggingface.cache import ArkvCache
+from arkv_fx.report import against_full
 from arkv_fx.runtime import OnnxSession
 from arkv_fx.transforming import transform
 
@@ -67,7 +69,7 @@ def generate(
     ] = None,
     json: JsonFile = None,
 ) -> None:
-    """Continue a prompt, greedily; --context is the prompt's length unless given."""
+    """Continue a prompt, greedily; --context is prompt and new tokens unless given."""
     text = read_text(prompt_file)
     if engine is not None:
         chosen = {"compression": compression, "budget": budget, "calibration": calibration}
@@ -76,7 +78,10 @@ def generate(
         return
     network, tokenizer = load(model, dtype, device)
     ids = encode(tokenizer, text, chat).to(network.device)
-    config = configure(preset, compression, budget, context or ids.shape[1])
+    total = ids.shape[1] + max_new_tokens
+    require_positions(network, total)
+    config = configure(preset, compression, budget, context or total)
+    require_memory(network, config)
     lowering = compile or _lowering(network.device, max_new_tokens)
     transform(network, config, load_calibration(calibration), compile=lowering)
     with _progress() as progress:
@@ -91,6 +96,7 @@ def generate(
         "new_tokens": len(new),
         **clock.rates(ids.shape[1]),
         **_sizes(cache),
+        "notes": list(network.arkv.report().notes),  # type: ignore[union-attr,operator]
         "text": str(tokenizer.decode(new, skip_special_tokens=True)),
     }
     _show(row, json)
@@ -152,16 +158,18 @@ def _progress() -> Progress:
 
 
 def _show(row: dict[str, Any], json: Path | None) -> None:
-    write_json(json, row)
     out.print(row["text"], markup=False, highlight=False)
     err.print(_summary(row), highlight=False)
+    for note in row.get("notes", ()):
+        err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    write_json(json, row)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> Tensor:
     """The prompt's token ids [1, T].
 
     Raises:
-        EvaluationError: if there are fewer than two, or there is no chat template.
+        EvaluationError: if there are none, or there is no chat template.
     """
     if chat:
         if not tokenizer.chat_template:
@@ -173,9 +181,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> Tensor:
     ids: Tensor = tokenizer(
         text, return_tensors="pt", add_special_tokens=not chat, verbose=False
     ).input_ids
-    if ids.shape[1] < 2:
-        raise EvaluationError(f"the prompt has {ids.shape[1]} tokens: give two at least")
-    return ids
+    if ids.shape[1] < 1:
+        raise EvaluationError("the prompt has 0 tokens: give one at least")
+    return ids.long()  # of no text, some tokenizers make numbers of another kind
 
 
 class _Clock(BaseStreamer):
@@ -229,19 +237,33 @@ def _lowering(device: torch.device, tokens: int) -> str:
 
 
 def _sizes(cache: ArkvCache) -> dict[str, Any]:
-    """Bytes held, and those of a full cache in the model's dtype at the same length."""
+    """Bytes held, and those of full caches of the same length: in the model's dtype, in 16 bits."""
     session = cache.session
-    full = sum(s.plan.full_nbytes(cache.seen, s.batch) for s in session.layers.values())
-    full += sum(plain.nbytes() for plain in session.plain.values())
+    layers = list(session.layers.values())
+    full, half = (
+        sum(s.plan.full_nbytes(cache.seen, s.batch, dtype) for s in layers)
+        for dtype in (None, torch.bfloat16)
+    )
+    for tensor in (t for plain in session.plain.values() for t in plain.tensors):
+        full += tensor.nbytes
+        half += tensor.numel() * torch.bfloat16.itemsize
     held = cache.nbytes()
-    return {"bytes": held, "full_bytes": full, "compression": full / held}
+    return {
+        "bytes": held,
+        "full_bytes": full,
+        "compression": full / held,
+        "full_bytes_16bit": half,
+        "compression_16bit": half / held,
+    }
 
 
 def _summary(row: dict[str, Any]) -> str:
     decode = row["decode_tokens_per_second"]
     full = ""
     if "full_bytes" in row:
-        full = f", full {row['full_bytes'] / 2**20:.2f} MiB ({row['compression']:.2f}x)"
+        full = "; " + against_full(
+            row["bytes"], row["full_bytes"], row["full_bytes_16bit"], [row["dtype"]]
+        )
     return (
         f"{row['prompt_tokens']} + {row['new_tokens']} tokens; "
         f"prefill {row['prefill_tokens_per_second']:.1f} tokens/s, "

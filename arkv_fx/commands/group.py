@@ -13,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from arkv_fx.commands.console import err
 from arkv_fx.errors import ArkvError
+from arkv_fx.logs import get_logger
 
 
 class Entry(NamedTuple):
@@ -28,7 +29,7 @@ class Entry(NamedTuple):
 COMMANDS = {
     "generate": Entry(
         "generate", "generate",
-        "Continue a prompt, greedily; --context is the prompt's length unless given.",
+        "Continue a prompt, greedily; --context is prompt and new tokens unless given.",
     ),
     "calibrate": Entry(
         "calibrate_report", "calibrate",
@@ -60,7 +61,7 @@ COMMANDS = {
 
 
 class Group(TyperGroup):
-    """The commands; our errors and unreadable files are one line and exit code 1."""
+    """The commands; errors are one line and exit code 1."""
 
     def __init__(self, **attrs: Any) -> None:
         super().__init__(**attrs)
@@ -75,10 +76,26 @@ class Group(TyperGroup):
         """Run a command."""
         try:
             return super().invoke(ctx)
-        except (ArkvError, OSError) as error:
-            line = "error: " + " ".join(str(error).split())
+        except Exception as error:
+            if hasattr(error, "exit_code") or isinstance(error, typer.Abort):  # typer's own
+                raise
+            line = f"error: {said(error)}"
             err.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
+
+
+def said(error: Exception) -> str:
+    """An error in one line; what we did not foresee with its type, and where to see more."""
+    inner = getattr(error, "inner_exception", None)  # of torch.compile
+    error = inner if isinstance(inner, Exception) else error
+    text = " ".join(str(error).split())
+    if isinstance(error, (ArkvError, OSError)):
+        return text
+    kind = type(error).__name__
+    if kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in text:
+        return f"there is not enough memory for this: lower the sizes asked for ({text})"
+    get_logger("commands").info("not foreseen", exc_info=error)
+    return f"{kind}: {text} (not foreseen; with ARKV_LOG=info in the environment you see where)"
 
 
 def load(name: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from arkv_fx.commands.common import JsonFile, spinner
+from arkv_fx.commands.common import JsonFile, spinner, writable
 from arkv_fx.commands.console import err, out
 from arkv_fx.errors import ConfigError, EvaluationError
 from arkv_fx.evaluation import results as results_
@@ -29,9 +29,13 @@ def zoo(
         list[str] | None,
         typer.Argument(help=f"Architectures, or any of {', '.join(KINDS)} (causal)."),
     ] = None,
-    csv: Annotated[Path | None, typer.Option(help="Also write all columns here, as CSV.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(callback=writable, help="Also write all columns here, as CSV.")
+    ] = None,
     json: JsonFile = None,
-    page: Annotated[Path | None, typer.Option(help="Also write a Markdown page here.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(callback=writable, help="Also write a Markdown page here.")
+    ] = None,
     expect: Annotated[
         Path | None, typer.Option(help="Fail where an architecture differs from this file.")
     ] = None,

@@ -16,6 +16,7 @@ from arkv_fx.commands.common import (
     Lowering,
     device_of,
     spinner,
+    writable,
 )
 from arkv_fx.commands.console import out
 from arkv_fx.errors import ConfigError
@@ -73,7 +74,9 @@ def bench(
         ),
     ] = None,
     json: JsonFile = None,
-    plot: Annotated[Path | None, typer.Option(help="An image file to draw it into.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=writable, help="An image file to draw it into.")
+    ] = None,
 ) -> None:  # fmt: skip
     """Time every method in turn, on one thread and data out of cache, against full caches."""
     where = device_of(device)
@@ -95,12 +98,12 @@ def bench(
     )
     with spinner() as progress:
         found = bench_(section or (), options, progress)
+    for shown in measurements_.tables(found):
+        out.print(shown, markup=False, highlight=False)
     if json:
         measurements_.write(json, measurements_.conditions(options), found)
     if plot:
         measurements_.plot(found, plot)
-    for shown in measurements_.tables(found):
-        out.print(shown, markup=False, highlight=False)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

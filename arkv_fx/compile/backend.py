@@ -19,6 +19,7 @@ from arkv_fx.compile.replay import Replay, notes
 from arkv_fx.compile.replay_inputs import numbers_as_tensors
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import UnknownOptionError
+from arkv_fx.options import require_type
 from arkv_fx.passes import pipeline
 from arkv_fx.passes.context import Applied, Context, Probe, StandIn
 from arkv_fx.passes.nodes import example, same_size, shape
@@ -248,7 +249,7 @@ def arkv_backend(
     """``torch.compile(model, backend="arkv", options={"budget": 1024})``.
 
     Options are those of ``ArkvConfig`` plus ``preset``, ``compile`` (one of ``LOWERINGS``) and
-    ``calibration`` (a ``Calibration``).
+    ``calibration`` (a ``Calibration``; the name of a mode, as in ``ArkvConfig.to_dict``, is that).
 
     Raises:
         UnknownOptionError: for an option that does not exist.
@@ -260,5 +261,9 @@ def arkv_backend(
         )
     lowering = settings.pop("compile", mode if mode == "reduce-overhead" else "inductor")
     calibration = settings.pop("calibration", None)
+    if isinstance(calibration, str):  # the option of ArkvConfig: how one is made
+        settings["calibration"], calibration = calibration, None
+    wanted = "a Calibration (Calibration.load reads a file), or a mode of ArkvConfig"
+    require_type("calibration", calibration, (Calibration, type(None)), wanted)
     backend = ArkvBackend(ArkvConfig.make(settings), calibration, compile=lowering)
     return backend(graph, example_inputs)

@@ -10,13 +10,14 @@ from typing import Any
 from rich.table import Table
 
 from arkv_fx.errors import EvaluationError
+from arkv_fx.files import write_text
 
 Row = dict[str, Any]
 
 
 def write(path: str | Path, rows: Sequence[Row]) -> None:
     """Write rows as a JSON list."""
-    Path(path).write_text(json.dumps(list(rows), indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(list(rows), indent=1) + "\n")
 
 
 def read(path: str | Path) -> list[Row]:

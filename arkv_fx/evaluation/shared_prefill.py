@@ -143,7 +143,7 @@ class Contest:
             sliding=windows[layer] if layer < len(windows) else 0,
             oq_ratio=found.oq_ratio if found else None,
             share=found.share if found else 1.0,
-            where=f"layer {layer}",
+            shares=calibration.shares(windows) if found and calibration else (),
         )
 
 

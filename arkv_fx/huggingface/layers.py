@@ -115,6 +115,22 @@ def sliding_windows(model: nn.Module) -> list[int]:
     return windows(cached_layers(model))
 
 
+def head_dims(model: nn.Module) -> list[int]:
+    """Head dimensions of a transformers decoder's cached keys, as its attention modules say them.
+
+    Without those of latent attention, which caches something else.
+    """
+    dims: set[Any] = {
+        module.head_dim
+        for module in model.modules()
+        if hasattr(module, "layer_idx")
+        and hasattr(module, "is_causal")
+        and isinstance(getattr(module, "head_dim", None), int)
+        and not hasattr(module, "kv_lora_rank")
+    }
+    return sorted(dims)
+
+
 def own_state(layers: list[Any]) -> list[Any]:
     """Layers that keep recurrent or convolution state, or an indexer, in transformers' own classes.
 

@@ -92,6 +92,13 @@ class Transformed:
             "call arkv_fx.restore(model), copy, and transform both"
         )
 
+    def __reduce__(self) -> NoReturn:
+        raise TransformError(
+            "a transformed model is neither pickled nor saved whole: its compiled graphs belong to "
+            "this process; save model.state_dict() or call model.save_pretrained(folder), or "
+            "arkv_fx.restore(model) first, and transform again after loading"
+        )
+
     def report(self) -> Report:
         """Every attention site seen so far: fused or not and why, slots and bytes.
 
@@ -162,6 +169,12 @@ class Transformed:
         try:
             with torch._dynamo.config.patch(limits):
                 return self.compiled(*args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise TransformError(
+                f"{self.name} has been compiled {RECOMPILE_LIMIT} times: each batch size costs a "
+                "graph for prompts and one for steps. Call with few batch sizes (pad a batch to "
+                "the next power of two), or begin again with torch._dynamo.reset()"
+            ) from error
         except torch._dynamo.exc.BackendCompilerFailed as error:
             inner = error.inner_exception
             if isinstance(inner, ArkvError):

@@ -61,6 +61,13 @@ class Inserted:
             "call arkv_fx.restore(model), copy, and transform both"
         )
 
+    def __reduce__(self) -> NoReturn:
+        raise TransformError(
+            "a transformed model is neither pickled nor saved whole: its compiled graphs belong to "
+            "this process; save model.state_dict() or call model.save_pretrained(folder), or "
+            "arkv_fx.restore(model) first, and transform again after loading"
+        )
+
     def report(self) -> Report:
         """Every attention site seen so far: fused or not and why, slots and bytes."""
         found = [p.sites for p in self.programs.values()]

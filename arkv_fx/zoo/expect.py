@@ -18,6 +18,7 @@ from packaging.version import VERSION_PATTERN, Version
 
 from arkv_fx.errors import EvaluationError
 from arkv_fx.evaluation.results import Row
+from arkv_fx.files import write_text
 
 COLUMNS = ("status", "sites", "fused", "reasons", "wrong", "raised", "refused", "unasked")
 """The columns that are compared: none that is measured, only what was decided."""
@@ -92,7 +93,7 @@ def update(path: Path, rows: Sequence[Row]) -> None:
         if elsewhere.get(name) != found:
             known[name] = found
     versions[transformers.__version__] = dict(sorted(known.items()))
-    path.write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(versions, indent=1) + "\n")
 
 
 def read(path: Path) -> dict[str, Expected]:

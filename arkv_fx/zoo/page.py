@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from arkv_fx.evaluation.results import Row
+from arkv_fx.files import write_text
 from arkv_fx.zoo.checks import SMALL
 from arkv_fx.zoo.drive import PROMPT, STEPS
 from arkv_fx.zoo.outcome import COLUMNS, CORRECT, NOT_RUN, TOLERANCE
@@ -33,7 +34,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 def write_page(path: Path, rows: Sequence[Row]) -> None:
     """Write the page: what was asked, the table, and what is not fused by its reason."""
-    path.write_text(page(rows), encoding="utf-8")
+    write_text(path, page(rows))
 
 
 def page(rows: Sequence[Row]) -> str:

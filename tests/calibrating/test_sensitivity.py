@@ -156,3 +156,29 @@ def test_broken_trials_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sensitivity.Trials, "attend", attend)
     with pytest.raises(AssertionError):
         test_a_trial_is_what_the_real_cache_does(0)
+
+
+def test_a_calibration_serves_a_budget_that_is_tighter_than_its_own() -> None:
+    """A share that would not hold the window is lifted, and the other layers give."""
+    model = random_model("llama", num_hidden_layers=3)
+    rows = tuple(LayerStatistics(i, 1, 1, 1, 1, 0.2, s) for i, s in enumerate((0.5, 0.6, 1.9)))
+    calibration = Calibration(fingerprint(model), "measured", PAPER_TAUS, (192,), rows)
+    config = ArkvConfig(compression=6.0, context=400, window=40, round_to=1)
+    arkv_fx.transform(model, config, calibration, compile="eager")
+    report = model.arkv.report()
+    first, second, third = (row["slots"] for row in report.rows)
+    assert first == second == 44 < third
+    assert report.nbytes <= report.full_nbytes / 6
+    assert not report.notes, "the budget acts"
+    arkv_fx.restore(model)
+    arkv_fx.transform(model, config.replace(compression=40.0), calibration, compile="eager")
+    report = model.arkv.report()
+    assert [row["slots"] for row in report.rows] == [44] * 3
+    assert "does not act" in str(report)
+
+
+def test_shares_that_do_not_hold_the_window_are_not_tried() -> None:
+    """They would take more than they say."""
+    config = ArkvConfig(compression=14.0, context=1, window=8, sinks=0, round_to=1)
+    found = divergences(random_model("llama", num_hidden_layers=1), IDS, None, config)
+    assert {option.share for option in found[0]} < set(SHARES)

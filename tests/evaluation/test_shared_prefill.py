@@ -58,9 +58,9 @@ def test_fed_states_are_those_of_a_prefill_alone(arch: str) -> None:
 
 
 def test_the_model_is_restored_after_an_error() -> None:
-    model = random_model("llama")
-    small = {"tiny": ArkvConfig(bytes=100)}
-    with pytest.raises(ConfigError, match="does not hold the window"), Contest(model, small) as it:
+    model = random_model("llama", head_dim=12)
+    odd = {"odd": ArkvConfig(budget=64, tiers=("k4v3",))}
+    with pytest.raises(ConfigError, match=r"12 .* multiple of 8"), Contest(model, odd) as it:
         it.prefill(IDS)
     assert not hasattr(model, "arkv")
 

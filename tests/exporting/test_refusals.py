@@ -108,13 +108,18 @@ def test_a_step_that_hangs_on_the_cache_length_is_refused(tmp_path: Path) -> Non
     ("change", "error", "says"),
     [
         ({"config": ArkvConfig.paper(64)}, ExportError, "score 'paper'"),
-        ({"config": SMALL.replace(bytes=10)}, ConfigError, "does not hold the window"),
     ],
 )
 def test_a_configuration_that_cannot_be_exported_is_refused(
     tmp_path: Path, change: dict[str, Any], error: type[Exception], says: str
 ) -> None:
     refuses(random_model("llama"), tmp_path, error, says, **change)
+
+
+def test_a_head_dimension_that_a_format_cannot_store_is_refused(tmp_path: Path) -> None:
+    model = random_model("llama", num_hidden_layers=1, head_dim=12)
+    config = SMALL.replace(tiers=("int8", "k4v3"))
+    refuses(model, tmp_path, ConfigError, "12 .* multiple of 8", config=config)
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def arkv_decoder(
     for index, layer in enumerate(layers):
         plan = plan_layer(
             config, heads=layer.heads, k_dim=layer.k_dim, v_dim=layer.v_dim, dtype=options.dtype,
-            sliding=layer.sliding, where=f"layer {index}",
+            sliding=layer.sliding,
         )  # fmt: skip
         cache.session.layers[index] = filled(
             plan, layer.q_heads // layer.heads, tokens, 1, options.device

@@ -108,7 +108,6 @@ class Options:
             k_dim=case.dim,
             v_dim=case.dim,
             dtype=self.dtype,
-            where=case.name,
         )
 
     def random(self, *shape: int) -> Tensor:

@@ -20,6 +20,7 @@ from arkv_fx.evaluation.bench.cases import Options
 from arkv_fx.evaluation.bench.timing import Timing, cache_bytes
 from arkv_fx.evaluation.plots import pyplot_of
 from arkv_fx.evaluation.results import Row, table
+from arkv_fx.files import write_text
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _cpu_name() -> str:
 def write(path: Path, found: Mapping[str, Any], rows: Sequence[Measurement]) -> None:
     """Write ``{"conditions": {...}, "rows": [...]}``."""
     data = {"conditions": dict(found), "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(data, indent=1) + "\n")
 
 
 def tables(rows: Sequence[Measurement]) -> list[Table | str]:

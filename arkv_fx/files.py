@@ -1,0 +1,36 @@
+"""Files that are there whole, or not at all, whenever a process is stopped."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import time
+import uuid
+from pathlib import Path
+
+STALE_S = 60
+"""Nobody takes so long to write a text: a part that is older was left by a process that died."""
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 file by way of one beside it, which takes its place when it is complete.
+
+    Raises:
+        OSError: if it cannot be written; what was there before is there still.
+    """
+    target = Path(path).resolve()  # of a link, what it leads to
+    if target.exists() and not target.is_file():  # a terminal, a pipe
+        target.write_text(text, encoding="utf-8")
+        return
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        if time.time() - left.stat().st_mtime > STALE_S:
+            left.unlink(missing_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        if target.exists():
+            shutil.copymode(target, partial)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
