@@ -311,12 +311,9 @@ def test_a_cache_cannot_be_cropped(model: PreTrainedModel) -> None:
     cache = ArkvCache(model)
     model(IDS, past_key_values=cache)
     cache.crop(0)
-    with pytest.raises(
-        CacheError, match=r"cannot be taken back.*activate_past_recording.*deepcopy"
-    ):
+    model(IDS.repeat(1, 20), past_key_values=cache)
+    with pytest.raises(CacheError, match=r"cannot be taken back.*past_recording.*deepcopy"):
         cache.crop(-3)
-    with pytest.raises(CacheError, match="cannot be taken back"):
-        model.generate(IDS.repeat(1, 3), prompt_lookup_num_tokens=2, max_new_tokens=8)
 
 
 def test_a_freed_cache_is_said_to_be_freed(model: PreTrainedModel) -> None:
