@@ -111,7 +111,7 @@ def export(
     config = config or ArkvConfig()
     chosen.check(config, **options)
     progress("capture the model")
-    programs = make_programs(model, config, calibration, batch, insert_cache)
+    programs = make_programs(model, config, calibration, batch, insert_cache, chosen.portable)
     saved = "tokenizer" if tokenizer is not None else None
     sidecar = describe(model, config, programs, target, saved)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -61,6 +61,7 @@ def _io(graph: Graph) -> dict[str, Any]:
 def _group(group: Group) -> dict[str, Any]:
     names = zip(group.names(PAST), group.names(PRESENT), strict=True)
     plan = group.plan
+    held = plan.bytes_of
     return {
         "layers": list(group.layers),
         "window": plan.window,
@@ -74,6 +75,7 @@ def _group(group: Group) -> dict[str, Any]:
                 "output": returned,
                 "shape": list(group.shape(spec)),
                 "dtype": dtype_name(spec.dtype),
+                "bytes_of": dtype_name(held[spec.name]) if spec.name in held else None,
                 "fill": spec.fill,
             }
             for spec, (given, returned) in zip(plan.specs(), names, strict=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from arkv_fx.exporting.export_plan import ExportPlan
+from arkv_fx.formats.graph_operators import from_bytes, to_bytes
 from arkv_fx.plan import TensorSpec
 
 NAMES = {"ring.k.codes": "key", "ring.v.codes": "value"}
@@ -50,6 +51,16 @@ class Group:
             else torch.full(self.shape(s), s.fill, dtype=s.dtype)
             for s in self.plan.specs()
         ]
+
+    def opened(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The state as a graph computes with it: numbers, where no codec reads the bytes."""
+        kinds = [self.plan.strange.get(spec.name) for spec in self.plan.specs()]
+        return [from_bytes(x, k) if k else x for x, k in zip(tensors, kinds, strict=True)]
+
+    def closed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of ``opened``."""
+        kinds = [self.plan.strange.get(spec.name) for spec in self.plan.specs()]
+        return [to_bytes(x.to(k)) if k else x for x, k in zip(tensors, kinds, strict=True)]
 
     def rows_of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors with layers and sequences as one dimension [L * B, ...]."""

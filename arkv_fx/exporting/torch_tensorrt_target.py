@@ -79,7 +79,7 @@ def write(
     """
     compiler = _compiler()
     check_sorted([tier for group in sidecar["groups"] for tier in group["tiers"]])
-    for graph in (programs.prefill, programs.fused()):
+    for graph in map(programs.engine, ("prefill", "decode")):
         progress(f"compile the {graph.name} graph")
         inputs = _inputs(graph, compiler, (programs.least, longest))
         file = f"{graph.name}.pt2"

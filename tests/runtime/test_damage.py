@@ -15,7 +15,7 @@ import pytest
 
 from arkv_fx.errors import EngineError
 from arkv_fx.runtime import OnnxSession, read_sidecar
-from arkv_fx.runtime.manifest import digest_of
+from arkv_fx.runtime.files import said_of
 
 
 @pytest.fixture
@@ -127,14 +127,13 @@ def test_a_damaged_sidecar(folder: Path, text: str) -> None:
 def test_a_sidecar_of_another_model(folder: Path) -> None:
     shutil.copy(cases.folder("gemma3") / "arkv.json", folder)
     weights = folder / "weights.data"
-    own = {"bytes": weights.stat().st_size, "sha256": digest_of(weights)}
-    edit(folder, lambda c: c["weights"].update(own))
+    edit(folder, lambda c: c["files"].update({weights.name: said_of(weights)}))
     refuses(folder, "arkv.json is of another export: they differ in .*model")
 
 
 def test_an_unknown_version(folder: Path) -> None:
     edit(folder, lambda c: c.update(version=99))
-    refuses(folder, "format version 99; this arkv_fx reads version 2")
+    refuses(folder, "format version 99; this arkv_fx reads version 3")
 
 
 def test_a_wrong_opset_of_the_sidecar(folder: Path) -> None:
