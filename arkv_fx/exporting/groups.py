@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from arkv_fx.exporting.export_plan import ExportPlan
-from arkv_fx.formats.graph_operators import from_bytes, to_bytes
 from arkv_fx.plan import TensorSpec
+from arkv_fx.runtime.operators import from_bytes, to_bytes
 
 NAMES = {"ring.k.codes": "key", "ring.v.codes": "value"}
 """What runners know by other names; the rest are called as in ``LayerPlan.specs``."""

@@ -1,4 +1,4 @@
-"""What an ONNX graph gets at its borders: prompts of any length, and names that tools can look for."""
+"""What an ONNX graph gets at its borders: prompts of any length, and names for tools to find."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ from arkv_fx.exporting.export_plan import ExportPlan, PortablePlan
 from arkv_fx.exporting.groups import Group, group_layers
 from arkv_fx.exporting.inserted import capture_inserted
 from arkv_fx.exporting.stateless import Step
-from arkv_fx.formats.graph_operators import traced_to_leave
 from arkv_fx.huggingface.layers import cached_layers
+from arkv_fx.runtime.operators import traced_to_leave
 
 PAST, PRESENT = "past_key_values", "present"
 TOKENS = "tokens"

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-import transformers.integrations.moe  # registers an operator, too
+import transformers.integrations.moe  # noqa: F401  (registers an operator, too)
 from onnxscript import opset21
 
-import arkv_fx.formats.graph_operators  # noqa: F401  (registers the operators)
+import arkv_fx.runtime.operators  # noqa: F401  (registers the operators)
 
 op: Any = opset21  # its types are narrower than what it takes
 FLOAT8 = ir.DataType.FLOAT8E4M3FN
@@ -196,7 +196,7 @@ def _grouped_mm(rows: Any, weights: Any, offs: Any) -> Any:
     return op.Concat(*parts, axis=0)
 
 
-def _histc(x: Any, bins: int = 100, min: float = 0, max: float = 0) -> Any:  # noqa: A002
+def _histc(x: Any, bins: int = 100, min: float = 0, max: float = 0) -> Any:
     """Of whole numbers, one bin each, as experts are counted."""
     if max - min != bins - 1:
         raise NotImplementedError("only one bin for each whole number is translated")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from arkv_fx.formats.codec import Codec, Field, Unpacked
-from arkv_fx.formats.graph_operators import from_bytes, to_bytes
+from arkv_fx.runtime.operators import from_bytes, to_bytes
 
 STRANGE = (torch.bfloat16, torch.float8_e4m3fn)
 

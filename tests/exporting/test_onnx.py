@@ -123,9 +123,7 @@ READS = {"DequantizeLinear", "Where", "GatherND"}  # attention; the update; the 
 
 
 def readers(graph: onnx.GraphProto, name: str) -> set[str]:
-    """Kinds of nodes that read a tensor, through those that only cut or rename it, or take its bytes
-    without their sign.
-    """
+    """Kinds of nodes that read a tensor, through those that cut or rename it, or drop signs."""
     found: set[str] = set()
     for node in graph.node:
         if name in node.input:
