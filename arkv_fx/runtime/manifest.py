@@ -108,14 +108,14 @@ def _said(entry: dict[str, Any]) -> dict[str, Any]:
 def _parse(folder: Path, content: dict[str, Any]) -> Sidecar:
     tensors = tuple(TensorInfo.parse(t) for group in content["groups"] for t in group["tensors"])
     model, graphs = content["model"], [content["graphs"][name] for name in GRAPHS]
-    numbers = [_count(content, "batch"), _count(content, "least_prompt")]
+    batch, least = _count(content, "batch"), _count(content, "least_prompt")
     if content.get("longest_text") is not None:
         _count(content, "longest_text")
     for graph in graphs:
         if not all(isinstance(name, str) for name in graph["inputs"]):
             raise TypeError("names of inputs")
     eos = tuple(int(token) for token in model["eos_token_ids"])
-    return Sidecar(folder, content, *numbers, _count(model, "vocabulary"), eos, tensors)
+    return Sidecar(folder, content, batch, least, _count(model, "vocabulary"), eos, tensors)
 
 
 def _count(where: dict[str, Any], name: str) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +28,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         number, whole = (int, float, np.integer, np.floating), (int, np.integer)
-        for name, kinds, allowed, fits in (
+        checks: tuple[tuple[str, tuple[type, ...], str, Callable[[Any], bool]], ...] = (
             ("temperature", number, "a number >= 0", lambda x: 0 <= x < math.inf),
             ("top_k", whole, "a whole number >= 0", lambda x: x >= 0),
             ("top_p", number, "a number above 0 and at most 1", lambda x: 0 < x <= 1),
             ("seed", (*whole, type(None)), "a whole number >= 0 or None", lambda x: (x or 0) >= 0),
-        ):
+        )
+        for name, kinds, allowed, fits in checks:
             value = getattr(self, name)
             if not isinstance(value, kinds) or not fits(value):
                 raise EngineError(f"{name}={value!r}: must be {allowed}")
