@@ -18,7 +18,7 @@ leave them as they are (``nodes_to_exclude``), for they decide what the cache ho
 """
 
 
-def pad_prompt(model: ir.Model, least: int, tokens: str) -> None:
+def pad_prompt(model: ir.Model, batch: int, least: int, tokens: str) -> None:
     """Let the graph fill up shorter prompts with padding on the left.
 
     Its inputs are all int64 [batch, tokens], zeros are padding in each of them, and the graph
@@ -36,11 +36,12 @@ def pad_prompt(model: ir.Model, least: int, tokens: str) -> None:
         return node.outputs[0]
 
     def number(value: int) -> ir.Value:
-        held = ir.Value(name=f"prompt.{value}", const_value=ir.tensor(np.array([value], np.int64)))
-        held.shape, held.type = ir.Shape([1]), ir.TensorType(ir.DataType.INT64)
-        if held.name not in graph.initializers:
+        name = f"prompt.{value}"
+        if name not in graph.initializers:
+            held = ir.Value(name=name, const_value=ir.tensor(np.array([value], np.int64)))
+            held.shape, held.type = ir.Shape([1]), ir.TensorType(ir.DataType.INT64)
             graph.register_initializer(held)
-        return graph.initializers[held.name]
+        return graph.initializers[name]
 
     uses = {value: list(value.uses()) for value in graph.inputs}
     length = add("Shape", graph.inputs[0], start=1, end=2)
@@ -49,7 +50,7 @@ def pad_prompt(model: ir.Model, least: int, tokens: str) -> None:
     for value, readers in uses.items():
         padded = add("Pad", value, pads)
         padded.shape, padded.type = value.shape, value.type
-        value.shape = ir.Shape([value.shape[0], tokens] if value.shape else None)
+        value.shape = ir.Shape([batch, tokens])
         for use in readers:
             use.node.replace_input_with(use.idx, padded)
     graph.insert_before(graph[0], nodes)

@@ -56,7 +56,7 @@ def write_graphs(
         if name in sidecar["graphs"]:
             sidecar["graphs"][name]["file"] = f"{name}.onnx"
             if name == "prefill" and "attention_mask" in graph.inputs:
-                pad_prompt(models[name], sidecar["least_prompt"], TOKENS)
+                pad_prompt(models[name], sidecar["batch"], sidecar["least_prompt"], TOKENS)
                 sidecar["least_prompt"] = 1
     sidecar["opset"] = OPSET
     sidecar["versions"] |= {"onnx": onnx.__version__}
