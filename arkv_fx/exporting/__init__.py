@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from arkv_fx.exporting import (
     torch_tensorrt_target,
 )
 from arkv_fx.exporting.description import describe
+from arkv_fx.exporting.output import appearing
 from arkv_fx.exporting.programs import make_programs
 from arkv_fx.exporting.target import Target
 from arkv_fx.registry import Registry
@@ -101,30 +100,32 @@ def export(
         raise UnknownOptionError(
             f"target {target!r} has no option {', '.join(unknown)}; it has {list(chosen.options)}"
         )
-    if batch < 1:
-        raise ExportError(f"batch={batch}: must be >= 1")
-    folder = Path(out_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportError(f"{folder} exists and is not an empty folder")
-    if calibration is not None:
-        calibration.check(fingerprint(model))
+    if type(batch) is not int or batch < 1:
+        raise ExportError(f"batch={batch!r}: must be a whole number >= 1")
+    for name, value, kind in (
+        ("model", model, nn.Module),
+        ("calibration", calibration, Calibration | None),
+        ("out_dir", out_dir, str | os.PathLike),
+        ("config", config, ArkvConfig | None),
+    ):
+        if not isinstance(value, kind):
+            wanted = (
+                "give a torch.nn.Module" if name == "model" else f"see {name} of arkv_fx.export"
+            )
+            raise ExportError(f"{name} is a {type(value).__name__}: {wanted}")
     config = config or ArkvConfig()
     chosen.check(config, **options)
-    progress("capture the model")
-    programs = make_programs(model, config, calibration, batch, insert_cache)
-    saved = "tokenizer" if tokenizer is not None else None
-    sidecar = describe(model, config, programs, target, saved)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    folder = Path(out_dir)
+    with appearing(folder) as work:
+        identity = fingerprint(model)
+        if calibration is not None:
+            calibration.check(identity)
+        progress("capture the model")
+        programs = make_programs(model, config, calibration, batch, insert_cache, chosen.portable)
+        saved = "tokenizer" if tokenizer is not None else None
+        sidecar = describe(model, identity, config, programs, target, saved)
         if tokenizer is not None:
             tokenizer.save_pretrained(work / "tokenizer")
         chosen.write(work, programs, sidecar, progress, **options)
         (work / FILE).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
-        work.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return folder

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from arkv_fx.calibration import fingerprint
 from arkv_fx.config import ArkvConfig
 from arkv_fx.exporting.groups import Group
 from arkv_fx.exporting.programs import PAST, PRESENT, Graph, Programs
@@ -19,9 +18,10 @@ from arkv_fx.runtime.manifest import VERSION
 
 
 def describe(
-    model: nn.Module, config: ArkvConfig, programs: Programs, target: str, tokenizer: str | None
-) -> dict[str, Any]:
-    """The sidecar's content, ready for JSON."""
+    model: nn.Module, identity: str, config: ArkvConfig, programs: Programs, target: str,
+    tokenizer: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The sidecar's content, ready for JSON; ``identity`` is the model's fingerprint."""
     text = text_config(model)
     plans = [LayerPlan.parse(group.plan.to_json()) for group in programs.groups]
     codecs = {c.name: c for plan in plans for f, _ in plan.segments() for c in f.codecs}
@@ -31,7 +31,7 @@ def describe(
         "model": {
             "type": getattr(text, "model_type", type(model).__name__),
             "class": type(model).__name__,
-            "fingerprint": fingerprint(model),
+            "fingerprint": identity,
             "vocabulary": programs.vocabulary,
             "eos_token_ids": _eos(model),
         },
@@ -61,6 +61,7 @@ def _io(graph: Graph) -> dict[str, Any]:
 def _group(group: Group) -> dict[str, Any]:
     names = zip(group.names(PAST), group.names(PRESENT), strict=True)
     plan = group.plan
+    held = plan.bytes_of
     return {
         "layers": list(group.layers),
         "window": plan.window,
@@ -74,6 +75,7 @@ def _group(group: Group) -> dict[str, Any]:
                 "output": returned,
                 "shape": list(group.shape(spec)),
                 "dtype": dtype_name(spec.dtype),
+                "bytes_of": dtype_name(held[spec.name]) if spec.name in held else None,
                 "fill": spec.fill,
             }
             for spec, (given, returned) in zip(plan.specs(), names, strict=True)

@@ -6,20 +6,24 @@ form for them, see ``Codec.exported``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 
 from arkv_fx.errors import ExportError, UnsupportedFormatError
 from arkv_fx.formats import FORMATS, Format
 from arkv_fx.formats.hadamard import constant
-from arkv_fx.plan import LayerPlan
+from arkv_fx.formats.portable import STRANGE, PortableCodec, held_as
+from arkv_fx.plan import LayerPlan, TensorSpec
 from arkv_fx.scores import SCORES
 
 
 @dataclass(frozen=True)
 class ExportPlan(LayerPlan):
     """A layer's plan with formats that can leave torch."""
+
+    portable: ClassVar[bool] = False
 
     @classmethod
     def of(cls, plan: LayerPlan, where: str) -> ExportPlan:
@@ -52,6 +56,45 @@ class ExportPlan(LayerPlan):
     def stackable(self) -> bool:
         """Whether layers can share tensors: ONNX cannot cut tensors of e4m3 into layers."""
         return all(spec.dtype != torch.float8_e4m3fn for spec in self.specs())
+
+    @property
+    def bytes_of(self) -> dict[str, torch.dtype]:
+        """What tensors hold the bytes of, by name; those that are not named hold numbers."""
+        return {}
+
+    @property
+    def strange(self) -> dict[str, torch.dtype]:
+        """Those of them that no codec reads: the graph makes numbers of them where it begins."""
+        return {}
+
+
+class PortablePlan(ExportPlan):
+    """A plan for graphs whose inputs and outputs every runtime has, see ``formats.portable``."""
+
+    portable: ClassVar[bool] = True
+
+    def segments(self) -> list[tuple[Format, int]]:
+        return [
+            (Format(f.name, *(PortableCodec(c, self.dtype) for c in f.codecs)), slots)
+            for f, slots in super().segments()
+        ]
+
+    def specs(self) -> list[TensorSpec]:
+        out = []
+        for spec in super().specs():
+            dtype, width = held_as(spec.dtype, spec.shape[-1] if spec.shape else 1)
+            shape = (*spec.shape[:-1], width) if spec.shape else ()
+            out.append(replace(spec, dtype=dtype, shape=shape))
+        return out
+
+    @property
+    def bytes_of(self) -> dict[str, torch.dtype]:
+        plain = ExportPlan(**{f.name: getattr(self, f.name) for f in fields(self)})
+        return {s.name: s.dtype for s in plain.specs() if s.dtype in STRANGE}
+
+    @property
+    def strange(self) -> dict[str, torch.dtype]:
+        return {s.name: s.dtype for s in super().specs() if s.dtype in STRANGE}
 
 
 def exportable() -> list[str]:

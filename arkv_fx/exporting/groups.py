@@ -10,6 +10,7 @@ from torch import Tensor
 
 from arkv_fx.exporting.export_plan import ExportPlan
 from arkv_fx.plan import TensorSpec
+from arkv_fx.runtime.operators import from_bytes, to_bytes
 
 NAMES = {"ring.k.codes": "key", "ring.v.codes": "value"}
 """What runners know by other names; the rest are called as in ``LayerPlan.specs``."""
@@ -50,6 +51,16 @@ class Group:
             else torch.full(self.shape(s), s.fill, dtype=s.dtype)
             for s in self.plan.specs()
         ]
+
+    def opened(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The state as a graph computes with it: numbers, where no codec reads the bytes."""
+        kinds = [self.plan.strange.get(spec.name) for spec in self.plan.specs()]
+        return [from_bytes(x, k) if k else x for x, k in zip(tensors, kinds, strict=True)]
+
+    def closed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of ``opened``."""
+        kinds = [self.plan.strange.get(spec.name) for spec in self.plan.specs()]
+        return [to_bytes(x.to(k)) if k else x for x, k in zip(tensors, kinds, strict=True)]
 
     def rows_of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors with layers and sequences as one dimension [L * B, ...]."""

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from arkv_fx.errors import ExportError
-from arkv_fx.exporting.programs import Graph, Programs
+from arkv_fx.exporting.onnx_borders import name_rotations, pad_prompt
+from arkv_fx.exporting.programs import TOKENS, Graph, Programs
 from arkv_fx.exporting.target import Target
-from arkv_fx.runtime.manifest import METADATA, OPSET, digest_of
+from arkv_fx.runtime.files import said_of
+from arkv_fx.runtime.manifest import METADATA, OPSET
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -45,20 +47,21 @@ def write_graphs(
     import onnx
     import onnx_ir as ir
 
+    from arkv_fx.exporting.translations import PORTABLE, TABLE
+
     models = {}
     for name, graph in graphs.items():
         progress(f"translate the {name} graph")
-        models[name] = _translate(graph)
+        models[name] = _translate(graph, PORTABLE if name in sidecar["graphs"] else TABLE)
         if name in sidecar["graphs"]:
             sidecar["graphs"][name]["file"] = f"{name}.onnx"
+            if name == "prefill" and "attention_mask" in graph.inputs:
+                pad_prompt(models[name], sidecar["batch"], sidecar["least_prompt"], TOKENS)
+                sidecar["least_prompt"] = 1
     sidecar["opset"] = OPSET
     sidecar["versions"] |= {"onnx": onnx.__version__}
     progress("write the weights")
     share_weights(list(models.values()), folder)
-    weights = folder / WEIGHTS
-    sidecar["weights"] = {
-        "file": WEIGHTS, "bytes": weights.stat().st_size, "sha256": digest_of(weights),
-    }  # fmt: skip
     text = json.dumps(sidecar, sort_keys=True)
     for name, model in models.items():
         progress(f"write and check {name}.onnx")
@@ -66,6 +69,8 @@ def write_graphs(
         model.producer_name, model.producer_version = "arkv_fx", sidecar["versions"]["arkv-fx"]
         ir.save(model, folder / f"{name}.onnx")
         onnx.checker.check_model(str(folder / f"{name}.onnx"), full_check=True)
+    own = [folder / graph["file"] for graph in sidecar["graphs"].values()]
+    sidecar["files"] = {path.name: said_of(path) for path in [*own, folder / WEIGHTS]}
 
 
 def require(*packages: str) -> None:
@@ -81,11 +86,9 @@ def require(*packages: str) -> None:
         )
 
 
-def _translate(graph: Graph) -> ir.Model:
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
+def _translate(graph: Graph, table: Mapping[Any, Any]) -> ir.Model:
+    from onnx_ir.passes.common import DeduplicateInitializersPass, RemoveUnusedNodesPass
     from onnxscript.optimizer import fold_constants
-
-    from arkv_fx.exporting.translations import TABLE
 
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
@@ -96,7 +99,7 @@ def _translate(graph: Graph) -> ir.Model:
             # Not optimize=True: it takes more than 20 minutes on 30 layers.
             program = torch.onnx.export(
                 graph.program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-                custom_translation_table=TABLE, input_names=list(graph.inputs),
+                custom_translation_table=dict(table), input_names=list(graph.inputs),
                 output_names=graph.outputs,
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
@@ -109,6 +112,8 @@ def _translate(graph: Graph) -> ir.Model:
     _name_weights(model, graph)
     fold_constants(model)
     RemoveUnusedNodesPass()(model)
+    DeduplicateInitializersPass()(model)
+    name_rotations(model)
     for node in model.graph:  # what PyTorch noted for its own error reports: most of the file
         node.metadata_props.clear()
     return model
@@ -147,4 +152,4 @@ def share_weights(models: Sequence[ir.Model], folder: Path) -> None:
             value.const_value = tensor
 
 
-TARGET = Target("onnx", write)
+TARGET = Target("onnx", write, portable=True)

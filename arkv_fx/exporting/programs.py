@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from typing import Any
 from unittest.mock import patch
 
@@ -18,15 +18,17 @@ from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError
 from arkv_fx.exporting.absorbed import capture_absorbed
 from arkv_fx.exporting.capture import capture
-from arkv_fx.exporting.captured import PROMPT
-from arkv_fx.exporting.export_plan import ExportPlan
+from arkv_fx.exporting.captured import PROMPT, Captured
+from arkv_fx.exporting.export_plan import ExportPlan, PortablePlan
 from arkv_fx.exporting.groups import Group, group_layers
 from arkv_fx.exporting.inserted import capture_inserted
 from arkv_fx.exporting.stateless import Step
-from arkv_fx.formats.graph_operators import traced_to_leave
 from arkv_fx.huggingface.layers import cached_layers
+from arkv_fx.runtime.operators import traced_to_leave
 
 PAST, PRESENT = "past_key_values", "present"
+TOKENS = "tokens"
+"""What the number of a prompt's tokens is called."""
 
 
 @dataclass
@@ -43,23 +45,50 @@ class Graph:
     weights: dict[str, str]
 
 
-@dataclass
 class Programs:
     """A prompt's graph, a decoded token's and the state that goes between them.
 
     ``least`` is the smallest number of tokens that the prompt's graph takes, ``bound`` the most
-    that a text may have, if the model's positions end. ``fused()`` makes the decode graph for
-    compilers that fuse sums with the decoding of what is summed: products of matrices over the
-    state are spelled out.
+    that a text may have, if the model's positions end. With ``portable`` the graphs take and give
+    what every runtime has, see ``PortablePlan``; without it what torch and TensorRT have.
     """
 
-    prefill: Graph
-    decode: Graph
-    fused: Callable[[], Graph]
-    groups: list[Group]
-    batch: int
-    least: int
-    bound: int | None
+    def __init__(
+        self, model: nn.Module, captured: Mapping[str, Captured], batch: int, portable: bool
+    ) -> None:
+        self.model, self.captured, self.batch, self.portable = model, captured, batch, portable
+        prompt, token = captured["prefill"], captured["decode"]
+        if [s.plan for s in token.sites] != [s.plan for s in prompt.sites]:
+            raise ExportError(
+                f"{type(model).__name__}: its prompt and its steps do not cache the same layers"
+            )
+        self.groups = self._groups(PortablePlan if portable else ExportPlan)
+        self.least = max(site.plan.window for site in prompt.sites) + 1
+        self.bound = prompt.bound
+
+    @cached_property
+    def prefill(self) -> Graph:
+        """The prompt's graph."""
+        return self._prefill(self.groups)
+
+    @cached_property
+    def decode(self) -> Graph:
+        """The decoded token's."""
+        return self._decode(self.groups, "export")
+
+    @property
+    def graphs(self) -> list[Graph]:
+        """Both."""
+        return [self.prefill, self.decode]
+
+    def engine(self, name: str) -> Graph:
+        """A graph, "prefill" or "decode", for compilers that fuse sums with the decoding of what is
+        summed: products of matrices over the state are spelled out, and nothing is bytes.
+        """
+        groups = self._groups(ExportPlan)
+        if name == "decode":
+            return self._decode(groups, "export_sums")
+        return self._prefill(groups) if self.portable else self.prefill
 
     @property
     def vocabulary(self) -> int:
@@ -67,17 +96,41 @@ class Programs:
         (output,) = self.decode.program.graph.find_nodes(op="output")
         return int(output.args[0][0].meta["val"].shape[-1])
 
-    @property
-    def graphs(self) -> list[Graph]:
-        """Both."""
-        return [self.prefill, self.decode]
+    def _groups(self, kind: type[ExportPlan]) -> list[Group]:
+        sites = self.captured["prefill"].sites
+        return group_layers([kind.of(s.plan, s.site.name) for s in sites], self.batch)
+
+    def _ids(self, tokens: int) -> Tensor:
+        device = next(self.model.parameters()).device
+        return torch.zeros(self.batch, tokens, dtype=torch.long, device=device)
+
+    def _prefill(self, groups: list[Group]) -> Graph:
+        ids = self._ids(self.least + PROMPT)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        given = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": places.expand_as(ids).contiguous(),
+        }
+        captured = self.captured["prefill"]
+        given = {name: given[name] for name in captured.arguments}
+        free = {name: {1: Dim(TOKENS, min=self.least)} for name in given}
+        return _graph("prefill", Step(self.model, captured, groups, True), given, free)
+
+    def _decode(self, groups: list[Group], kernel: str) -> Graph:
+        given = {"input_ids": self._ids(1), "position_ids": self._ids(1)}
+        for group in groups:
+            tensors = (x.to(given["input_ids"].device) for x in group.empty())
+            given.update(zip(group.names(PAST), tensors, strict=True))
+        step = Step(self.model, self.captured["decode"], groups, False, kernel)
+        return _graph("decode", step, given, None)
 
 
 def make_programs(
     model: nn.Module, config: ArkvConfig, calibration: Calibration | None, batch: int,
-    insert_cache: bool = False,
+    insert_cache: bool = False, portable: bool = False,
 ) -> Programs:  # fmt: skip
-    """Capture, give the state names, and export; the model is left as it was.
+    """Capture, and give the state names; the model is left as it was.
 
     Raises:
         ExportError: if anything would be lost.
@@ -85,35 +138,7 @@ def make_programs(
     own = capture if cached_layers(model) else capture_absorbed
     front = capture_inserted if insert_cache else own
     prompt, token = front(model, config, calibration, batch)
-    plans = [ExportPlan.of(s.plan, s.site.name) for s in prompt.sites]
-    if [s.plan for s in token.sites] != [s.plan for s in prompt.sites]:
-        raise ExportError(
-            f"{type(model).__name__}: its prompt and its steps do not cache the same layers"
-        )
-    groups = group_layers(plans, batch)
-    least = max(plan.window for plan in plans) + 1
-    device = next(model.parameters()).device
-    ids = torch.zeros(batch, least + PROMPT, dtype=torch.long, device=device)
-    given = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "position_ids": torch.arange(ids.shape[1], device=device).expand_as(ids).contiguous(),
-    }
-    given = {name: given[name] for name in prompt.arguments}
-    one = {"input_ids": ids[:, :1].clone(), "position_ids": ids[:, :1].clone()}
-    for group in groups:
-        tensors = (x.to(device) for x in group.empty())
-        one.update(zip(group.names(PAST), tensors, strict=True))
-    outputs = ["logits", *(name for group in groups for name in group.names(PRESENT))]
-    free = {name: {1: Dim("tokens", min=least)} for name in given}
-
-    def decode(kernel: str) -> Graph:
-        return _graph("decode", Step(model, token, groups, False, kernel), one, outputs, None)
-
-    return Programs(
-        _graph("prefill", Step(model, prompt, groups, True), given, outputs, free),
-        decode("export"), partial(decode, "export_sums"), groups, batch, least, prompt.bound,
-    )  # fmt: skip
+    return Programs(model, {"prefill": prompt, "decode": token}, batch, portable)
 
 
 @contextmanager
@@ -127,11 +152,9 @@ def _plain_min() -> Generator[None]:
         yield
 
 
-def _graph(
-    name: str, step: Step, inputs: dict[str, Tensor], outputs: list[str],
-    free: dict[str, Any] | None,
-) -> Graph:  # fmt: skip
+def _graph(name: str, step: Step, inputs: dict[str, Tensor], free: dict[str, Any] | None) -> Graph:
     step.eval()
+    outputs = ["logits", *(name for group in step.groups for name in group.names(PRESENT))]
     shapes = (tuple(free[n] for n in inputs),) if free else None
     try:
         with torch.no_grad(), _plain_min(), traced_to_leave():

@@ -73,7 +73,7 @@ class _Run(Interpreter):
         self.given = given
         rest = iter(state)
         self.states = [
-            group.empty() if step.fresh else [next(rest) for _ in group.plan.specs()]
+            group.opened(group.empty() if step.fresh else [next(rest) for _ in group.plan.specs()])
             for group in step.groups
         ]
         # Where the state of a cache of the graph is: (group, place in it).
@@ -87,6 +87,8 @@ class _Run(Interpreter):
         """Run everything; those of the last token [B, 1, vocabulary]."""
         outputs = tree_leaves(self.run(*self._inputs()))
         logits: Tensor = outputs[self.step.captured.logits]
+        if logits.dtype == torch.bfloat16 and self.step.groups[0].plan.portable:
+            logits = logits.float()
         return logits if logits.shape[1] == 1 else logits[:, -1:]
 
     def settled(self) -> list[Tensor]:
@@ -96,7 +98,7 @@ class _Run(Interpreter):
             rows = [x.clone() for x in group.rows_of(self.states[g])]
             seen = [self.seen[g, place] for place in range(len(group.layers))]
             settle(view(group.plan, rows), _join(seen), self.step.fresh, self.step.kernel)
-            out += group.stack(rows)
+            out += group.closed(group.stack(rows))
         return out
 
     def _inputs(self) -> list[Any]:

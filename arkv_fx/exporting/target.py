@@ -16,10 +16,12 @@ class Target:
     sidecar (arkv.json), which is written after it; ``options`` are the names it takes.
 
     ``check(config, **options)`` refuses, before the model is captured, what needs no graph to be
-    refused.
+    refused. ``portable`` graphs have no inputs and outputs of dtypes that some runtimes lack:
+    bfloat16 and float8 cross as their bytes.
     """
 
     name: str
     write: Callable[..., None]
     options: tuple[str, ...] = ()
     check: Callable[..., None] = _refuse_nothing
+    portable: bool = False

@@ -29,7 +29,7 @@ FP8_FROM = 89
 LIMIT_S = 600.0
 MOST_SORTED = 3840
 """Slots of a tier that TensorRT can choose tokens for: the largest K of its TopK."""
-FUSED = "decode_fused"
+FORM = "{}_for_engines"
 
 
 def write(
@@ -45,7 +45,8 @@ def write(
     """Write ``decode.SM89.engine`` and so on; the sidecar's ``engines`` say what is in them.
 
     An engine of the decode graph reads codes inside the kernels that sum over them: it is built
-    from another form of the graph than ONNX Runtime gets.
+    from another form of the graph than ONNX Runtime gets. Engines take bfloat16 and float8 as such
+    where ONNX Runtime takes their bytes: the same memory.
 
     Args:
         capabilities: compute capabilities of GPUs, names in ``CAPABILITIES``.
@@ -58,13 +59,13 @@ def write(
     """
     _check_sizes(graphs, longest, programs, sidecar)
     wanted = {graph.name: graph for graph in programs.graphs}
-    if "decode" in graphs:
-        progress("spell out the products of the decode graph")
-        wanted[FUSED] = programs.fused()
+    for name in graphs:
+        progress(f"trace the {name} graph for engines")
+        wanted[FORM.format(name)] = programs.engine(name)
     onnx_target.write_graphs(folder, wanted, sidecar, progress)
     sidecar["engines"] = []
     for name in graphs:
-        source = folder / f"{FUSED if name == 'decode' else name}.onnx"
+        source = folder / f"{FORM.format(name)}.onnx"
         span = (programs.least, longest) if name == "prefill" else (0, 0)
         for capability in capabilities:
             progress(f"build the {name} engine for {capability}")
@@ -74,7 +75,7 @@ def write(
                 found |= {"least": span[0], "longest": span[1]}
             entry = {"file": file, "graph": name, "capability": capability}
             sidecar["engines"].append(entry | found)
-    (folder / f"{FUSED}.onnx").unlink(missing_ok=True)
+        source.unlink()
 
 
 def build(
@@ -185,4 +186,6 @@ def check_sorted(tiers: Sequence[Mapping[str, Any]], otherwise: str = "") -> Non
         )
 
 
-TARGET = Target("tensorrt", write, ("capabilities", "graphs", "longest", "limit_s"), check)
+TARGET = Target(
+    "tensorrt", write, ("capabilities", "graphs", "longest", "limit_s"), check, portable=True
+)

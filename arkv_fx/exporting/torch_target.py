@@ -1,7 +1,6 @@
 """Target "torch": each graph as an ``ExportedProgram``, for ``torch.export.load``.
 
-Loading needs ``import arkv_fx.formats.graph_operators``, which registers the operators that the
-graphs carry.
+``arkv_fx.runtime.load_program`` loads them: it registers the operators that the graphs carry.
 """
 
 from __future__ import annotations

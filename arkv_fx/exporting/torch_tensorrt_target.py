@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-import arkv_fx.formats.graph_operators  # noqa: F401  (registers the operators)
+import arkv_fx.runtime.operators  # noqa: F401  (registers the operators)
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError
 from arkv_fx.exporting.programs import Graph, Programs
@@ -79,7 +79,7 @@ def write(
     """
     compiler = _compiler()
     check_sorted([tier for group in sidecar["groups"] for tier in group["tiers"]])
-    for graph in (programs.prefill, programs.fused()):
+    for graph in map(programs.engine, ("prefill", "decode")):
         progress(f"compile the {graph.name} graph")
         inputs = _inputs(graph, compiler, (programs.least, longest))
         file = f"{graph.name}.pt2"
@@ -99,7 +99,7 @@ def write(
 def _compiler() -> Any:
     try:
         return importlib.import_module("torch_tensorrt")
-    except ImportError as error:
+    except Exception as error:  # without its libraries it raises a plain one
         raise ExportError(
             f"target 'torch_tensorrt' needs torch_tensorrt ({error}): pip install torch-tensorrt "
             "beside a CUDA build of torch, or take target 'tensorrt', which needs neither"

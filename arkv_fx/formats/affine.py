@@ -20,8 +20,8 @@ from arkv_fx.formats.codec import (
     signed,
     stored_scale,
 )
-from arkv_fx.formats.graph_operators import widen
 from arkv_fx.formats.hadamard import rotate
+from arkv_fx.runtime.operators import widen
 
 
 class RotatedAffine(Codec):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from arkv_fx.errors import UnsupportedFormatError
-from arkv_fx.formats.graph_operators import leaving_torch
+from arkv_fx.runtime.operators import leaving_torch
 
 # Scales and zero points: the range of float32 in two bytes, so no magnitude of the input
 # overflows. Codecs encode with the ROUNDED value, so having only eight bits costs nothing.

@@ -18,7 +18,7 @@ from arkv_fx.formats.codec import (
     symmetric_scale,
     top_bytes,
 )
-from arkv_fx.formats.graph_operators import dequantize, to_e4m3
+from arkv_fx.runtime.operators import dequantize, to_e4m3
 
 TOP = 448.0  # the largest e4m3 number
 BIAS = 2.0**120  # what codes with their bits in the places of a float32's are too small by

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from arkv_fx.formats.graph_operators import leaving_torch
+from arkv_fx.runtime.operators import leaving_torch
 
 FEW = 256
 """Vectors: eight sequences of a model of 32 query heads."""

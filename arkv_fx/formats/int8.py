@@ -18,7 +18,7 @@ from arkv_fx.formats.codec import (
     symmetric_scale,
     top_bytes,
 )
-from arkv_fx.formats.graph_operators import dequantize
+from arkv_fx.runtime.operators import dequantize
 
 TOP = 127.0
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from arkv_fx.formats import Codec
-from arkv_fx.formats.graph_operators import to_e4m3, widen
 from arkv_fx.kernels.kernel import Kernel, Writer
 from arkv_fx.kernels.reference import attend_columns, gather
+from arkv_fx.runtime.operators import to_e4m3, widen
 
 
 def encode_empty(

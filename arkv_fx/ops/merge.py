@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from arkv_fx.formats.graph_operators import best
 from arkv_fx.kernels import KERNELS, Encoder
 from arkv_fx.kernels.reference import encode_rows, gather
 from arkv_fx.ops.arrivals import Arrivals, rank_tokens
+from arkv_fx.runtime.operators import best
 from arkv_fx.scores import Stats
 from arkv_fx.state.view import Segment, View
 

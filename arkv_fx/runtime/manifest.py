@@ -5,20 +5,23 @@ Needs neither torch nor the onnx package, and unpickles nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from arkv_fx.errors import EngineError
+from arkv_fx.runtime.files import check_files, plain
 from arkv_fx.runtime.graph_file import GraphFile, read_graph_file
 from arkv_fx.runtime.tensors import TensorInfo
 
 FILE = "arkv.json"
-VERSION = 2
+GRAPHS = ("prefill", "decode")
+VERSION = 3
 METADATA = "arkv"
-"""The key under which a graph's file carries the same."""
+"""The key under which a graph's file carries the same, but for what came later."""
+LATER = ("files", "engines")
 OPSET = 21
 
 
@@ -47,17 +50,20 @@ class Sidecar:
 
     def graph(self, name: str) -> Path:
         """The file of the graph "prefill" or "decode"."""
-        return self.folder / _plain(self.content["graphs"][name]["file"], self.folder)
+        return self.folder / plain(self.content["graphs"][name]["file"], self.folder)
 
     @property
     def tokenizer(self) -> Path | None:
         """The file of the tokenizer, if one was saved."""
         name = self.content.get("tokenizer")
-        return self.folder / _plain(name, self.folder) / "tokenizer.json" if name else None
+        return self.folder / plain(name, self.folder) / "tokenizer.json" if name else None
 
 
-def read_sidecar(folder: str | Path) -> Sidecar:
+def read_sidecar(folder: str | PathLike[str], *, check: bool = True) -> Sidecar:
     """Read a folder that target "onnx" wrote.
+
+    Args:
+        check: whether its files must be those that were written (or signed).
 
     Raises:
         EngineError: naming what is missing, damaged, unknown or of another export.
@@ -68,7 +74,7 @@ def read_sidecar(folder: str | Path) -> Sidecar:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EngineError(f"{folder}: no {FILE}; give a folder that `arkv export` wrote") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EngineError(f"{path}: cannot be read: {error}") from error
     found = content.get("version") if isinstance(content, dict) else None
     if found != VERSION:
@@ -83,91 +89,50 @@ def read_sidecar(folder: str | Path) -> Sidecar:
         raise EngineError(f"{path}: opset {content['opset']!r}; this arkv_fx runs opset {OPSET}")
     try:
         sidecar = _parse(folder, content)
-        weights = folder / _plain(content["weights"]["file"], folder)
-        size, digest = int(content["weights"]["bytes"]), str(content["weights"]["sha256"])
-        graphs = [sidecar.graph(name) for name in ("prefill", "decode")]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        said = {str(name): _said(entry) for name, entry in content["files"].items()}
+        graphs = {path.name: path for path in map(sidecar.graph, GRAPHS)}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise EngineError(f"{path}: damaged: {type(error).__name__} {error}") from error
-    _check_weights(weights, size, digest)
-    for graph in graphs:
-        _check_graph(read_graph_file(graph), content, graph, weights.name, size)
+    found_graphs = {name: read_graph_file(path) for name, path in graphs.items()}
+    for name, graph in found_graphs.items():
+        _check_graph(graph, content, graphs[name])
+    if check:
+        check_files(folder, found_graphs, said)
     return sidecar
 
 
+def _said(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+
+
 def _parse(folder: Path, content: dict[str, Any]) -> Sidecar:
-    tensors = tuple(
-        TensorInfo(t["input"], t["output"], tuple(t["shape"]), t["dtype"], t["fill"])
-        for group in content["groups"]
-        for t in group["tensors"]
-    )
-    model = content["model"]
-    return Sidecar(
-        folder, content, int(content["batch"]), int(content["least_prompt"]),
-        int(model["vocabulary"]), tuple(model["eos_token_ids"]), tensors,
-    )  # fmt: skip
+    tensors = tuple(TensorInfo.parse(t) for group in content["groups"] for t in group["tensors"])
+    model, graphs = content["model"], [content["graphs"][name] for name in GRAPHS]
+    batch, least = _count(content, "batch"), _count(content, "least_prompt")
+    if content.get("longest_text") is not None:
+        _count(content, "longest_text")
+    for graph in graphs:
+        if not all(isinstance(name, str) for name in graph["inputs"]):
+            raise TypeError("names of inputs")
+    eos = tuple(int(token) for token in model["eos_token_ids"])
+    return Sidecar(folder, content, batch, least, _count(model, "vocabulary"), eos, tensors)
 
 
-def _plain(name: Any, folder: Path) -> str:
-    """``name`` if it is that of a file in the folder itself.
-
-    Raises:
-        EngineError: if it leads elsewhere.
-    """
-    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
-        raise EngineError(f"{folder}: the file name {name!r} leads out of the folder; refused")
-    return name
+def _count(where: dict[str, Any], name: str) -> int:
+    value = where[name]
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} is {value!r}, not a whole number >= 1")
+    return value
 
 
-_digests: dict[tuple[Path, int, int], str] = {}
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal; read once as long as its size and time are the same.
-
-    Raises:
-        OSError: if it cannot be read.
-    """
-    stat = path.stat()
-    key = (path.resolve(), stat.st_size, stat.st_mtime_ns)
-    if key not in _digests:
-        with path.open("rb") as file:
-            _digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
-    return _digests[key]
-
-
-def _check_weights(path: Path, size: int, digest: str) -> None:
-    try:
-        found = path.stat().st_size
-        if found != size:
-            raise EngineError(
-                f"{path}: {found} bytes where {size} were written: truncated or replaced; "
-                "export again"
-            )
-        if digest_of(path) != digest:
-            raise EngineError(
-                f"{path}: not the weights that were exported with these graphs (their SHA-256 "
-                "differs): damaged, or another export's; export again"
-            )
-    except OSError as error:
-        raise EngineError(f"{path}: the weights are missing: {error}") from error
-
-
-def _check_graph(
-    found: GraphFile, content: dict[str, Any], path: Path, weights: str, size: int
-) -> None:
+def _check_graph(found: GraphFile, content: dict[str, Any], path: Path) -> None:
     opset = found.opsets.get("")
     if opset != OPSET:
         raise EngineError(f"{path}: opset {opset}; this arkv_fx runs opset {OPSET}")
-    for name, end in found.external:
-        _plain(name, path.parent)
-        if name != weights or end > size:
-            raise EngineError(
-                f"{path}: it reads {end} bytes of {name!r}, and {weights!r} has {size}"
-            )
     try:
         own = json.loads(found.metadata[METADATA])
     except (KeyError, ValueError) as error:
         raise EngineError(f"{path}: it was not written by arkv_fx (no metadata)") from error
     names = sorted(k for k in {*own, *content} if own.get(k) != content.get(k))
-    if names not in ([], ["engines"]):  # engines are built from graphs that are written already
+    if names := [name for name in names if name not in LATER]:
         raise EngineError(f"{path}: {FILE} is of another export: they differ in {', '.join(names)}")

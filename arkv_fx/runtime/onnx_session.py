@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from arkv_fx.errors import EngineError
 from arkv_fx.runtime.manifest import Sidecar, read_sidecar
 from arkv_fx.runtime.sampling import Sampling
+from arkv_fx.runtime.shared import open_graph
 from arkv_fx.runtime.tensors import empty, from_numpy, to_numpy
 
 Tokens = NDArray[np.int64]
@@ -24,10 +25,12 @@ class OnnxSession:
     """One batch of sequences of an exported model.
 
     Threads may share a session: a call waits until another's is done. A stream that another call
-    broke into says so instead of going on over the other's sequences.
+    broke into says so instead of going on over the other's sequences. Sessions of one folder share
+    its weights, and run side by side.
 
     Args:
-        folder: what ``arkv_fx.export(..., target="onnx")`` wrote.
+        folder: what ``arkv_fx.export(..., target="onnx")`` wrote. Graphs that were rewritten since
+            run under a warning until they are signed, see ``sign``.
         threads: of ONNX Runtime; 0 for its own choice.
 
     Raises:
@@ -35,6 +38,10 @@ class OnnxSession:
     """
 
     def __init__(self, folder: str | PathLike[str], *, threads: int = 0) -> None:
+        if not isinstance(folder, str | PathLike):
+            raise EngineError(f"folder={folder!r}: give a path")
+        if type(threads) is not int or threads < 0:
+            raise EngineError(f"threads={threads!r}: must be a whole number >= 0")
         self.sidecar: Sidecar = read_sidecar(Path(folder))
         self.batch = self.sidecar.batch
         self._runtime = _onnxruntime()
@@ -57,9 +64,9 @@ class OnnxSession:
         return sum(t.nbytes for t in self.sidecar.tensors)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """The state by its input names; bfloat16 and float8 as the bytes that they are."""
+        """Copies of the state by its input names; bfloat16 and float8 are held as their bytes."""
         return {
-            t.input: to_numpy(value, t)
+            t.input: to_numpy(value)
             for t, value in zip(self.sidecar.tensors, self._state, strict=True)
         }
 
@@ -70,12 +77,23 @@ class OnnxSession:
             tokens: [B] how many tokens of each sequence it has seen, padding not counted.
 
         Raises:
-            EngineError: if tensors are missing or are not of the shape and dtype of the graph's.
+            EngineError: if tensors are missing or unknown, or not of the shape and dtype of the
+                graph's; or for other tokens.
         """
+        if not isinstance(state, Mapping):
+            raise EngineError(f"state is a {type(state).__name__}; give what state() gave")
+        if unknown := sorted(map(str, {*state} - {t.input for t in self.sidecar.tensors})):
+            raise EngineError(f"the graphs know no state {', '.join(unknown[:4])}")
+        seen = self._array("tokens", tokens)
+        if seen.shape != (self.batch,) or seen.min() < 0:
+            raise EngineError(
+                f"tokens={tokens!r}: give the number of tokens seen for each of {self.batch} "
+                "sequences"
+            )
         found = [from_numpy(self._runtime, state.get(t.input), t) for t in self.sidecar.tensors]
         with self._lock:
             self._state, self._hold = found, object()
-            self._next = np.asarray(tokens, np.int64).reshape(self.batch)
+            self._next = seen
 
     def prefill(self, ids: ArrayLike, mask: ArrayLike | None = None) -> Logits:
         """Begin new sequences.
@@ -91,23 +109,18 @@ class OnnxSession:
             EngineError: for tokens of another shape, dtype or vocabulary.
         """
         tokens = self._checked(ids)
-        seen = np.ones_like(tokens) if mask is None else np.asarray(mask)
+        seen = np.ones_like(tokens) if mask is None else self._array("mask", mask)
         if seen.shape != tokens.shape or not np.isin(seen, (0, 1)).all():
             raise EngineError(f"mask {seen.shape}: give zeros and ones like the ids {tokens.shape}")
-        seen = seen.astype(np.int64)
         if (np.diff(seen, axis=1) < 0).any() or not seen[:, -1].all():
             raise EngineError("mask: padding stands on the left, and no sequence is empty")
         self._check_length(tokens.shape[1])
-        short = self.sidecar.least_prompt - tokens.shape[1]
-        if not self.sidecar.padding:
-            if not seen.all():
-                raise EngineError("mask: this model takes no padding; give equally long prompts")
-            if short > 0:
-                with self._lock:
-                    self.reset()
-                    return [self.step(column) for column in tokens.T][-1]
-        if short > 0:
-            tokens, seen = (np.pad(x, ((0, 0), (short, 0))) for x in (tokens, seen))
+        if not self.sidecar.padding and not seen.all():
+            raise EngineError("mask: this model takes no padding; give equally long prompts")
+        if tokens.shape[1] < self.sidecar.least_prompt:
+            with self._lock:
+                self.reset()
+                return [self.step(column) for column in tokens.T][-1]
         positions = np.maximum(seen.cumsum(1) - 1, 0)
         given = {"input_ids": tokens, "attention_mask": seen, "position_ids": positions}
         wanted = self.sidecar.content["graphs"]["prefill"]["inputs"]
@@ -126,7 +139,7 @@ class OnnxSession:
         Returns:
             Logits [B, vocabulary].
         """
-        tokens = np.asarray(ids)
+        tokens = self._array("ids", ids)
         tokens = self._checked(tokens[:, None] if tokens.ndim == 1 else tokens)
         if tokens.shape[1] != 1:
             raise EngineError(f"a step takes one token for each sequence, not {tokens.shape[1]}")
@@ -145,9 +158,9 @@ class OnnxSession:
     ) -> Iterator[Tokens]:  # fmt: skip
         """Tokens [B] one after the other; see ``generate``."""
         sampling = Sampling(temperature, top_k, top_p, seed)
-        if max_new_tokens < 1:
-            raise EngineError(f"max_new_tokens={max_new_tokens}: must be >= 1")
-        ends = np.array(self.sidecar.eos if stop is None else tuple(stop), np.int64)
+        if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+            raise EngineError(f"max_new_tokens={max_new_tokens!r}: must be a whole number >= 1")
+        ends = self._array("stop", self.sidecar.eos if stop is None else stop).reshape(-1)
         return self._stream(self._checked(ids), mask, max_new_tokens, sampling, ends)
 
     def _stream(
@@ -199,10 +212,22 @@ class OnnxSession:
         with self._lock:
             return np.stack(list(new), 1)
 
+    def _array(self, name: str, given: ArrayLike) -> Tokens:
+        """Whole numbers of any shape.
+
+        Raises:
+            EngineError: for anything else.
+        """
+        try:
+            found = np.asarray(given)
+        except ValueError:
+            raise EngineError(f"{name}: give integers in rows of one length") from None
+        if found.size and found.dtype.kind not in "iub":
+            raise EngineError(f"{name} are {found.dtype}; give integers")
+        return found.astype(np.int64)
+
     def _checked(self, ids: ArrayLike) -> Tokens:
-        tokens = np.asarray(ids)
-        if tokens.dtype.kind not in "iu":
-            raise EngineError(f"ids are {tokens.dtype}; give integers [batch, tokens]")
+        tokens = self._array("ids", ids)
         if tokens.ndim != 2 or tokens.shape[0] != self.batch or tokens.shape[1] < 1:
             raise EngineError(
                 f"ids {tokens.shape}: these graphs take [{self.batch}, tokens]; export with "
@@ -210,7 +235,7 @@ class OnnxSession:
             )
         if tokens.min() < 0 or tokens.max() >= self.sidecar.vocabulary:
             raise EngineError(f"ids must be in 0..{self.sidecar.vocabulary - 1}")
-        return tokens.astype(np.int64)
+        return tokens
 
     def _check_length(self, tokens: int) -> None:
         longest = self.sidecar.longest_text
@@ -234,16 +259,8 @@ class OnnxSession:
         return found
 
     def _open(self, name: str, threads: int) -> Any:
-        path = self.sidecar.graph(name)
-        options = self._runtime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads
-        try:
-            return self._runtime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its errors have no common class
-            raise EngineError(f"{path}: ONNX Runtime cannot run it: {error}") from error
+        inputs = self.sidecar.content["graphs"][name]["inputs"]
+        return open_graph(self._runtime, self.sidecar.graph(name), inputs, threads)
 
 
 def _onnxruntime() -> Any:

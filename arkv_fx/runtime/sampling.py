@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +27,17 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, ok, allowed in (
-            ("temperature", self.temperature >= 0, ">= 0"),
-            ("top_k", self.top_k >= 0, ">= 0"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-        ):
-            if not ok:
-                raise EngineError(f"{name}={getattr(self, name)!r}: must be {allowed}")
+        number, whole = (int, float, np.integer, np.floating), (int, np.integer)
+        checks: tuple[tuple[str, tuple[type, ...], str, Callable[[Any], bool]], ...] = (
+            ("temperature", number, "a number >= 0", lambda x: 0 <= x < math.inf),
+            ("top_k", whole, "a whole number >= 0", lambda x: x >= 0),
+            ("top_p", number, "a number above 0 and at most 1", lambda x: 0 < x <= 1),
+            ("seed", (*whole, type(None)), "a whole number >= 0 or None", lambda x: (x or 0) >= 0),
+        )
+        for name, kinds, allowed, fits in checks:
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or not fits(value):
+                raise EngineError(f"{name}={value!r}: must be {allowed}")
 
     def generator(self) -> np.random.Generator:
         """The source of randomness of one run."""

@@ -1,8 +1,7 @@
-"""State tensors between numpy and ONNX Runtime; numpy lacks two of their dtypes."""
+"""State tensors of exported graphs, in dtypes that numpy and every ONNX Runtime binding have."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,41 +11,47 @@ from numpy.typing import NDArray
 
 from arkv_fx.errors import EngineError
 
-# numpy's dtype of the same width, and the dtype's number in onnx.proto where numpy has none.
-DTYPES: dict[str, tuple[Any, int | None]] = {
-    "int32": (np.int32, None),
-    "int8": (np.int8, None),
-    "float32": (np.float32, None),
-    "float16": (np.float16, None),
-    "bfloat16": (np.uint16, 16),
-    "float8_e4m3fn": (np.uint8, 17),
-}
+DTYPES = ("int32", "int8", "float32", "float16")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A state tensor: its names going in and coming out, [layers, batch, ...] or [batch, ...]."""
+    """A state tensor: its names going in and coming out, [layers, batch, ...] or [batch, ...].
+
+    ``bytes_of`` names what an int8 tensor holds the bytes of, "" if it holds numbers.
+    """
 
     input: str
     output: str
     shape: tuple[int, ...]
     dtype: str
     fill: int
+    bytes_of: str = ""
 
-    @property
-    def stored(self) -> Any:
-        """numpy's dtype for it."""
-        return np.dtype(DTYPES[self.dtype][0])
+    @classmethod
+    def parse(cls, entry: dict[str, Any]) -> TensorInfo:
+        """What ``arkv.json`` says of one.
+
+        Raises:
+            KeyError, TypeError, ValueError: if it is damaged.
+        """
+        shape = tuple(entry["shape"])
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"shape {shape}")
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"dtype {entry['dtype']!r}")
+        names = str(entry["input"]), str(entry["output"])
+        return cls(*names, shape, entry["dtype"], int(entry["fill"]), entry["bytes_of"] or "")
 
     @property
     def nbytes(self) -> int:
         """Its bytes."""
-        return int(math.prod(self.shape) * self.stored.itemsize)
+        return int(math.prod(self.shape) * np.dtype(self.dtype).itemsize)
 
 
 def empty(runtime: Any, info: TensorInfo) -> Any:
     """The OrtValue before the first token."""
-    return from_numpy(runtime, np.full(info.shape, info.fill, info.stored), info)
+    return from_numpy(runtime, np.full(info.shape, info.fill, info.dtype), info)
 
 
 def from_numpy(runtime: Any, array: NDArray[Any] | None, info: TensorInfo) -> Any:
@@ -57,22 +62,17 @@ def from_numpy(runtime: Any, array: NDArray[Any] | None, info: TensorInfo) -> An
     """
     if array is None:
         raise EngineError(f"the state lacks {info.input}")
-    if array.shape != info.shape or array.dtype != info.stored:
+    if not isinstance(array, np.ndarray):
+        raise EngineError(f"{info.input} is a {type(array).__name__}; give a numpy array")
+    if array.shape != info.shape or array.dtype != info.dtype:
         raise EngineError(
             f"{info.input} is {array.dtype} {array.shape}; the graph takes {info.dtype} "
-            f"(as {info.stored}) {info.shape}"
+            f"{info.shape}"
         )
-    number = DTYPES[info.dtype][1]
-    array = np.ascontiguousarray(array)
-    if number is None:
-        return runtime.OrtValue.ortvalue_from_numpy(array)
-    return runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, number)
+    return runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
 
-def to_numpy(value: Any, info: TensorInfo) -> NDArray[Any]:
-    """A copy of an OrtValue; what numpy has no dtype for, as integers of the same width."""
-    if DTYPES[info.dtype][1] is None:
-        found: NDArray[Any] = value.numpy().copy()  # it may look into memory that ends with value
-        return found
-    raw = ctypes.string_at(value.data_ptr(), info.nbytes)
-    return np.frombuffer(raw, info.stored).reshape(info.shape)
+def to_numpy(value: Any) -> NDArray[Any]:
+    """A copy of an OrtValue."""
+    found: NDArray[Any] = value.numpy().copy()  # it may look into memory that ends with value
+    return found

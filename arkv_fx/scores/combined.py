@@ -46,6 +46,7 @@ class CombinedScore(Score):
         return self.mass.precision(stats, age, valid)
 
     def eviction(self, stats: Stats, age: Tensor, valid: Tensor) -> Tensor:
-        attention = zscore(torch.log(self.precision(stats, age, valid) + 1e-9), valid)
+        # Not `+ 1e-9`: optimizers of ONNX graphs take out what they think adds nothing.
+        attention = zscore(torch.log(self.precision(stats, age, valid).clamp(min=1e-9)), valid)
         unusual = zscore(self.novelty.precision(stats, age, valid), valid)
         return torch.maximum(unusual, attention - self.margin)

@@ -143,4 +143,4 @@ def zscore(x: Tensor, valid: Tensor) -> Tensor:
     n = weight.sum(-1, keepdim=True).clamp(min=1.0)
     mean = (x * weight).sum(-1, keepdim=True) / n
     var = ((x - mean).square() * weight).sum(-1, keepdim=True) / n
-    return (x - mean) / (var.sqrt() + 1e-6)
+    return (x - mean) / var.sqrt().clamp(min=1e-6)

@@ -79,16 +79,10 @@ def layers_state(opened: OnnxSession, layers: Sequence[LayerState]) -> dict[str,
     found: dict[str, NDArray[Any]] = {}
     for group in opened.sidecar.content["groups"]:
         for index, info in enumerate(group["tensors"]):
-            parts = [exported_bytes(layers[i].tensors[index]) for i in group["layers"]]
+            tensors = [layers[i].tensors[index] for i in group["layers"]]
+            parts = [x.view(torch.int8) if info["bytes_of"] else x for x in tensors]
             found[info["input"]] = np.stack(parts).reshape(info["shape"])
     return found
-
-
-def exported_bytes(x: Tensor) -> NDArray[Any]:
-    """A state tensor of torch with the bytes that exported graphs have."""
-    if x.dtype == torch.bfloat16:
-        return x.view(torch.int16).numpy().view(np.uint16)
-    return x.numpy()
 
 
 def signed(state: dict[str, NDArray[Any]], opened: OnnxSession) -> dict[str, NDArray[Any]]:

@@ -118,15 +118,17 @@ def test_the_graphs_hold_the_planned_bytes_and_no_more(arch: str) -> None:
 
 
 MOVES = {"Gather", "Slice", "Split", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"}
+UNSIGNED = onnx.TensorProto.UINT8
 READS = {"DequantizeLinear", "Where", "GatherND"}  # attention; the update; the token that leaves
 
 
 def readers(graph: onnx.GraphProto, name: str) -> set[str]:
-    """Kinds of nodes that read a tensor, through those that only cut or rename it."""
+    """Kinds of nodes that read a tensor, through those that cut or rename it, or drop signs."""
     found: set[str] = set()
     for node in graph.node:
         if name in node.input:
-            if node.op_type in MOVES:
+            bytes_only = node.op_type == "Cast" and node.attribute[0].i == UNSIGNED
+            if node.op_type in MOVES or bytes_only:
                 found |= {r for out in node.output for r in readers(graph, out)}
             else:
                 found.add(node.op_type)
@@ -163,11 +165,37 @@ def test_dequantized_codes_are_not_kept(arch: str) -> None:
         assert x.type.tensor_type.elem_type == kinds["past_key_values" + x.name[len("present") :]]
 
 
+PORTABLE = {"FLOAT", "FLOAT16", "INT64", "INT32", "INT8"}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_binding_has_the_dtypes_of_inputs_and_outputs(arch: str) -> None:
+    """Plain ``session.run`` hands over all of them; formats with bfloat16 and float8 are there."""
+    for name in ("prefill", "decode"):
+        graph = onnx.load(cases.folder(arch) / f"{name}.onnx", load_external_data=False).graph
+        kinds = {x.type.tensor_type.elem_type for x in (*graph.input, *graph.output)}
+        assert {onnx.TensorProto.DataType.Name(k) for k in kinds} <= PORTABLE
+    held = {t.bytes_of for t in cases.session(arch).sidecar.tensors}
+    assert held == {"", "bfloat16", *(["float8_e4m3fn"] if "fp8" in CASES[arch] else [])}
+
+
+def test_rotations_are_named() -> None:
+    """So that a quantizer can leave them out: the matrices, and all that multiplies by them."""
+    for name in ("prefill", "decode"):
+        graph = onnx.load(cases.folder("llama") / f"{name}.onnx").graph
+        named = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+        rotations = {n: x for n, x in named.items() if "hadamard" in n}
+        assert rotations
+        for matrix in rotations.values():
+            assert np.allclose(matrix @ matrix, np.eye(len(matrix)), atol=1e-6)
+        readers = [n.name for n in graph.node if set(n.input) & set(rotations)]
+        assert readers and all("hadamard" in name for name in readers)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_layers_of_one_plan_are_stacked(arch: str) -> None:
     groups = cases.session(arch).sidecar.content["groups"]
-    # fp8 cannot be cut, gemma3's layers differ.
-    expected = [[0], [1]] if arch in ("qwen3", "gemma3") else [[0, 1]]
+    expected = [[0], [1]] if arch == "gemma3" else [[0, 1]]  # gemma3's layers differ
     assert [g["layers"] for g in groups] == expected
 
 

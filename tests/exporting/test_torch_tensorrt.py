@@ -83,6 +83,21 @@ def test_it_is_given_plain_graphs_that_answer_alike(compiler: Compiler, tmp_path
     assert [tuple(x.shape) for x in given["arg_inputs"]][:2] == [(1, 1), (1, 1)]
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, Exception, OSError])
+def test_a_package_that_cannot_be_imported_is_named(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the libraries of TensorRT it raises whatever it likes."""
+
+    def fails(name: str) -> None:
+        raise kind("could not find libnvinfer")
+
+    monkeypatch.setattr(torch_tensorrt_target.importlib, "import_module", fails)
+    with pytest.raises(ExportError, match=r"needs torch_tensorrt \(could not find libnvinfer\)"):
+        export(tmp_path / "p")
+    assert not any(tmp_path.iterdir())
+
+
 def test_without_its_libraries_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"needs torch_tensorrt .*pip install torch-tensorrt"):
         export(tmp_path / "p")

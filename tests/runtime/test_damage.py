@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from arkv_fx.errors import EngineError
 from arkv_fx.runtime import OnnxSession, read_sidecar
-from arkv_fx.runtime.manifest import digest_of
+from arkv_fx.runtime.files import said_of
 
 
 @pytest.fixture
@@ -127,14 +128,13 @@ def test_a_damaged_sidecar(folder: Path, text: str) -> None:
 def test_a_sidecar_of_another_model(folder: Path) -> None:
     shutil.copy(cases.folder("gemma3") / "arkv.json", folder)
     weights = folder / "weights.data"
-    own = {"bytes": weights.stat().st_size, "sha256": digest_of(weights)}
-    edit(folder, lambda c: c["weights"].update(own))
+    edit(folder, lambda c: c["files"].update({weights.name: said_of(weights)}))
     refuses(folder, "arkv.json is of another export: they differ in .*model")
 
 
 def test_an_unknown_version(folder: Path) -> None:
     edit(folder, lambda c: c.update(version=99))
-    refuses(folder, "format version 99; this arkv_fx reads version 2")
+    refuses(folder, "format version 99; this arkv_fx reads version 3")
 
 
 def test_a_wrong_opset_of_the_sidecar(folder: Path) -> None:
@@ -183,3 +183,34 @@ def test_a_graph_without_our_metadata(folder: Path) -> None:
 def test_a_graph_that_the_runtime_cannot_run(folder: Path) -> None:
     edit_graph(folder, lambda m: setattr(m.graph.node[0], "op_type", "Nonsense"))
     refuses(folder, "ONNX Runtime cannot run it")
+
+
+@pytest.mark.parametrize(
+    "value", ["Infinity", "NaN", "-1", "0", "1.5", '"1"', "null", "[1]", "true"]
+)
+@pytest.mark.parametrize("name", ["batch", "least_prompt", "vocabulary", "bytes"])
+def test_numbers_of_the_sidecar_that_are_none(folder: Path, name: str, value: str) -> None:
+    text = (folder / "arkv.json").read_text()
+    changed = re.sub(rf'"{name}": \d+', f'"{name}": {value}', text)
+    assert changed != text
+    (folder / "arkv.json").write_text(changed)
+    refuses(folder, "arkv.json: damaged|weights.data: .* bytes where|least_prompt|batch")
+
+
+@pytest.mark.parametrize("name", ["groups", "graphs", "files", "model"])
+@pytest.mark.parametrize("value", [None, 1, "x", [], [1], {}, {"prefill": 1}])
+def test_parts_of_the_sidecar_that_are_something_else(folder: Path, name: str, value: Any) -> None:
+    edit(folder, lambda c: c.update({name: value}))
+    refuses(folder, "arkv.json")
+
+
+def test_a_sidecar_without_end(folder: Path) -> None:
+    (folder / "arkv.json").write_text("[" * 100_000)
+    refuses(folder, "arkv.json: cannot be read")
+
+
+def test_graphs_that_are_each_other(folder: Path) -> None:
+    a, b, c = folder / "prefill.onnx", folder / "decode.onnx", folder / "x"
+    a.rename(c), b.rename(a), c.rename(b)
+    with pytest.warns(UserWarning, match="changed since the export"):
+        refuses(folder, "prefill.onnx: not the graph that arkv.json tells of")

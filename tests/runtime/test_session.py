@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import engine_cases as cases
 import numpy as np
@@ -176,6 +177,94 @@ def test_wrong_states_are_refused(session: OnnxSession) -> None:
     for wrong in ({}, {**state, name: state[name][:1]}, {**state, name: state[name].astype(float)}):
         with pytest.raises(EngineError, match=name):
             session.set_state(wrong, [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "tokens", "says"),
+    [
+        ({"unknown": np.zeros(3)}, [0, 0], "know no state unknown"),
+        ({"past_key_values.0.pos": [1, 2]}, [0, 0], "0.pos is a list; give a numpy array"),
+        ({"past_key_values.0.pos": None}, [0, 0], "lacks past_key_values.0.pos"),
+        ({}, [0], "number of tokens seen for each of 2"),
+        ({}, 5, "number of tokens seen"),
+        ({}, [-1, 0], "number of tokens seen"),
+        ({}, [1.5, 0], "tokens are float64; give integers"),
+        ({}, ["a", "b"], "tokens are <U1; give integers"),
+    ],
+)
+def test_states_are_named_that_cannot_be(
+    session: OnnxSession, change: dict[str, object], tokens: object, says: str
+) -> None:
+    before = session.state()
+    with pytest.raises(EngineError, match=says):
+        session.set_state({**before, **change}, tokens)  # type: ignore[dict-item, arg-type]
+    with pytest.raises(EngineError, match="state is a list"):
+        session.set_state([], [0, 0])  # type: ignore[arg-type]
+    assert all((x == before[name]).all() for name, x in session.state().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"folder": None}, "folder=None: give a path"),
+        ({"folder": 3}, "folder=3: give a path"),
+        ({"threads": -1}, "threads=-1"),
+        ({"threads": "2"}, "threads='2'"),
+    ],
+)
+def test_sessions_are_not_made_of_anything(options: dict[str, object], says: str) -> None:
+    with pytest.raises(EngineError, match=says):
+        OnnxSession(**{"folder": cases.folder("llama"), **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
+        ({"max_new_tokens": "3"}, "max_new_tokens='3'"),
+        ({"temperature": "hot"}, "temperature='hot'"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": 1.5}, "top_k=1.5"),
+        ({"top_p": None}, "top_p=None"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": "x"}, "seed='x'"),
+        ({"stop": ["x"]}, "stop are"),
+        ({"ids": [[1, 2], [3]]}, "ids: give integers in rows of one length"),
+        ({"ids": "ab"}, "ids are"),
+    ],
+)
+def test_options_that_cannot_be_are_named(
+    session: OnnxSession, options: dict[str, object], says: str
+) -> None:
+    with pytest.raises(EngineError, match=says):
+        session.generate(**{"ids": IDS, "max_new_tokens": 2, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_sessions_of_a_folder_share_their_weights() -> None:
+    """Four take the memory of one and three states, which are small here."""
+    script = f"""
+        import os
+        from arkv_fx.runtime import OnnxSession
+        def size():
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        folder, sessions, sizes = {str(cases.folder("llama"))!r}, [], []
+        for _ in range(4):
+            sessions.append(OnnxSession(folder, threads=1))
+            sizes.append(size())
+        assert len({{id(s._decode) for s in sessions}}) == 1
+        assert len({{id(x) for s in sessions for x in s._state}}) == 4 * len(sessions[0]._state)
+        one = [s.generate({IDS.tolist()}, 4).tolist() for s in sessions]
+        assert all(x == one[0] for x in one)
+        print(sizes[3] - sizes[0])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 2
 
 
 def test_keys_that_are_not_numbers_are_reported(session: OnnxSession) -> None:

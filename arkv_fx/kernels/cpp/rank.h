@@ -116,7 +116,7 @@ class Ranking {
       }
       if (score.has_norm) EACH x[i] *= load<vf>(c.norm + j + i * W);
       if (both) {
-        EACH x[i] += 1e-9f;
+        EACH x[i] = larger(x[i], spread(1e-9f));
         logarithm<N>(x);
       }
       EACH store(c.rank + j + i * W, x[i]);
@@ -145,6 +145,7 @@ class Ranking {
         square[i] += y * y;
       }
     all = sums(square);
-    return {shift, 1 / (std::sqrt((all[0] + all[1] + all[2] + all[3]) / n) + 1e-6f)};
+    const float spread = std::sqrt((all[0] + all[1] + all[2] + all[3]) / n);
+    return {shift, 1 / std::max(spread, 1e-6f)};
   }
 };

@@ -2,7 +2,7 @@
 
 Graphs that leave torch carry these instead of casts and products, so that a target can read codes
 where they lie: ONNX makes each of them one (De)QuantizeLinear; and instead of a whole sort where
-the best are enough: TopK.
+the best are enough: TopK. Views of bits are among them, too: ONNX has none before opset 26.
 """
 
 from __future__ import annotations
@@ -64,12 +64,31 @@ def _as_indices(rank: Tensor, count: int) -> Tensor:
     return rank.new_empty((*rank.shape[:-1], count), dtype=torch.int64)
 
 
+def _to_bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int8).clone()
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] * x.dtype.itemsize), dtype=torch.int8)
+
+
+def _from_bytes(held: Tensor, dtype: torch.dtype) -> Tensor:
+    return held.contiguous().view(dtype).to(torch.float32)
+
+
+def _as_numbers(held: Tensor, dtype: torch.dtype) -> Tensor:
+    shape = (*held.shape[:-1], held.shape[-1] // dtype.itemsize)
+    return held.new_empty(shape, dtype=torch.float32)
+
+
 _library = torch.library.Library("arkv", "FRAGMENT")
 for _name, _arguments, _run, _fake in (
     ("widen", "Tensor codes", _widen, _as_float32),
     ("dequantize", "Tensor codes, Tensor scale", _dequantize, _as_float32),
     ("to_e4m3", "Tensor x", _to_e4m3, _as_e4m3),
     ("best", "Tensor rank, int count", _best, _as_indices),
+    ("to_bytes", "Tensor x", _to_bytes, _as_bytes),
+    ("from_bytes", "Tensor held, ScalarType dtype", _from_bytes, _as_numbers),
 ):
     _library.define(f"{_name}({_arguments}) -> Tensor")
     _library.impl(_name, _run, "CompositeExplicitAutograd")
@@ -97,4 +116,16 @@ def to_e4m3(x: Tensor) -> Tensor:
 def best(rank: Tensor, count: int) -> Tensor:
     """int64 indices [..., count] of the largest of rank [..., N >= count]; of equals the first."""
     out: Tensor = torch.ops.arkv.best(rank, count)
+    return out
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """bfloat16 or float8 e4m3 numbers [..., D] as their bytes, int8 [..., D * itemsize]."""
+    out: Tensor = torch.ops.arkv.to_bytes(x)
+    return out
+
+
+def from_bytes(held: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of ``to_bytes`` for numbers of ``dtype``, in float32."""
+    out: Tensor = torch.ops.arkv.from_bytes(held, dtype)
     return out
