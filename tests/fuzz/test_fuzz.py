@@ -56,10 +56,10 @@ def _all_real(mask: Any, *args: Any, original: Callable[..., Any]) -> Any:
     return original(None, *args)
 
 
-def _next_place(held: Any, *args: Any, original: Callable[..., Any]) -> Any:
-    """The ring is written one slot too far."""
-    moves = original(held, *args)
-    moves[0].slot = (moves[0].slot + 1) % held.plan.ring
+def _not_stored(*args: Any, original: Callable[..., Any]) -> Any:
+    """A decoded token finds no place."""
+    moves = original(*args)
+    moves[0].wins = torch.zeros_like(moves[0].wins)
     return moves
 
 
@@ -71,8 +71,8 @@ def _earlier_query(*args: Any, original: Callable[..., Any]) -> Any:
 
 Fault = tuple[Any, str, Callable[..., Any]]
 QUICK: dict[int, tuple[Fault, ...]] = {
-    0: ((softmax, "gather_mask", _later_mask), (attend, "_valid", _all_real)),
-    2: ((exchange, "_choose_moves", _next_place),),
+    0: ((softmax, "gather_mask", _later_mask),),
+    2: ((exchange, "_choose_moves", _not_stored),),
     7: ((attend, "_arrivals", _earlier_query),),
     8: ((attend, "_valid", _all_real),),
     9: (),
