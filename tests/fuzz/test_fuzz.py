@@ -63,17 +63,18 @@ def _not_stored(*args: Any, original: Callable[..., Any]) -> Any:
     return moves
 
 
-def _earlier_query(*args: Any, original: Callable[..., Any]) -> Any:
-    """Queries stand one too far back."""
+def _late_position(*args: Any, original: Callable[..., Any]) -> Any:
+    """New tokens are kept under the next one's position."""
     new, query_pos = original(*args)
-    return new, query_pos - 1
+    new.pos = torch.where(new.pos < 0, new.pos, new.pos + 1)
+    return new, query_pos
 
 
 Fault = tuple[Any, str, Callable[..., Any]]
 QUICK: dict[int, tuple[Fault, ...]] = {
-    0: ((softmax, "gather_mask", _later_mask),),
+    0: ((softmax, "gather_mask", _later_mask), (attend, "_arrivals", _late_position)),
     2: ((exchange, "_choose_moves", _not_stored),),
-    7: ((attend, "_arrivals", _earlier_query),),
+    7: (),
     8: ((attend, "_valid", _all_real),),
     9: (),
 }
