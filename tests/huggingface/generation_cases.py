@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
+    EncoderDecoderCache,
     MaxLengthCriteria,
     PreTrainedModel,
     StaticCache,
@@ -71,6 +72,14 @@ def _plainly(**options: Any) -> Callable[[PreTrainedModel], Result]:
 
 def _one(**options: Any) -> Callable[[PreTrainedModel], Result]:
     return lambda model: answer(model, inputs(model, 1), **options)
+
+
+def in_chunks(model: PreTrainedModel) -> Result:
+    """The prompt a few tokens at a time.
+
+    ``generate()`` cuts an encoder's mask as well, which goes unseen only where it hides nothing.
+    """
+    return answer(model, inputs(model, padded=True), prefill_chunk_size=5, output_logits=True)
 
 
 def bare_tokens(model: PreTrainedModel) -> Result:
@@ -164,7 +173,10 @@ def second_turn(model: PreTrainedModel) -> Result:
 
 def empty_cache(model: PreTrainedModel) -> Result:
     """An empty cache of transformers' own, which a chat loop makes."""
-    return _goes_on(model, padded=False, cache=DynamicCache(config=model.config))
+    cache: Any = DynamicCache(config=model.config)
+    if is_encoder_decoder(model):
+        cache = EncoderDecoderCache(cache, DynamicCache())
+    return _goes_on(model, padded=False, cache=cache)
 
 
 def copied_cache(model: PreTrainedModel) -> Result:
@@ -215,7 +227,7 @@ CASES: dict[str, Callable[[PreTrainedModel], Result]] = {
     ),
     "no cache": _plainly(use_cache=False, output_logits=True),
     "dynamic by name": _plainly(cache_implementation="dynamic"),
-    "prompt in chunks": _plainly(prefill_chunk_size=5, output_logits=True),
+    "prompt in chunks": in_chunks,
     "one token": _plainly(max_new_tokens=1, output_logits=True),
     "all logits": _plainly(logits_to_keep=0, output_logits=True),
     "early end": early_end,
