@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import (
     DynamicCache,
     EncoderDecoderCache,
+    GenerationMixin,
     MaxLengthCriteria,
     PreTrainedModel,
     StaticCache,
@@ -47,12 +48,16 @@ def inputs(model: PreTrainedModel, rows: int = 2, *, padded: bool = False) -> di
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
+def generate(model: PreTrainedModel, **options: Any) -> Any:
+    """transformers' own: Whisper's is a loop around it, over pieces of sound."""
+    return GenerationMixin.generate(model, **options)  # type: ignore[arg-type]
+
+
 def answer(model: PreTrainedModel, given: dict[str, Any], **options: Any) -> Result:
     """Sequences, and what else the call answers for each step."""
     settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
     torch.manual_seed(0)
-    call: Any = model.generate
-    out = call(**given, **settings | options)
+    out = generate(model, **given, **settings | options)
     found = {"sequences": out.sequences}
     for name in ("scores", "logits"):
         if (steps := out.get(name)) is not None:
@@ -84,8 +89,7 @@ def in_chunks(model: PreTrainedModel) -> Result:
 
 def bare_tokens(model: PreTrainedModel) -> Result:
     """Without a dict, the tokens are all there is."""
-    call: Any = model.generate
-    return {"sequences": call(**inputs(model), max_new_tokens=NEW, do_sample=False)}
+    return {"sequences": generate(model, **inputs(model), max_new_tokens=NEW, do_sample=False)}
 
 
 def early_end(model: PreTrainedModel) -> Result:
@@ -145,10 +149,10 @@ def _more(given: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
 
 
 def _goes_on(model: PreTrainedModel, padded: bool, cache: Any = None, new: int = 0) -> Result:
-    given, call = inputs(model, padded=padded), model.generate
+    given = inputs(model, padded=padded)
     begun: Any = {"past_key_values": cache} if cache is not None else {}
-    first: Any = call(  # type: ignore[operator]
-        **given, **begun, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+    first = generate(
+        model, **given, **begun, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
     )
     tokens = torch.cat([first.sequences, torch.full((2, new), 7)], 1)
     return answer(
@@ -181,9 +185,9 @@ def empty_cache(model: PreTrainedModel) -> Result:
 
 def copied_cache(model: PreTrainedModel) -> Result:
     """Two texts with one beginning, whose cache is copied."""
-    given, call = inputs(model), model.generate
-    first: Any = call(  # type: ignore[operator]
-        **given, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+    given = inputs(model)
+    first = generate(
+        model, **given, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
     )
     found: Result = {}
     for token in (5, 6):
