@@ -23,6 +23,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import is_autocast_available
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.passes.split_module import split_module
 
@@ -261,4 +262,12 @@ def piece_key(piece: GraphModule, args: tuple[Any, ...]) -> Any:
         else plain(a)
         for a in args
     )
-    return tuple(lines), shapes, torch.is_grad_enabled(), torch.get_num_threads()
+    # Autocast is a part of what is compiled.
+    kinds = sorted({a.device.type for a in args if isinstance(a, Tensor)})
+    lowered = [
+        torch.get_autocast_dtype(kind)
+        for kind in kinds
+        if is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    ]
+    modes = torch.is_grad_enabled(), torch.get_num_threads(), tuple(lowered)
+    return tuple(lines), shapes, modes
