@@ -65,7 +65,7 @@ def leave_last_open(cache: ArkvCache, prompt: int) -> None:
         cache.crop(-1)
     except CacheError as error:
         raise CacheError(
-            f"the cache holds all {prompt} tokens of the prompt, so generate() has nothing to begin "
-            f"with, and the last token cannot be computed again ({error}): cache all of a prompt "
+            f"the cache holds all {prompt} tokens of the prompt, so generate() has nothing to begin"
+            f" with, and the last token cannot be computed again ({error}): cache all of a prompt "
             "but its last token, or hand on a copy (copy.deepcopy) that was made before"
         ) from error

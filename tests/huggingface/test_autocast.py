@@ -44,7 +44,7 @@ def test_logits_are_the_plain_models(arch: str, attention: str, compile: str) ->
     exact, _ = steps(plain, ids())
     arkv_fx.transform(model, ROOMY, compile=compile)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected, full = steps(plain, ids())
+        expected, _ = steps(plain, ids())
         found, cache = steps(model, ids())
         assert model.arkv.report().fused == 2
     # What bfloat16 costs either of them is of one size.
@@ -76,7 +76,7 @@ def test_codes_are_those_of_bfloat16(tiers: tuple[str, str]) -> None:
     config = arkv_fx.ArkvConfig(budget=32, window=8, tiers=tiers)
     model = arkv_fx.transform(random_model("llama"), config, compile="eager")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, cache = steps(model, ids())
+        found, _ = steps(model, ids())
         assert torch.isfinite(found).all()
         out = model.generate(ids(), max_new_tokens=4, do_sample=False)
     assert out.shape == (2, 54)
