@@ -151,6 +151,7 @@ def our_cache(cache: Any, model: nn.Module) -> ArkvCache:
     if type(found) is DynamicCache and _is_unused(found):
         found.__dict__ = ArkvCache(model).__dict__
         found.__class__ = ArkvCache  # type: ignore[assignment]
+        found.own_layers()
     if not isinstance(found, ArkvCache):
         raise CacheError(
             f"the model is transformed but got a {type(cache).__name__}; pass ArkvCache(model), "

@@ -30,6 +30,7 @@ class UnfilledCache(ArkvCache):
             raise AttributeError(name)
         self.__dict__ = self.__dict__["fill"]().__dict__
         self.__class__ = ArkvCache  # type: ignore[assignment]
+        self.own_layers()
         return getattr(self, name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ArkvCache:
