@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 import torch
+from arkv_fx.passes.autocast import attended
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.heads import mask_reason
@@ -94,7 +95,7 @@ def _decide(site: Site, context: Context) -> None:
         heads=heads // folded,
         k_dim=int(k[3]) * folded,
         v_dim=int(v[3]) * folded,
-        dtype=example(cache.new_k).dtype,
+        dtype=attended(site, cache),
         sliding=sliding,
         oq_ratio=found.oq_ratio if found else None,
         share=found.share if found else 1.0,

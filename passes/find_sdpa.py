@@ -14,7 +14,7 @@ from arkv_fx.passes.context import Context
 from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.nodes import arguments, module_path, op_name, rank_of, shape
 from arkv_fx.passes.pairing import look_through
-from arkv_fx.passes.sites import Bias, Site
+from arkv_fx.passes.sites import DROPOUT, Bias, Site
 from torch.fx import GraphModule, Node
 
 SDPA = [
@@ -54,7 +54,7 @@ def _site(node: Node, ordinal: int, call: dict[str, Any]) -> Site:
         sinks=call.get("sinks"),
     )
     if isinstance(call.get("dropout_p", 0.0), Node) or call.get("dropout_p", 0.0):
-        site.refuse("attention dropout is on: call model.eval()", lasting=False)
+        site.refuse(DROPOUT, lasting=False)
     if isinstance(scale, Node):
         site.refuse("the scale is computed in the graph, not a constant")
     if rank_of(site.q) < 3:

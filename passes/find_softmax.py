@@ -29,7 +29,7 @@ from arkv_fx.passes.nodes import (
 from arkv_fx.passes.pairing import look_through
 from arkv_fx.passes.products import Product, product
 from arkv_fx.passes.readers import SIZES
-from arkv_fx.passes.sites import HIDES, Bias, Site
+from arkv_fx.passes.sites import DROPOUT, HIDES, Bias, Site
 from torch.fx import GraphModule, Node
 
 ADDS = {"add", "iadd", "add_", "sub", "isub", "sub_"}
@@ -104,7 +104,7 @@ def read(softmax: Node, ordinal: int) -> Site | None:
     if not logits.reason and names(dims[:-2]) != names(site.out_layout):
         logits.reason = "probabilities and values differ in how batch and heads are laid out"
     if logits.reason:
-        site.refuse(logits.reason)
+        site.refuse(logits.reason, lasting=logits.reason != DROPOUT)
     site.scale, site.softcap, site.sinks = logits.scale, logits.softcap, logits.sinks
     site.biases = logits.biases
     if scaled is not None:
@@ -296,10 +296,10 @@ def _after(step: Node, dims: Dims, logits: _Logits) -> tuple[Dims, str]:
         return (
             (dims, "the probabilities are rearranged") if moved is None else (moved, logits.reason)
         )
-    if op_name(step) in ("to", "_to_copy", "type_as", "half", "bfloat16"):
+    if op_name(step) in ("to", "_to_copy", "type_as", "type", "half", "bfloat16"):
         return dims, logits.reason  # our sums are in float32
     if op_name(step) in ("dropout", "dropout_"):
-        return dims, logits.reason or ("" if _off(step) else "attention dropout is on")
+        return dims, logits.reason or ("" if _off(step) else DROPOUT)
     if op_name(step) == "getitem" and logits.sinks is not None:
         index = step.args[1]
         if isinstance(index, tuple) and index[-1] == slice(None, -1, None):

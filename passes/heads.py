@@ -52,7 +52,7 @@ class Emitter:
 
 
 def queries(planned: Planned, emit: Emitter) -> Node:
-    """The site's queries as [B, Hq, T, Dk] in the dtype of its keys."""
+    """The site's queries as [B, Hq, T, Dk] in the dtype of what is cached."""
     site, q = planned.site, planned.site.q
     if not _plain(site.layout):
         tail = emit.size(q, -2), emit.size(q, -1)
@@ -60,8 +60,12 @@ def queries(planned: Planned, emit: Emitter) -> Node:
         order = _order(site.layout)
         q = emit("permute", q, *order, len(order), len(order) + 1)
         q = emit("reshape", q, planned.batch, -1, *tail)
-    kept = example(site.k).dtype
-    return q if example(q).dtype == kept else emit("to", q, kept)
+    return as_dtype(q, planned.plan.dtype, emit)
+
+
+def as_dtype(x: Node, dtype: torch.dtype, emit: Emitter) -> Node:
+    """``x``, cast if it is of another dtype."""
+    return x if example(x).dtype == dtype else emit("to", x, dtype)
 
 
 def output(planned: Planned, out: Node, emit: Emitter) -> Node:
@@ -74,8 +78,7 @@ def output(planned: Planned, out: Node, emit: Emitter) -> Node:
         back = [order.index(i) for i in range(len(order))]
         out = emit("permute", out, *back, len(order), len(order) + 1)
         out = emit("reshape", out, *(prod(_sizes(planned, (d,))) for d in site.out_layout), *tail)
-    wanted = example(site.node).dtype
-    return out if example(out).dtype == wanted else emit("to", out, wanted)
+    return as_dtype(out, example(site.node).dtype, emit)
 
 
 def fold(x: Node, emit: Emitter) -> Node:

@@ -113,7 +113,9 @@ def _replace(
         mask = _ending_at_newest(planned, mask, start, emit)
     scale = site.scale if site.scale is not None else 1 / math.sqrt(sizes_of(site.q)[-1])
     plan = planned.plan.to_json()
-    new_k, new_v = k, v = cache.new_k, cache.new_v
+    dtype = planned.plan.dtype
+    new_k, new_v = (heads.as_dtype(x, dtype, emit) for x in (cache.new_k, cache.new_v))
+    k, v = new_k, new_v
     computed: list[Node] | None = None
     if cache.computed:
         new_k, new_v = heads.fold(new_k, emit), heads.fold(new_v, emit)
@@ -122,7 +124,7 @@ def _replace(
         pair = [
             heads.unfold(emit(operator.getitem, found, i), planned.heads, emit) for i in range(2)
         ]
-        k, v = carry.replay(planned, pair, emit)
+        k, v = (heads.as_dtype(x, dtype, emit) for x in carry.replay(planned, pair, emit))
         computed = [k, v]
     arguments = AttendArguments(
         q, new_k, new_v, mask, state, plan, float(scale), site.softcap, sinks, cache.fresh,

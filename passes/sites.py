@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from arkv_fx.plan import LayerPlan
 
+DROPOUT = "attention dropout is on: call model.eval()"
 HIDES = -1e4
 """A logit of this or less is masked: whatever the others are, nothing is left of it."""
 

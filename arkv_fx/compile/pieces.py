@@ -24,8 +24,10 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import is_autocast_available
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.passes.split_module import split_module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 from arkv_fx.formats import FORMATS
@@ -120,6 +122,8 @@ def _fake(mode: FakeTensorMode, value: Any) -> Any:
     """``value`` as a fake tensor of ``mode``; Dynamo traces in one mode and compiles in another."""
     if not isinstance(value, Tensor):
         return value
+    if is_traceable_wrapper_subclass(value):  # quantized weights, parts of a weight on many devices
+        return transform_subclass(value, lambda _, inner: _fake(mode, inner))
     if isinstance(value, FakeTensor) and value.fake_mode is mode:
         return value
     with mode:
@@ -291,16 +295,24 @@ def piece_key(piece: GraphModule, args: tuple[Any, ...]) -> Any:
             lines.append(node.op)
         else:
             lines.append((node.op, node.target, plain(node.args), plain(node.kwargs)))
-    shapes = tuple(
-        (
-            a.dtype,
-            str(a.device),
-            tuple(map(str, a.shape)),
-            tuple(map(str, a.stride())),
-            a.requires_grad,
-        )
-        if isinstance(a, Tensor)
-        else plain(a)
-        for a in args
-    )
-    return tuple(lines), shapes, torch.is_grad_enabled(), torch.get_num_threads()
+    shapes = tuple(_form(a) if isinstance(a, Tensor) else plain(a) for a in args)
+    # Autocast is a part of what is compiled.
+    kinds = sorted({a.device.type for a in args if isinstance(a, Tensor)})
+    lowered = [
+        torch.get_autocast_dtype(kind)
+        for kind in kinds
+        if is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    ]
+    modes = torch.is_grad_enabled(), torch.get_num_threads(), tuple(lowered)
+    return tuple(lines), shapes, modes
+
+
+def _form(x: Tensor) -> Any:
+    """All of a tensor that its code depends on; of one that is made of others, theirs too."""
+    sizes = tuple(map(str, x.shape)), tuple(map(str, x.stride()))
+    form = (x.dtype, str(x.device), *sizes, x.requires_grad)
+    if not is_traceable_wrapper_subclass(x):
+        return form
+    names, rest = x.__tensor_flatten__()
+    parts = tuple((name, _form(getattr(x, name))) for name in names)
+    return (*form, type(x), parts, repr(rest))

@@ -17,7 +17,7 @@ from arkv_fx.errors import ExportError
 from arkv_fx.exporting.onnx_borders import name_rotations, pad_prompt
 from arkv_fx.exporting.programs import TOKENS, Graph, Programs
 from arkv_fx.exporting.target import Target
-from arkv_fx.runtime.files import said_of
+from arkv_fx.runtime.digests import said_of
 from arkv_fx.runtime.manifest import METADATA, OPSET
 
 if TYPE_CHECKING:

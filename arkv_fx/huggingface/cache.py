@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -59,6 +61,7 @@ class ArkvCache(Cache):
             )
         layers = cached_layers(transformed.model)  # of what ``model`` wraps, if it does
         super().__init__(layers=own_state(layers))
+        self.own_layers()
         self.session = Session(owner=transformed.name)
         self.model_id = id(transformed)
         self.handle = self.session.handle
@@ -73,8 +76,17 @@ class ArkvCache(Cache):
         twin.__dict__.update(self.__dict__)
         twin.session = copy.deepcopy(self.session, memo)
         twin.handle = twin.session.handle
-        twin.layers = copy.deepcopy(self.layers, memo)
+        own = {i: layer for i, layer in enumerate(self.layers) if layer in self._own_layers()}
+        own = copy.deepcopy(own, memo)
+        twin.layers = [own.get(i) or CompressedLayer(i) for i in range(len(self.layers))]
+        twin.own_layers()
         return twin
+
+    def own_layers(self) -> None:
+        """Let the layers ask this cache: they were made for it, or for one that it stands for."""
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                layer.owner = weakref.ref(self)
 
     def __reduce__(self) -> NoReturn:
         raise CacheError("an ArkvCache is not pickled: copy.deepcopy makes a second one")
@@ -164,8 +176,27 @@ class ArkvCache(Cache):
         """No layer of ours is a dummy."""
         return [False] * len(self.sliding)
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether it has had a token."""
+        return self.seen > 0
+
+    @property
+    def max_cache_len(self) -> int:
+        """-1: the sequence may be of any length."""
+        return -1
+
     def __len__(self) -> int:
         return len(self.sliding)
+
+    def __iter__(self) -> Iterator[Any]:
+        raise CacheError(
+            "an ArkvCache does not hand out keys and values, which are codes: nbytes(), tensors() "
+            "and cache.layers say what it holds"
+        )
+
+    def __getitem__(self, layer: int) -> Any:
+        return iter(self)
 
     def __bool__(self) -> bool:  # an empty cache is still a cache
         return True
@@ -207,14 +238,24 @@ class ArkvCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder sequences for beam search; ``beam_idx`` [B] int64."""
-        self._select(beam_idx)
+        self._select(_sequences("beam_idx", beam_idx, self.batch_size))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences ``indices``."""
-        self._select(indices)
+        """Keep the sequences ``indices`` [N] int64.
+
+        Raises:
+            CacheError: if they are no numbers of sequences.
+        """
+        self._select(_sequences("indices", indices, self.batch_size))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence ``repeats`` times."""
+        """Repeat every sequence ``repeats`` times.
+
+        Raises:
+            CacheError: if that is no whole number of at least one.
+        """
+        if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
+            raise CacheError(f"repeats={repeats!r}: a whole number of at least 1 is needed")
         if self.batch_size > 0:
             self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
 
@@ -253,3 +294,22 @@ class ArkvCache(Cache):
     def _own_layers(self) -> list[Any]:
         """Layers that transformers keeps: recurrent states and indexers."""
         return [layer for layer in self.layers if not isinstance(layer, CompressedLayer)]
+
+
+def _sequences(name: str, chosen: Any, batch: int) -> Tensor:
+    """Numbers of sequences [N] int64.
+
+    Raises:
+        CacheError: saying what was given and what is allowed.
+    """
+    if isinstance(chosen, list | tuple) and all(type(i) is int for i in chosen):
+        chosen = torch.tensor(chosen, dtype=torch.int64)
+    whole = isinstance(chosen, Tensor) and chosen.dtype in (torch.int32, torch.int64)
+    if not whole or chosen.dim() != 1 or not len(chosen):
+        raise CacheError(
+            f"{name}={chosen!r}: a tensor [N] of int64 is needed, the numbers of sequences"
+        )
+    if batch >= 0 and not bool(((chosen >= 0) & (chosen < batch)).all()):
+        raise CacheError(f"{name}={chosen.tolist()}: the cache holds sequences 0 to {batch - 1}")
+    found: Tensor = chosen.long()
+    return found

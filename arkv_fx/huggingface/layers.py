@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,16 +34,73 @@ own if it is a ``LinearAttentionCacheLayerMixin``.
 
 
 class CompressedLayer:
-    """Stands in the cache's list of layers for one whose keys and values are in our state."""
+    """Stands in the cache's list of layers for one whose keys and values are in our state.
+
+    It answers what transformers asks of a layer, but for keys and values, which are codes here.
+    """
 
     is_compileable = False
+    is_croppable = False
     supports_early_init = False
 
     def __init__(self, index: int) -> None:
         self.index = index
+        self.owner: Callable[[], Any] = lambda: None  # a weak reference to the cache
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.index})"
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("record_past", "number_of_states"):
+            raise AttributeError(name)  # asked by ``copy`` and by transformers, whether it is there
         raise _not_there(self.index, name)
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether it has had a token."""
+        return self.get_seq_length() > 0
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether its attention has a window."""
+        return bool(self._cache().sliding[self.index])
+
+    @property
+    def max_cache_len(self) -> int:
+        """-1: as many tokens as come."""
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, -1 before the first call."""
+        return int(self._cache().batch_size)
+
+    def get_seq_length(self) -> int:
+        """Tokens so far."""
+        return int(self._cache().get_seq_length(self.index))
+
+    def get_max_length(self) -> int:
+        """-1: as many tokens as come."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As of the cache."""
+        sizes: tuple[int, int] = self._cache().get_mask_sizes(query_length, self.index)
+        return sizes
+
+    def offload(self) -> None:
+        """Nothing: it stays where it is."""
+
+    def prefetch(self) -> None:
+        """Nothing: it stays where it is."""
+
+    def _cache(self) -> Any:
+        cache = self.owner()
+        if cache is None:
+            raise CacheError(f"layer {self.index}: its cache is gone; keep the cache itself")
+        return cache
 
 
 def _not_there(index: int, name: str) -> CacheError:
@@ -134,7 +192,7 @@ def head_dims(model: nn.Module) -> list[int]:
 def own_state(layers: list[Any]) -> list[Any]:
     """Layers that keep recurrent or convolution state, or an indexer, in transformers' own classes.
 
-    The rest are ``CompressedLayer``; empty where all of them would be.
+    The rest are ``CompressedLayer``.
     """
     out: list[Any] = []
     for index, layer in enumerate(layers):
@@ -146,7 +204,7 @@ def own_state(layers: list[Any]) -> list[Any]:
             out.append(layer)
         else:
             out.append(CompressedLayer(index))
-    return out if any(not isinstance(layer, CompressedLayer) for layer in out) else []
+    return out
 
 
 def kept_whole(layers: list[Any]) -> dict[int, str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from arkv_fx.errors import CacheError, TransformError
 from arkv_fx.huggingface.cache import ArkvCache
+from arkv_fx.huggingface.positions import leave_last_open
 from arkv_fx.state.journal import Journal
 
 # What transformers calls the argument: by its new name since 5.24, which knows the old one, too.
@@ -96,12 +97,23 @@ def prepare_cache(
     if cache is None:
         cache = new_cache(model)
     else:
-        our_cache(cache, model)
+        leave_last_open(
+            our_cache(cache, model), _prompt_length(model, generation_config, model_kwargs)
+        )
         cache._is_user_defined = True
     if getattr(generation_config, "is_assistant", False):
         # Its drafts will be taken back, and where there was but one the prompt's end, too.
         our_cache(cache, model).session.journal = Journal(least=2)
     model_kwargs[CACHE_NAMES[-1]] = cache
+
+
+def _prompt_length(model: nn.Module, generation_config: Any, model_kwargs: dict[str, Any]) -> int:
+    """How many tokens ``generate()`` was handed, as its mask tells; 0 if it does not."""
+    decoder = is_encoder_decoder(model)
+    mask = model_kwargs.get("decoder_attention_mask" if decoder else "attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.shape[1]
+    return 0 if decoder else int(getattr(generation_config, "_mask_length", 0))
 
 
 def take_cache(kwargs: dict[str, Any], names: Sequence[str]) -> Any:
@@ -143,6 +155,7 @@ def our_cache(cache: Any, model: nn.Module) -> ArkvCache:
     if type(found) is DynamicCache and _is_unused(found):
         found.__dict__ = ArkvCache(model).__dict__
         found.__class__ = ArkvCache  # type: ignore[assignment]
+        found.own_layers()
     if not isinstance(found, ArkvCache):
         raise CacheError(
             f"the model is transformed but got a {type(cache).__name__}; pass ArkvCache(model), "

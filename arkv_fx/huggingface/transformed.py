@@ -30,6 +30,8 @@ from arkv_fx.huggingface.model_caches import (
     refuse_foreign,
     take_cache,
 )
+from arkv_fx.huggingface.positions import require_onward
+from arkv_fx.huggingface.unfilled import as_now, is_differentiated, with_unfilled
 from arkv_fx.passes.context import Probe, StandIn
 from arkv_fx.report import Report
 from arkv_fx.state.journal import DEPTH, Journal, kept_in
@@ -71,6 +73,7 @@ class Transformed:
         self.compiled = torch.compile(own_code(model.forward), backend=self.backend)
         self.model = model
         self.mask_name = "decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask"
+        self.positions_name = self.mask_name.replace("attention_mask", "position_ids")
         # Some hand the cache on to their decoder without naming it.
         signature = inspect.signature(model.forward).parameters
         generates = bool(getattr(model, "can_generate", bool)())
@@ -102,40 +105,55 @@ class Transformed:
     def report(self) -> Report:
         """Every attention site seen so far: fused or not and why, slots and bytes.
 
-        A model that has not run yet is run once on a few tokens; one without weights
+        A model that has not generated yet is run once on a few tokens; one without weights
         (``arkv_fx.models.skeleton``) is only traced.
         """
-        if not self.backend.sites and "input_ids" in self.parameters:
+        sites = [site for found in self.backend.sites for site in found]
+        # What ran without a cache says nothing about what generation does.
+        unknown = not any(s.source for s in sites) if self._wants_cache(None) else not sites
+        if unknown and "input_ids" in self.parameters:
             weight = next(self.model.parameters())
-            with weight.fake_mode if isinstance(weight, FakeTensor) else nullcontext():
+            mode = weight.fake_mode if isinstance(weight, FakeTensor) else nullcontext()
+            with mode, torch.no_grad():
                 ids = torch.zeros(1, 8, dtype=torch.long, device=weight.device)
                 both = {"decoder_input_ids": ids} if is_encoder_decoder(self.model) else {}
                 self.model(ids, **both)
         return Report.of(self.backend.sites, self.config, self.backend.notes())
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward with an ArkvCache where a cache is wanted."""
+        """The model's forward with an ArkvCache where a cache is wanted.
+
+        A cache is not differentiated. With gradients on, a call that names neither a cache nor
+        ``use_cache`` answers as the model did before, with gradients; the cache that it returns
+        is filled by a second run when it is first used, which ``torch.no_grad()`` saves.
+        """
         refuse_foreign(kwargs, self.cache_names)
         given = self.hands_on or any(name in kwargs for name in self.cache_names)
         if self.cache_name not in self.parameters and not given:
             return self._call(args, kwargs)
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cache = take_cache(kwargs, self.cache_names)
-        if cache is None and self._wants_cache(kwargs.get("use_cache")):
+        wanted = cache is None and self._wants_cache(kwargs.get("use_cache"))
+        if wanted and kwargs.get("use_cache") is None:
+            if is_differentiated(kwargs.values(), self.model.parameters()):
+                return self._differentiated(kwargs)
+        if wanted:
             cache = new_cache(self.model)
         if cache is not None:
             kwargs[self.cache_name] = cache
         if cache is None:
             # Else the model would make a cache of its own, which nobody compresses.
-            if "use_cache" in self.parameters or self.hands_on:
-                kwargs["use_cache"] = False
-            return self._call((), kwargs)
+            return self._call((), {**kwargs, **self._known(use_cache=False)})
         cache = our_cache(cache, self.model)
         cache.require(self)
-        if self.model.training:
+        if self.model.training and torch.is_grad_enabled():
             raise CacheError(
-                "the cache is not differentiated: call model.eval() or use_cache=False"
+                "the cache is not differentiated: use torch.no_grad(), model.eval() or "
+                "use_cache=False"
             )
+        mask = kwargs.get(self.mask_name)
+        require_onward(cache, kwargs.get(self.positions_name), mask)
+        require_onward(cache, kwargs.get("cache_position"), mask)
         if self.mask_name in kwargs:
             kwargs[self.mask_name] = self._needed_mask(cache, kwargs)
         self._mark_lengths(kwargs)
@@ -157,6 +175,24 @@ class Transformed:
             )
         cache.session.tokens = cache.seen
         return out
+
+    def _differentiated(self, kwargs: dict[str, Any]) -> Any:
+        """A call with gradients, as the model was, and a cache to be filled if it is used."""
+        given = as_now(kwargs)
+
+        def fill(whole: Any) -> None:
+            with torch.no_grad():
+                self.run(**{**given, **self._known(use_cache=True), self.cache_name: whole})
+
+        parted = kwargs.get("return_dict") is False
+        parted = parted or not getattr(self.model.config, "return_dict", True)
+        out = self._call((), {**kwargs, **self._known(use_cache=False, return_dict=True)})
+        out = with_unfilled(out, self.cache_names, new_cache(self.model), fill)
+        return out.to_tuple() if parted and hasattr(out, "to_tuple") else out
+
+    def _known(self, **options: Any) -> dict[str, Any]:
+        """Those of the options that the model's forward takes."""
+        return {n: x for n, x in options.items() if n in self.parameters or self.hands_on}
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         limits = {
@@ -182,7 +218,9 @@ class Transformed:
             raise
 
     def _wants_cache(self, use: bool | None) -> bool:
-        if self.model.training or (use is None and only_looks_ahead(self.model)):
+        if self.model.training and torch.is_grad_enabled():
+            return False
+        if use is None and only_looks_ahead(self.model):
             return False
         if use is None:
             use = getattr(self.text_config, "use_cache", False)

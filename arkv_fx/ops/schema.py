@@ -14,6 +14,7 @@ from torch import Tensor
 
 from arkv_fx.errors import CacheError
 from arkv_fx.kernels.softmax import full_attention
+from arkv_fx.ops.as_given import as_given
 from arkv_fx.ops.attend import attend, columns, peek
 from arkv_fx.ops.signatures import AttendArguments, ColumnsArguments
 from arkv_fx.plan import LayerPlan
@@ -83,7 +84,8 @@ def _with_state(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _columns(*args: Any) -> tuple[Tensor, Tensor]:
     given: ColumnsArguments[Tensor] = ColumnsArguments(*args)
-    return columns(given.k, given.v, given.state, LayerPlan.parse(given.plan), given.fresh)
+    with as_given(given.k):
+        return columns(given.k, given.v, given.state, LayerPlan.parse(given.plan), given.fresh)
 
 
 # Composite: whoever traces the graph sees plain torch operators, so Inductor generates code for

@@ -14,6 +14,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from arkv_fx.kernels.softmax import Knobs
+from arkv_fx.ops.as_given import as_given
 from arkv_fx.plan import LayerPlan
 
 T = TypeVar("T")
@@ -94,10 +95,11 @@ class AttendArguments(Arguments[T]):
         plan: LayerPlan | None = None,
     ) -> Tensor:  # fmt: skip
         """Call ``attend`` or ``peek`` of ``ops.attend``, under another plan if one is given."""
-        return attention(
-            self.q, self.k, self.v, self.mask, self.state, plan or self.layer_plan, self.knobs,
-            self.fresh, self.kernel, self.computed,
-        )  # fmt: skip
+        with as_given(self.q):
+            return attention(
+                self.q, self.k, self.v, self.mask, self.state, plan or self.layer_plan,
+                self.knobs, self.fresh, self.kernel, self.computed,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from arkv_fx.errors import EngineError
-from arkv_fx.runtime.files import check_files, plain
+from arkv_fx.runtime.digests import check_files, plain
 from arkv_fx.runtime.graph_file import GraphFile, read_graph_file
 from arkv_fx.runtime.tensors import TensorInfo
 

@@ -6,7 +6,7 @@ import json
 from os import PathLike
 
 from arkv_fx.errors import EngineError
-from arkv_fx.runtime.files import plain, said_of
+from arkv_fx.runtime.digests import plain, said_of
 from arkv_fx.runtime.graph_file import read_graph_file
 from arkv_fx.runtime.manifest import FILE, GRAPHS, read_sidecar
 

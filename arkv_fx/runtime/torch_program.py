@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arkv_fx.errors import EngineError
-from arkv_fx.runtime.files import plain
+from arkv_fx.runtime.digests import plain
 from arkv_fx.runtime.manifest import FILE
 
 if TYPE_CHECKING:

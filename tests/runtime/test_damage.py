@@ -16,7 +16,7 @@ import pytest
 
 from arkv_fx.errors import EngineError
 from arkv_fx.runtime import OnnxSession, read_sidecar
-from arkv_fx.runtime.files import said_of
+from arkv_fx.runtime.digests import said_of
 
 
 @pytest.fixture
