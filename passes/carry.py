@@ -175,12 +175,20 @@ def _but(axis: int, rank: int) -> list[int]:
 
 
 def _reshaped(before: Sequence[Any], axis: int, after: Sequence[Any]) -> int | None:
-    """The one dimension of the same size with as many numbers in front of it."""
+    """The one dimension of the same size with as many numbers in front of it.
+
+    Of a single token there may be several: then the one that stays in its place, else the first
+    that does not count sequences.
+    """
     ahead = prod(before[:axis])
-    for i, size in enumerate(after):
-        if same_size(size, before[axis]) and same_size(prod(after[:i]), ahead):
-            return i
-    return None
+    found = [
+        i
+        for i, size in enumerate(after)
+        if same_size(size, before[axis]) and same_size(prod(after[:i]), ahead)
+    ]
+    if axis in found:
+        return axis
+    return next((i for i in found if i), found[0] if found else None)
 
 
 def _indexed(index: Any, axis: int, rank: int) -> int | None:

@@ -156,6 +156,10 @@ class Transformed:
         require_onward(cache, kwargs.get("cache_position"), mask)
         if self.mask_name in kwargs:
             kwargs[self.mask_name] = self._needed_mask(cache, kwargs)
+        encoder = kwargs.get("attention_mask") if self.mask_name != "attention_mask" else None
+        if isinstance(encoder, Tensor) and encoder.dim() == 2 and bool(encoder.all()):
+            # It says nothing; and `generate` cuts it to a chunk of the decoder's prompt.
+            kwargs["attention_mask"] = None
         self._mark_lengths(kwargs)
         cache.session.active = True
         calls = self.backend.calls
