@@ -91,6 +91,8 @@ def read_sidecar(folder: str | PathLike[str], *, check: bool = True) -> Sidecar:
         sidecar = _parse(folder, content)
         said = {str(name): _said(entry) for name, entry in content["files"].items()}
         graphs = {path.name: path for path in map(sidecar.graph, GRAPHS)}
+        if lacking := sorted({*graphs} - {*said}):
+            raise ValueError(f"files says nothing of {', '.join(lacking)}")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise EngineError(f"{path}: damaged: {type(error).__name__} {error}") from error
     found_graphs = {name: read_graph_file(path) for name, path in graphs.items()}
