@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from arkv_fx.passes.carry import _reshaped
 
 from arkv_fx import ArkvCache, ArkvConfig, transform
-from arkv_fx.passes.carry import _reshaped
 from arkv_fx.zoo.configs import tiny_model
 
 
