@@ -93,6 +93,7 @@ def prepare_cache(
             "transformers cache, but the model is transformed to use ArkvCache; leave it out, or "
             "call arkv_fx.restore(model)"
         )
+    _refuse_cut_mask(model, generation_config, model_kwargs)
     cache = take_cache(model_kwargs, CACHE_NAMES)
     if cache is None:
         cache = new_cache(model)
@@ -114,6 +115,22 @@ def _prompt_length(model: nn.Module, generation_config: Any, model_kwargs: dict[
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.shape[1]
     return 0 if decoder else int(getattr(generation_config, "_mask_length", 0))
+
+
+def _refuse_cut_mask(model: nn.Module, generation_config: Any, model_kwargs: Any) -> None:
+    """Refuse chunks of a decoder's prompt with which transformers would cut the encoder's mask.
+
+    See docs/findings.md: up to 5.24 at least the prompt attends to the encoder's padding then.
+    """
+    mask = model_kwargs.get("attention_mask")
+    if not getattr(generation_config, "prefill_chunk_size", None) or not is_encoder_decoder(model):
+        return
+    if isinstance(mask, Tensor) and not bool(mask.all()):
+        raise CacheError(
+            "prefill_chunk_size cuts the encoder's padding mask to the decoder's chunks, so the "
+            "prompt would attend to padding (transformers does it without a word): leave it out, "
+            "or call with texts of one length"
+        )
 
 
 def take_cache(kwargs: dict[str, Any], names: Sequence[str]) -> Any:

@@ -12,6 +12,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 import arkv_fx
 from arkv_fx.errors import CacheError, TransformError
 from arkv_fx.models import random_model
+from arkv_fx.zoo.configs import tiny_model
 
 CONFIG = arkv_fx.ArkvConfig(budget=24, window=8, sinks=2, tiers=("native",))
 NEW = 6
@@ -193,3 +194,19 @@ def test_hooks_that_come_later_run(compile: str) -> None:
     assert not torch.equal(generate(model).sequences, before)
     steer.remove()
     assert torch.equal(generate(model).sequences, before)
+
+
+def test_chunks_that_would_cut_an_encoders_mask_are_refused() -> None:
+    """transformers cuts it to the decoder's prompt, which then attends to padding."""
+    model = tiny_model("t5:seq2seq")
+    text, begun = torch.randint(2, 64, (2, 12)), torch.randint(2, 64, (2, 9))
+    padded = torch.ones_like(text)
+    padded[1, 10:] = 0
+    settings = {"decoder_input_ids": begun, "max_new_tokens": 3, "do_sample": False}
+    want = model.generate(text, **settings)
+    arkv_fx.transform(
+        model, arkv_fx.ArkvConfig(budget=64, window=8, tiers=("native",)), compile="eager"
+    )
+    assert torch.equal(model.generate(text, prefill_chunk_size=5, **settings), want)
+    with pytest.raises(CacheError, match=r"prefill_chunk_size.*padding"):
+        model.generate(text, attention_mask=padded, prefill_chunk_size=5, **settings)
