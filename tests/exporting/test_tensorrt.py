@@ -154,8 +154,8 @@ def test_a_whole_model(tiers: tuple[str, ...], capabilities: list[str], tmp_path
         # Scores of all layers are updated together, and are nearly as many.
         assert 0 < engine["largest"] < tier_numbers(sidecar)
     least = native(model, config, tmp_path, ["prefill", "decode"])
-    span = (least, 2048)
-    prompt = tensorrt_target.build(tmp_path / "prefill.onnx", tmp_path / "engine", "SM89", span=span)
+    source, span = tmp_path / "prefill.onnx", (least, 2048)
+    prompt = tensorrt_target.build(source, tmp_path / "engine", "SM89", span=span)
     print("prefill", prompt["seconds"], prompt["bytes"] / weights)
     assert weights < prompt["bytes"] <= 1.2 * weights
     # Negative control, as above.
