@@ -127,7 +127,8 @@ def readers(graph: onnx.GraphProto, name: str) -> set[str]:
     found: set[str] = set()
     for node in graph.node:
         if name in node.input:
-            bytes_only = node.op_type == "Cast" and node.attribute[0].i == UNSIGNED
+            kinds = [x.i for x in node.attribute if x.name == "to"]
+            bytes_only = node.op_type == "Cast" and kinds == [UNSIGNED]
             if node.op_type in MOVES or bytes_only:
                 found |= {r for out in node.output for r in readers(graph, out)}
             else:

@@ -15,7 +15,8 @@ import pytest
 import arkv_fx
 from arkv_fx import models
 from arkv_fx.errors import ExportError, UnknownOptionError
-from arkv_fx.exporting import tensorrt_target
+from arkv_fx.exporting import onnx_target, tensorrt_target
+from arkv_fx.exporting.programs import make_programs
 from arkv_fx.runtime import OnnxSession
 
 pytest.importorskip("tensorrt_rtx")
@@ -60,9 +61,12 @@ def test_each_capability_gets_engines_of_both_graphs(folder: Path) -> None:
 
 
 def test_an_engine_takes_the_planned_state(folder: Path) -> None:
-    """Codes go in as codes: there is no input that is not in the sidecar, nor of another dtype."""
+    """Codes go in as codes: no input that is not in the sidecar, nor of another dtype than it is or
+    holds the bytes of.
+    """
     sidecar = json.loads((folder / "arkv.json").read_text())
-    planned = {t["input"]: t["dtype"] for group in sidecar["groups"] for t in group["tensors"]}
+    tensors = [t for group in sidecar["groups"] for t in group["tensors"]]
+    planned = {t["input"]: t["bytes_of"] or t["dtype"] for t in tensors}
     assert "int8" in planned.values()
     for engine in sidecar["engines"]:
         found = {n: d for n, d in engine["inputs"].items() if n.startswith("past_key_values")}
@@ -72,6 +76,15 @@ def test_an_engine_takes_the_planned_state(folder: Path) -> None:
 def test_onnx_runtime_runs_the_graphs_beside_the_engines(folder: Path) -> None:
     session = OnnxSession(folder, threads=1)
     assert session.generate(np.arange(1, 21)[None], 4).shape == (1, 4)
+
+
+def native(model: Any, config: arkv_fx.ArkvConfig, out: Path, names: list[str]) -> int:
+    """Write graphs with products of matrices and native dtypes; the prompt's least length."""
+    programs = make_programs(model, config, None, 1)
+    graphs = {graph.name: graph for graph in programs.graphs if graph.name in names}
+    nothing: dict[str, Any] = {"graphs": {}, "versions": {"arkv-fx": "0"}}
+    onnx_target.write_graphs(out, graphs, nothing, lambda message: None)
+    return programs.least
 
 
 def tier_numbers(sidecar: dict[str, Any]) -> int:
@@ -93,8 +106,10 @@ def test_no_kernel_writes_a_dequantized_cache(folder: Path, tmp_path: Path) -> N
     for engine in sidecar["engines"]:
         if engine["graph"] == "decode":
             assert 0 < engine["largest"] < tier_numbers(sidecar) / 2
-    # Negative control: the products of the graph that ONNX Runtime gets want their operands.
-    other = tensorrt_target.build(folder / "decode.onnx", tmp_path / "e", "SM89")
+    # Negative control: products of matrices, as in ONNX Runtime's graph, want their operands.
+    model = cases.random_model("llama", num_hidden_layers=2, head_dim=64)
+    native(model, CONFIG, tmp_path, ["decode"])
+    other = tensorrt_target.build(tmp_path / "decode.onnx", tmp_path / "e", "SM89")
     assert other["largest"] >= tier_numbers(sidecar)
 
 
@@ -138,12 +153,13 @@ def test_a_whole_model(tiers: tuple[str, ...], capabilities: list[str], tmp_path
         assert weights < engine["bytes"] <= 1.2 * weights
         # Scores of all layers are updated together, and are nearly as many.
         assert 0 < engine["largest"] < tier_numbers(sidecar)
-    span = (sidecar["least_prompt"], 2048)
-    prompt = tensorrt_target.build(out / "prefill.onnx", tmp_path / "engine", "SM89", span=span)
+    least = native(model, config, tmp_path, ["prefill", "decode"])
+    source, span = tmp_path / "prefill.onnx", (least, 2048)
+    prompt = tensorrt_target.build(source, tmp_path / "engine", "SM89", span=span)
     print("prefill", prompt["seconds"], prompt["bytes"] / weights)
     assert weights < prompt["bytes"] <= 1.2 * weights
     # Negative control, as above.
-    other = tensorrt_target.build(out / "decode.onnx", tmp_path / "engine", "SM89")
+    other = tensorrt_target.build(tmp_path / "decode.onnx", tmp_path / "engine", "SM89")
     assert other["largest"] >= tier_numbers(sidecar)
 
 
