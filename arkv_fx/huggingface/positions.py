@@ -12,7 +12,7 @@ from arkv_fx.huggingface.cache import ArkvCache
 
 
 def require_onward(cache: ArkvCache, positions: Any, mask: Any) -> None:
-    """Refuse tokens at positions that the cache holds already.
+    """Refuse a call of several tokens at positions that the cache holds already.
 
     Args:
         positions: of the new tokens [B or 1, T], or [T]; others say nothing about their order.
@@ -24,18 +24,16 @@ def require_onward(cache: ArkvCache, positions: Any, mask: Any) -> None:
     states = cache.session.layers.values()
     if not cache.seen or not isinstance(positions, Tensor) or positions.dim() not in (1, 2):
         return
-    if not states or not positions.numel():
+    # Of one token not: to look would wait for the device in every step.
+    if not states or positions.shape[-1] < 2:
         return
     # Real tokens so far: whoever leaves padding out counts these, all others count more.
     held = next(iter(states))["count"].to(positions.device)
     first = torch.atleast_2d(positions)
-    if first.shape[1] == 1:
-        first = first[:, 0]
-    else:
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= first.shape[1]:
-            padding = mask[:, -first.shape[1] :].to(positions.device) == 0
-            first = first.masked_fill(padding, torch.iinfo(first.dtype).max)
-        first = first.amin(1)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= first.shape[1]:
+        padding = mask[:, -first.shape[1] :].to(positions.device) == 0
+        first = first.masked_fill(padding, torch.iinfo(first.dtype).max)
+    first = first.amin(1)
     if (first < held).any():
         raise CacheError(
             f"tokens come at position {int(first.min())} where the cache holds {cache.seen} tokens "

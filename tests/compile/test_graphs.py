@@ -120,6 +120,7 @@ def test_a_growing_cache_is_noticed() -> None:
     assert peaks[2] > 1.5 * peaks[0], peaks
 
 
+@torch.no_grad()
 def test_a_prompt_after_a_conversation_still_knows_that_its_cache_is_empty() -> None:
     """Dynamo then takes the tokens so far for a variable; the prompt must keep fused attention."""
     model = models.random_model("llama", num_hidden_layers=1)
@@ -145,9 +146,9 @@ def padded_step(model: PreTrainedModel, hide: int | None = None) -> tuple[Tensor
         model(ids, attention_mask=mask, past_key_values=cache)
         for step in range(2):
             mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], -1)
+            positions = mask.sum(-1, keepdim=True) - 1
             if hide is not None and step == 1:
                 mask[:, hide] = 0
-            positions = mask.sum(-1, keepdim=True) - 1
             out = model(
                 ids[:, step : step + 1], attention_mask=mask, position_ids=positions,
                 past_key_values=cache,
