@@ -75,15 +75,27 @@ class Calibration:
         whole = (r for r in self.layers if r.layer >= len(sliding) or not sliding[r.layer])
         return tuple(row.share for row in whole)
 
-    def check(self, fingerprint: str) -> None:
-        """Refuse a calibration made for another model, or for other weights.
+    def check(self, fingerprint: str, layers: int | None = None) -> None:
+        """Refuse a calibration made for another model, or for other weights; or of other layers.
+
+        ``layers`` is how many the model caches, if that is known.
 
         Weights that are quantized or merged with an adapter after calibrating are others: calibrate
         what will run.
 
         Raises:
-            CalibrationError: if the fingerprints differ.
+            CalibrationError: if the fingerprints differ, or a row is of no layer or says what no
+                calibration does.
         """
+        try:
+            self._check_values()
+        except (TypeError, ValueError) as error:
+            raise CalibrationError(f"this calibration cannot be: {error}") from error
+        beyond = [row.layer for row in self.layers if layers is not None and row.layer >= layers]
+        if beyond:
+            raise CalibrationError(
+                f"the calibration has rows of layers {beyond}; the model caches {layers} layers"
+            )
         if fingerprint != self.fingerprint:
             raise CalibrationError(
                 f"this calibration was made for {self.fingerprint}, the model is {fingerprint}; "
@@ -134,6 +146,8 @@ class Calibration:
             raise ValueError(f"taus {self.taus!r}: three numbers > 0")
         if not all(type(n) is int and n > 0 for n in self.samples):
             raise ValueError(f"samples {self.samples!r}: numbers of tokens")
+        if not self.layers:
+            raise ValueError("there is not one layer in it")
         known: set[int] = set()
         for row in self.layers:
             if type(row.layer) is not int or row.layer < 0:
@@ -170,22 +184,32 @@ CHUNK = 1 << 20
 def fingerprint(model: nn.Module) -> str:
     """Class of a model, and names, shapes and all weights of its parameters.
 
-    In bfloat16, so that a checkpoint has one fingerprint whatever dtype it is loaded in. Each
-    number counts with an odd factor by its place, so a change of one of them is always seen.
-    Parameters that are made of several tensors (quantized ones) count by these.
+    In bfloat16, so that a checkpoint has one fingerprint whatever dtype it is loaded in: what that
+    does not show is no change. Each number counts with an odd factor by its place, so a change of
+    one of them is always seen. Parameters that are made of several tensors (quantized ones) count
+    by these, integers by their bytes, and so do integers that are buffers (GPTQ, AWQ).
     """
     import torch
 
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    whole = [(n, x) for n, x in model.named_buffers() if not x.is_floating_point() and x.dim() > 1]
+    for name, parameter in sorted([*model.named_parameters(), *whole]):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         for plain in _plain_tensors(parameter.detach()):
             sums = []
             for part in plain.reshape(-1).split(CHUNK):
-                bits = part.to(torch.bfloat16).view(torch.int16).to(torch.int64)
+                floats = part.is_floating_point()
+                number = part.to(torch.bfloat16).view(torch.int16) if floats else _bytes(part)
+                bits = number.to(torch.int64)
                 sums.append((bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum())
             digest.update(torch.stack(sums).cpu().numpy().tobytes() if sums else b"")
     return f"{type(model).__name__}-{digest.hexdigest()[:16]}"
+
+
+def _bytes(x: Any) -> Any:
+    import torch
+
+    return x if x.dtype == torch.bool else x.contiguous().view(torch.uint8)
 
 
 def _plain_tensors(x: Any) -> list[Any]:

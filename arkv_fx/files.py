@@ -7,6 +7,8 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 STALE_S = 60
@@ -23,12 +25,24 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     if target.exists() and not target.is_file():  # a terminal, a pipe
         target.write_text(text, encoding="utf-8")
         return
+    with instead_of(target) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def instead_of(path: str | os.PathLike[str]) -> Generator[Path]:
+    """A path beside a file; what is written there takes the file's place at the end.
+
+    Raises:
+        OSError: if it cannot; what was there before is there still.
+    """
+    target = Path(path).resolve()
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
         if time.time() - left.stat().st_mtime > STALE_S:
             left.unlink(missing_ok=True)
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         if target.exists():
             shutil.copymode(target, partial)
         partial.replace(target)

@@ -13,7 +13,7 @@ from arkv_fx.calibration import Calibration, fingerprint
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import TransformError
 from arkv_fx.formats import get_format
-from arkv_fx.huggingface.layers import head_dims
+from arkv_fx.huggingface.layers import cached_layers, head_dims
 from arkv_fx.huggingface.model_caches import (
     CONTINUOUS,
     generating_part,
@@ -144,7 +144,7 @@ def _transform(
             model.arkv = part.arkv
         return model
     if calibration is not None:
-        calibration.check(fingerprint(model))
+        calibration.check(fingerprint(model), len(cached_layers(model)) or None)
     config = config or ArkvConfig()
     _refuse_sharded(model)
     for dim in head_dims(model):  # others, such as those of latents, only a graph knows

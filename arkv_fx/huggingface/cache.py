@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator
+from os import PathLike
 from typing import Any, NoReturn
 
 import torch
@@ -20,6 +21,7 @@ from arkv_fx.huggingface.layers import (
     tensors_of,
     windows,
 )
+from arkv_fx.huggingface.saved import read, write
 from arkv_fx.state.journal import Journal
 from arkv_fx.state.rollback import take_back
 from arkv_fx.state.session import Session, check_finite
@@ -61,9 +63,9 @@ class ArkvCache(Cache):
             )
         layers = cached_layers(transformed.model)  # of what ``model`` wraps, if it does
         super().__init__(layers=own_state(layers))
-        self.own_layers()
+        self.claim_layers()
         self.session = Session(owner=transformed.name)
-        self.model_id = id(transformed)
+        self.model_id, self.owner = id(transformed), weakref.ref(transformed)
         self.handle = self.session.handle
         self.sliding = [window > 0 for window in windows(layers)]
         self.linear = only_linear(layers)
@@ -77,17 +79,47 @@ class ArkvCache(Cache):
         twin.session = copy.deepcopy(self.session, memo)
         twin.handle = twin.session.handle
         twin.layers = [copy.deepcopy(layer, memo) for layer in self.layers]
-        twin.own_layers()
+        twin.claim_layers()
         return twin
 
-    def own_layers(self) -> None:
+    def claim_layers(self) -> None:
         """Let the layers ask this cache: they were made for it, or for one that it stands for."""
         for layer in self.layers:
             if isinstance(layer, CompressedLayer):
                 layer.owner = weakref.ref(self)
 
     def __reduce__(self) -> NoReturn:
-        raise CacheError("an ArkvCache is not pickled: copy.deepcopy makes a second one")
+        raise CacheError(
+            "an ArkvCache is not pickled: copy.deepcopy makes a second one, save(path) a file"
+        )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the cache to a safetensors file, which ``load`` reads in any process.
+
+        Raises:
+            CacheError: if the model is gone or has layers that keep a state of their own (linear
+                attention), or the file cannot be written.
+        """
+        owner = self.owner()
+        if owner is None or self._own_layers():
+            what = "its model is gone" if owner is None else "recurrent states are not"
+            raise CacheError(f"the cache cannot be saved: {what}")
+        self.require(owner)
+        write(path, self.session, owner)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], model: nn.Module) -> ArkvCache:
+        """The cache that ``save`` wrote: the same tokens, for the same model and configuration.
+
+        Raises:
+            CacheError: if it was saved for another model, dtype or configuration, by another
+                version, or is damaged.
+        """
+        cache = cls(model)
+        owner = cache.owner()
+        read(path, cache.session, owner)
+        cache.seen = cache.session.tokens
+        return cache
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -161,6 +193,11 @@ class ArkvCache(Cache):
         That is a second state of each layer, so the cache's bytes double. ``generate()`` calls this
         for assisted decoding and prompt lookup.
         """
+        if not getattr(self.owner(), "records", False):
+            raise CacheError(
+                "tokens of a cache that arkv_fx inserted cannot be taken back: copy.deepcopy(cache)"
+                " keeps a state to go back to"
+            )
         if self.session.journal is None:
             self.session.journal = Journal()
 

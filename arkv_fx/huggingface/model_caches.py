@@ -94,6 +94,11 @@ def prepare_cache(
             "call arkv_fx.restore(model)"
         )
     _refuse_cut_mask(model, generation_config, model_kwargs)
+    if is_encoder_decoder(model) and "assisted" in str(args[:1]).lower():
+        raise CacheError(
+            "assisted decoding and prompt lookup of an encoder-decoder take a DynamicCache only "
+            "(transformers asks for it by name): leave them out, or call arkv_fx.restore(model)"
+        )
     cache = take_cache(model_kwargs, CACHE_NAMES)
     if cache is None:
         cache = new_cache(model)
@@ -172,7 +177,7 @@ def our_cache(cache: Any, model: nn.Module) -> ArkvCache:
     if type(found) is DynamicCache and _is_unused(found):
         found.__dict__ = ArkvCache(model).__dict__
         found.__class__ = ArkvCache  # type: ignore[assignment]
-        ArkvCache.own_layers(found)  # type: ignore[arg-type]
+        ArkvCache.claim_layers(found)  # type: ignore[arg-type]
     if not isinstance(found, ArkvCache):
         raise CacheError(
             f"the model is transformed but got a {type(cache).__name__}; pass ArkvCache(model), "

@@ -47,6 +47,8 @@ GROWING = (*_NAMES, *(f"decoder_{name}" for name in _NAMES))
 class Transformed:
     """What ``model.arkv`` is: configuration, compiled forward and report of a transformed model."""
 
+    records = True  # tokens of its caches can be taken back
+
     def __init__(
         self,
         model: nn.Module,

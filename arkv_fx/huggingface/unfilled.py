@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from transformers import EncoderDecoderCache
 from transformers.utils.generic import ModelOutput
 
 from arkv_fx.huggingface.cache import ArkvCache
+
+_filling = threading.RLock()
 
 
 class UnfilledCache(ArkvCache):
@@ -28,9 +31,11 @@ class UnfilledCache(ArkvCache):
     def __getattr__(self, name: str) -> Any:  # there is nothing before it is filled
         if name.startswith("__"):
             raise AttributeError(name)
-        self.__dict__ = self.__dict__["fill"]().__dict__
-        self.__class__ = ArkvCache  # type: ignore[assignment]
-        self.own_layers()
+        with _filling:  # by one thread; others wait for it
+            if type(self) is UnfilledCache:
+                self.__dict__ = self.__dict__["fill"]().__dict__
+                self.__class__ = ArkvCache  # type: ignore[assignment]
+                self.claim_layers()
         return getattr(self, name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ArkvCache:
@@ -68,7 +73,7 @@ def with_unfilled(out: Any, names: Sequence[str], whole: Any, run: Callable[[Any
     unfilled = UnfilledCache(fill)
     if later is not None:  # what it holds of the encoder is shared
         later.self_attention_cache = unfilled
-    return dataclasses.replace(out, **{place: later or unfilled})
+    return dataclasses.replace(out, **{place: unfilled if later is None else later})
 
 
 def as_now(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def _only_causal(mask: Tensor) -> bool:
     shown = allowed(mask)
     if mask.dtype != torch.bool and bool(mask.masked_fill(~shown, 0.0).any()):
         return False
-    causal = torch.ones(shown.shape[-2:], dtype=torch.bool).tril(shown.shape[-1] - shown.shape[-2])
+    causal = torch.ones(shown.shape[-2:], dtype=torch.bool, device=mask.device)
+    causal = causal.tril(shown.shape[-1] - shown.shape[-2])
     return torch.equal(shown, causal.expand_as(shown))
 
 

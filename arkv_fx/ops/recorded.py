@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from arkv_fx.errors import CacheError
-from arkv_fx.kernels.softmax import Knobs
+from arkv_fx.kernels.softmax import Knobs, allowed
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.journal import Journal, kept_in
 
@@ -36,6 +36,8 @@ def attend_recorded(
     length = k.shape[2]
     short = not fresh and length <= journal.depth
     alone = length if short else min(journal.candidates, length - 1)
+    if mask is not None and alone > 1 and _sees_later(mask, alone):
+        alone = 0  # they attend to each other: one by one they could not
     many = length - alone
     outs = []
     with kept_in(None):
@@ -55,6 +57,12 @@ def attend_recorded(
             outs.append(step(state))
             layer.add(step, journal.depth)
     return torch.cat(outs, 2)
+
+
+def _sees_later(mask: Tensor, tokens: int) -> bool:
+    """Whether one of the last tokens may attend to one that comes after it."""
+    own = allowed(mask[..., -tokens:, -tokens:])
+    return bool(own.triu(1).any())
 
 
 def _step(

@@ -26,10 +26,11 @@ def take_back(session: Session, tokens: int) -> None:
         session.journal = journal and journal.twin()
     else:
         raise CacheError(
-            f"{tokens} tokens cannot be taken back, {min(written, default=0)} could: what the "
-            "others displaced is quantized or evicted. A cache keeps what it takes for its "
-            "last tokens, and a second copy of itself for it, after "
-            "cache.activate_past_recording(); copy.deepcopy(cache) keeps a state to go back to"
+            f"{tokens} tokens cannot be taken back, {min(written, default=0)} could: tokens have "
+            "left the window for what they displaced. A cache keeps what it takes for its last "
+            "tokens, and a second copy of itself for it, after cache.activate_past_recording() (of "
+            "a call with logits_to_keep=N for the last N - 1); copy.deepcopy(cache) keeps a state "
+            "to go back to"
         )
     for plain in session.plain.values():
         plain.take_back(tokens)

@@ -36,6 +36,13 @@ class LayerState:
                 for s in plan.specs()
             ]
 
+    @classmethod
+    def of(cls, plan: LayerPlan, tensors: list[Tensor]) -> LayerState:
+        """One that has these tensors."""
+        state = cls.__new__(cls)
+        state.plan, state.batch, state.tensors = plan, len(tensors[0]), tensors
+        return state
+
     def __getitem__(self, name: str) -> Tensor:
         """The state tensor of that name."""
         return self.tensors[self.plan.places[name]]

@@ -187,3 +187,22 @@ def test_a_step_that_is_not_replayed_is_noticed(
     monkeypatch.setattr(journal.LayerJournal, "take_back", lambda *_: None)
     with pytest.raises(AssertionError):
         test_a_state_is_what_it_was_before_the_tokens(model, 3)
+
+
+@pytest.mark.parametrize("tokens", [10, 40])
+@torch.no_grad()
+def test_tokens_that_see_each_other_are_not_parted(tokens: int) -> None:
+    """An image in a turn; none of it can be taken back."""
+    model = random_model("llama", num_hidden_layers=1)
+    transform(model, ArkvConfig(budget=160, window=8, tiers=("native",)), compile="eager")
+    caches = [ArkvCache(model), ArkvCache(model)]
+    caches[1].activate_past_recording()
+    turn = torch.randint(1, 128, (1, tokens))
+    every = torch.zeros(1, 1, tokens, 60 + tokens)
+    logits = []
+    for cache in caches:
+        feed(model, cache, REPEATED)
+        logits.append(model(turn, attention_mask=every, past_key_values=cache).logits)
+    torch.testing.assert_close(*logits)
+    with pytest.raises(CacheError, match="0 could"):
+        caches[1].crop(-1)

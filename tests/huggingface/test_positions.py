@@ -54,7 +54,7 @@ def test_a_prompt_shorter_than_the_cache(model: Any) -> None:
 @pytest.mark.parametrize("start", [0, 29])
 @torch.no_grad()
 def test_positions_go_back(model: Any, start: int) -> None:
-    for tokens in (1, 4):
+    for tokens in (2, 4):
         positions = torch.arange(start, start + tokens)[None]
         with pytest.raises(CacheError, match=f"position {start} where the cache holds 30"):
             model(ids(tokens), position_ids=positions, past_key_values=holding(model, ids()))
@@ -76,6 +76,6 @@ def test_padding_has_any_position(model: Any) -> None:
     assert cache.get_seq_length() == 34
     with pytest.raises(CacheError, match="position 26"):
         model(
-            turn[:, :1], past_key_values=cache, position_ids=torch.tensor([[26], [32]]),
-            attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1),
+            turn[:, :2], past_key_values=cache, position_ids=torch.tensor([[26, 27], [32, 33]]),
+            attention_mask=torch.nn.functional.pad(mask, (0, 2), value=1),
         )  # fmt: skip
