@@ -16,7 +16,9 @@ from torch.fx import Node
 def attended(site: Site, cache: Cache) -> torch.dtype:
     """The dtype in which a site reads its keys and values: theirs, or what autocast makes it."""
     made, keys = example(site.node), example(cache.new_k)
-    return made.dtype if made.dtype == _lowered(site.node, keys.device.type) else keys.dtype
+    lowered = made.dtype == _lowered(site.node, keys.device.type)
+    dtype: torch.dtype = made.dtype if lowered else keys.dtype
+    return dtype
 
 
 def _lowered(node: Node, device: str) -> torch.dtype | None:

@@ -74,9 +74,7 @@ class ArkvCache(Cache):
         twin.__dict__.update(self.__dict__)
         twin.session = copy.deepcopy(self.session, memo)
         twin.handle = twin.session.handle
-        own = {i: layer for i, layer in enumerate(self.layers) if layer in self._own_layers()}
-        own = copy.deepcopy(own, memo)
-        twin.layers = [own.get(i) or CompressedLayer(i) for i in range(len(self.layers))]
+        twin.layers = [copy.deepcopy(layer, memo) for layer in self.layers]
         twin.own_layers()
         return twin
 

@@ -47,6 +47,9 @@ class CompressedLayer:
         self.index = index
         self.owner: Callable[[], Any] = lambda: None  # a weak reference to the cache
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedLayer:
+        return CompressedLayer(self.index)  # of no cache as yet
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.index})"
 

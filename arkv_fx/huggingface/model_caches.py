@@ -147,11 +147,11 @@ def our_cache(cache: Any, model: nn.Module) -> ArkvCache:
     In place, since whoever made it goes on with it: chat loops do, and ``generate()`` of a model
     that ``model`` is a part of.
     """
-    found = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    found: Any = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     if type(found) is DynamicCache and _is_unused(found):
         found.__dict__ = ArkvCache(model).__dict__
         found.__class__ = ArkvCache  # type: ignore[assignment]
-        found.own_layers()
+        ArkvCache.own_layers(found)  # type: ignore[arg-type]
     if not isinstance(found, ArkvCache):
         raise CacheError(
             f"the model is transformed but got a {type(cache).__name__}; pass ArkvCache(model), "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import EncoderDecoderCache
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from arkv_fx.huggingface.cache import ArkvCache
 
@@ -53,11 +53,12 @@ def with_unfilled(out: Any, names: Sequence[str], whole: Any, run: Callable[[Any
         whole: an empty cache, or a pair that holds one.
         run: fills such a cache or pair.
     """
-    known = [f.name for f in dataclasses.fields(out)] if isinstance(out, ModelOutput) else []
+    kind: Any = type(out)
+    known = [f.name for f in dataclasses.fields(kind)] if isinstance(out, ModelOutput) else []
     place = next((name for name in names if name in known), None)
     if place is None:
         return out
-    later = copy.copy(whole) if isinstance(whole, EncoderDecoderCache) else None
+    later: Any = copy.copy(whole) if isinstance(whole, EncoderDecoderCache) else None
     empty: ArkvCache = whole if later is None else whole.self_attention_cache
 
     def fill() -> ArkvCache:
