@@ -33,6 +33,10 @@ own if it is a ``LinearAttentionCacheLayerMixin``.
 """
 
 
+ABSENT = ("activate_past_recording", "number_of_states", "record_past", "update_indexer")
+"""What transformers asks every layer for, and goes on without where it is not there."""
+
+
 class CompressedLayer:
     """Stands in the cache's list of layers for one whose keys and values are in our state.
 
@@ -54,8 +58,8 @@ class CompressedLayer:
         return f"{type(self).__name__}({self.index})"
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("record_past", "number_of_states"):
-            raise AttributeError(name)  # asked by ``copy`` and by transformers, whether it is there
+        if name.startswith("__") or name in ABSENT:
+            raise AttributeError(name)
         raise _not_there(self.index, name)
 
     @property

@@ -67,6 +67,8 @@ def test_layers_walk_like_any_caches(cache: Any) -> None:
     for read in (lambda: list(cache), lambda: cache[0]):
         with pytest.raises(CacheError, match="does not hand out keys and values"):
             read()
+    cache.activate_past_recording()  # transformers looks whether layers can
+    assert not cache.is_recording_past(0)
     twin = copy.deepcopy(cache)
     cache.reset()
     assert twin.layers[0].get_seq_length() == 30 and not cache.layers[0].is_initialized
