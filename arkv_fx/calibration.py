@@ -87,19 +87,21 @@ class Calibration:
             CalibrationError: if the fingerprints differ, or a row is of no layer or says what no
                 calibration does.
         """
-        try:
-            self._check_values()
-        except (TypeError, ValueError) as error:
-            raise CalibrationError(f"this calibration cannot be: {error}") from error
-        beyond = [row.layer for row in self.layers if layers is not None and row.layer >= layers]
-        if beyond:
-            raise CalibrationError(
-                f"the calibration has rows of layers {beyond}; the model caches {layers} layers"
-            )
         if fingerprint != self.fingerprint:
             raise CalibrationError(
                 f"this calibration was made for {self.fingerprint}, the model is {fingerprint}; "
                 "run arkv_fx.calibrate on this model"
+            )
+        try:
+            self._check_values()
+        except (TypeError, ValueError) as error:
+            raise CalibrationError(f"this calibration cannot be: {error}") from error
+        if not self.layers:
+            raise CalibrationError("this calibration has not one layer; run arkv_fx.calibrate")
+        beyond = [row.layer for row in self.layers if layers is not None and row.layer >= layers]
+        if beyond:
+            raise CalibrationError(
+                f"the calibration has rows of layers {beyond}; the model caches {layers} layers"
             )
 
     def save(self, path: str | Path) -> None:
@@ -146,8 +148,6 @@ class Calibration:
             raise ValueError(f"taus {self.taus!r}: three numbers > 0")
         if not all(type(n) is int and n > 0 for n in self.samples):
             raise ValueError(f"samples {self.samples!r}: numbers of tokens")
-        if not self.layers:
-            raise ValueError("there is not one layer in it")
         known: set[int] = set()
         for row in self.layers:
             if type(row.layer) is not int or row.layer < 0:

@@ -174,13 +174,25 @@ def test_a_head_dim_that_a_format_cannot_store_is_named() -> None:
 
 
 def test_a_calibration_of_another_model_is_refused() -> None:
-    from arkv_fx.calibration import fingerprint
+    import dataclasses
+
+    from arkv_fx.calibration import LayerStatistics, fingerprint
 
     mine, other = models.random_model("llama"), models.random_model("llama", seed=1)
-    calibration = Calibration(fingerprint(other), "paper", (1.0, 1.0, 1.0), (64,), ())
+    row = LayerStatistics(0, 1.0, 1.0, 1.0, 1.0, 0.3)
+    calibration = Calibration(fingerprint(other), "paper", (1.0, 1.0, 1.0), (64,), (row,))
     with pytest.raises(CalibrationError, match=r"made for Llama.*run arkv_fx.calibrate on this"):
         transform(mine, ROOMY, calibration)
     assert not hasattr(mine, "arkv")
+    for rows, said in (
+        ((), "not one layer"),
+        ((dataclasses.replace(row, layer=9),), r"layers \[9\]; the model caches 2"),
+        ((dataclasses.replace(row, share=float("nan")),), "share nan"),
+        ((dataclasses.replace(row, share=1e9),), "sum to 1e"),
+        ((dataclasses.replace(row, oq_ratio=5.0),), "oq_ratio 5.0"),
+    ):
+        with pytest.raises(CalibrationError, match=said):
+            transform(other, ROOMY, dataclasses.replace(calibration, layers=rows))
     transform(other, ROOMY, calibration, compile="eager")
 
 
