@@ -249,6 +249,11 @@ class ByteCodec(Codec):
         """The codec's."""
         return self.codec.centred
 
+    @property
+    def multiple(self) -> int:  # type: ignore[override]
+        """The codec's."""
+        return self.codec.multiple
+
     def fields(self, dim: int, native: torch.dtype) -> tuple[Field, ...]:
         return signed(self.codec.fields(dim, native))
 

@@ -44,6 +44,11 @@ class PortableCodec(Codec):
         """The codec's."""
         return self.codec.centred
 
+    @property
+    def multiple(self) -> int:  # type: ignore[override]
+        """The codec's."""
+        return self.codec.multiple
+
     def check(self, dim: int) -> None:
         self.codec.check(dim)
 
