@@ -234,8 +234,12 @@ BYTE_SHIFT = 128  # an unsigned byte less this is an int8
 
 
 @dataclass(frozen=True)
-class ByteCodec(Codec):
-    """A codec in exported graphs, its unsigned bytes as int8, 128 less; all else is as it was."""
+class WrappedCodec(Codec):
+    """A codec whose fields lie otherwise in exported graphs; all else is as it was.
+
+    A subclass says how in ``fields`` and ``encode``, and makes the codec's own of them in
+    ``opened``.
+    """
 
     codec: Codec
 
@@ -254,6 +258,30 @@ class ByteCodec(Codec):
         """The codec's."""
         return self.codec.multiple
 
+    @abstractmethod
+    def opened(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The fields as the codec itself has them."""
+
+    def check(self, dim: int) -> None:
+        self.codec.check(dim)
+
+    def unpack(self, parts: Sequence[Tensor]) -> Unpacked:
+        return self.codec.unpack(self.opened(parts))
+
+    def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
+        return self.codec.decode(self.opened(parts), dim, dtype)
+
+    def to_stored(self, x: Tensor) -> Tensor:
+        return self.codec.to_stored(x)
+
+    def from_stored(self, x: Tensor) -> Tensor:
+        return self.codec.from_stored(x)
+
+
+@dataclass(frozen=True)
+class ByteCodec(WrappedCodec):
+    """A codec in exported graphs, its unsigned bytes as int8, 128 less."""
+
     def fields(self, dim: int, native: torch.dtype) -> tuple[Field, ...]:
         return signed(self.codec.fields(dim, native))
 
@@ -263,27 +291,12 @@ class ByteCodec(Codec):
             for p in self.codec.encode(x)
         )
 
-    def check(self, dim: int) -> None:
-        self.codec.check(dim)
-
-    def unpack(self, parts: Sequence[Tensor]) -> Unpacked:
-        return self.codec.unpack(self._unsigned(parts))
-
-    def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
-        return self.codec.decode(self._unsigned(parts), dim, dtype)
-
-    def _unsigned(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def opened(self, parts: Sequence[Tensor]) -> list[Tensor]:
         held = self.codec.fields(self.codec.multiple, torch.float32)
         return [
             (p.to(torch.int32) + BYTE_SHIFT).to(torch.uint8) if f.dtype == torch.uint8 else p
             for p, f in zip(parts, held, strict=True)
         ]
-
-    def to_stored(self, x: Tensor) -> Tensor:
-        return self.codec.to_stored(x)
-
-    def from_stored(self, x: Tensor) -> Tensor:
-        return self.codec.from_stored(x)
 
 
 def signed(fields: Sequence[Field]) -> tuple[Field, ...]:

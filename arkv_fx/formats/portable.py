@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from arkv_fx.formats.codec import Codec, Field, Unpacked
+from arkv_fx.formats.codec import Field, WrappedCodec
 from arkv_fx.runtime.operators import from_bytes, to_bytes
 
 STRANGE = (torch.bfloat16, torch.float8_e4m3fn)
@@ -24,33 +24,14 @@ def held_as(dtype: torch.dtype, width: int) -> tuple[torch.dtype, int]:
 
 
 @dataclass(frozen=True)
-class PortableCodec(Codec):
-    """An exported codec whose fields of strange dtypes are bytes; all else is as it was.
+class PortableCodec(WrappedCodec):
+    """An exported codec whose fields of strange dtypes are bytes.
 
     ``native`` is the model's dtype. Numbers that the caller has already made of the bytes are taken
     as they are.
     """
 
-    codec: Codec
     native: torch.dtype
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """The codec's."""
-        return self.codec.name
-
-    @property
-    def centred(self) -> bool:  # type: ignore[override]
-        """The codec's."""
-        return self.codec.centred
-
-    @property
-    def multiple(self) -> int:  # type: ignore[override]
-        """The codec's."""
-        return self.codec.multiple
-
-    def check(self, dim: int) -> None:
-        self.codec.check(dim)
 
     def fields(self, dim: int, native: torch.dtype) -> tuple[Field, ...]:
         held = ((f, held_as(f.dtype, f.width)) for f in self.codec.fields(dim, native))
@@ -60,13 +41,7 @@ class PortableCodec(Codec):
         parts = zip(self.codec.encode(x), self._kinds(), strict=True)
         return tuple(to_bytes(p.to(kind)) if kind in STRANGE else p for p, kind in parts)
 
-    def unpack(self, parts: Sequence[Tensor]) -> Unpacked:
-        return self.codec.unpack(self._numbers(parts))
-
-    def decode(self, parts: Sequence[Tensor], dim: int, dtype: torch.dtype) -> Tensor:
-        return self.codec.decode(self._numbers(parts), dim, dtype)
-
-    def _numbers(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def opened(self, parts: Sequence[Tensor]) -> list[Tensor]:
         return [
             from_bytes(p, kind) if kind in STRANGE and p.dtype == torch.int8 else p
             for p, kind in zip(parts, self._kinds(), strict=True)
@@ -74,9 +49,3 @@ class PortableCodec(Codec):
 
     def _kinds(self) -> list[torch.dtype]:
         return [f.dtype for f in self.codec.fields(self.codec.multiple, self.native)]
-
-    def to_stored(self, x: Tensor) -> Tensor:
-        return self.codec.to_stored(x)
-
-    def from_stored(self, x: Tensor) -> Tensor:
-        return self.codec.from_stored(x)
