@@ -93,9 +93,11 @@ def test_a_trial_is_what_the_real_cache_does(pad: int) -> None:
     mask[:, :pad] = 0
     found = divergences(model, IDS, mask, EVICT)[0][Option(0.5, EVICT.oq_ratio)]
     reference = model(IDS, attention_mask=mask).logits[:, CONTEXT:].log_softmax(-1)
-    rows = tuple(LayerStatistics(i, 1, 1, 1, 1, 0.0, share) for i, share in ((0, 0.5), (1, 9.0)))
+    # Half a share of a quarter of the bytes, and more than all of them.
+    rows = tuple(LayerStatistics(i, 1, 1, 1, 1, 0.0, s) for i, s in enumerate((0.5 / 4, 1.5)))
     calibration = Calibration(fingerprint(model), "measured", PAPER_TAUS, (192,), rows)
-    arkv_fx.transform(model, EVICT.replace(context=CONTEXT), calibration, compile="eager")
+    config = EVICT.replace(context=CONTEXT, compression=1.0)
+    arkv_fx.transform(model, config, calibration, compile="eager")
     cache = ArkvCache(model)
     model(IDS[:, :CONTEXT], attention_mask=mask[:, :CONTEXT], past_key_values=cache)
     ours = model(IDS[:, CONTEXT:], attention_mask=mask, past_key_values=cache).logits
