@@ -26,6 +26,7 @@ NUMBERS: dict[str, Whole | Real] = {
     "window": Whole(1, unit=" of tokens"),
     "sinks": Whole(0, unit=" of tokens"),
     "oq_ratio": Real(0, 1),
+    "eviction_share": Real(0, 1),
     "round_to": Whole(1, unit=" of slots"),
 }
 """What the options that are numbers may be."""
@@ -45,11 +46,18 @@ class ArkvConfig:
         bytes: bytes kept per layer and sequence.
         tiers: storage formats of the tiers beyond the window, most precise first: ``(Original,
             Quantized)`` or one format for all. See ``arkv_fx.formats.FORMATS``.
+        balance: divide each key channel by one number and multiply the query's by it, chosen at the
+            first prompt, so that no channel takes the codes' range from the others; logits stay
+            what they are. Where no tier quantizes keys there is nothing to do.
         window: most recent tokens, always in the model's dtype.
         window_format: "native", or "bf16" to hold window and sinks of a float32 model in two bytes.
         sinks: first tokens of a sequence, always in the model's dtype.
         oq_ratio: share of Originals where no calibration gives one per layer: a share of tokens
             under ``budget``, of bytes under the other two.
+        eviction_share: part of the last format's slots whose tokens compete in the score's order of
+            eviction; in the others it is the order of precision. Attention knows what the text is
+            about and forgets what nobody asked for yet, so most slots go by it and some do not.
+            Nothing is parted where a score has one order only; 1: not at all.
         score: name in ``arkv_fx.scores.SCORES``; ``score_options`` are its parameters.
         calibration: how ``arkv_fx.calibrate`` finds OQ ratios: ``"measured"`` tries budgets and
             ratios on each layer alone and gives each its share of the bytes, ``"normalised"`` and
@@ -75,10 +83,12 @@ class ArkvConfig:
     budget: int | None = None
     bytes: int | None = None
     tiers: tuple[str, ...] = ("k8v4", "k4v3")
+    balance: bool = True
     window: int = 32
     window_format: str = "native"
     sinks: int = 4
     oq_ratio: float = 0.15
+    eviction_share: float = 1.0
     score: str = "combined"
     score_options: tuple[tuple[str, float], ...] = ()
     calibration: str = "measured"
@@ -106,6 +116,7 @@ class ArkvConfig:
             except UnknownOptionError as error:
                 raise UnknownOptionError(f"tiers={self.tiers!r}: {error}") from None
         self._set("taus", _taus(self.taus))
+        require_type("balance", self.balance, bool, "True or False")
         require_one_of("calibration", self.calibration, MODES)
         plain = [f.name for f in FORMATS.values() if f.key.plain and f.value.plain]
         require_one_of("window_format", self.window_format, plain)
@@ -131,6 +142,7 @@ class ArkvConfig:
             "budget": budget,
             "tiers": ("native", "fp8"),
             "sinks": 0,
+            "balance": False,
             "score": "paper",
             "calibration": "paper",
             "oq_ratio": 0.75,

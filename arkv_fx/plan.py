@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
+from math import ceil
 
 import torch
 
@@ -53,6 +54,8 @@ class LayerPlan:
     The keys of a head share a large common part. Formats that quantize keys coarsely store them
     without it: less their ``centre``, the mean key of the first tokens, fixed when the first token
     leaves the ring (KIVI, arXiv 2402.02750, reaches the same by quantizing keys by channel).
+    ``balanced``: keys are divided, queries multiplied by a number for each channel, see
+    ``arkv_fx.ops.balance``.
     """
 
     heads: int
@@ -66,6 +69,7 @@ class LayerPlan:
     score: str
     score_options: tuple[tuple[str, float], ...] = ()
     window_format: str = "native"
+    balanced: bool = False
 
     @property
     def ring(self) -> int:
@@ -102,6 +106,8 @@ class LayerPlan:
         ]
         for field in policy.layer_fields(self.k_dim):
             out.append(TensorSpec(field.name, (self.heads, field.width), field.dtype))
+        if self.balanced:
+            out.append(TensorSpec("scale", (self.heads, self.k_dim), torch.float32, fill=1))
         if self.centred:
             out.append(TensorSpec("centre", (self.heads, self.k_dim), torch.float32))
         # One tensor for the slots of all segments: a step updates each with one sweep.
@@ -191,12 +197,13 @@ def plan_layer(
     window = min(config.window, max(1, sliding // 8)) if sliding else config.window
     sinks = 0 if sliding else config.sinks
     ratio = config.oq_ratio if oq_ratio is None else oq_ratio
+    balanced = config.balance and not all(get_format(name).key.plain for name in config.tiers)
 
     def build(counts: Sequence[int]) -> LayerPlan:
-        tiers = tuple(Tier(f, n) for f, n in zip(config.tiers, counts, strict=True))
+        tiers = parted(config, [Tier(f, n) for f, n in zip(config.tiers, counts, strict=True)])
         return LayerPlan(
             heads, k_dim, v_dim, dtype, window, sinks, sliding, tiers,
-            config.score, config.score_options, config.window_format,
+            config.score, config.score_options, config.window_format, balanced,
         )  # fmt: skip
 
     empty = build([0] * len(config.tiers))
@@ -234,6 +241,23 @@ def plan_layer(
             stacklevel=2,
         )
     return build(counts)
+
+
+def parted(config: ArkvConfig, tiers: Sequence[Tier]) -> tuple[Tier, ...]:
+    """The last tier as two of one format, if the score has two orders.
+
+    Tokens go down from one tier to the next in the order of precision and out of the last one in
+    that of eviction, so this gives every order slots of its own. One mixed rank keeps less of
+    either: what stands out in one order takes the slots that the other one had for its best.
+    """
+    *others, last = tiers
+    policy = make_score(config.score, dict(config.score_options))
+    kept = min(
+        last.slots, ceil(last.slots * config.eviction_share / config.round_to) * config.round_to
+    )
+    if not policy.two_orders or kept == last.slots:
+        return (*others, last)
+    return (*others, replace(last, slots=last.slots - kept), replace(last, slots=kept))
 
 
 def allowance(config: ArkvConfig, layer: LayerPlan) -> int:

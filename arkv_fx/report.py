@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from arkv_fx.config import ArkvConfig
-from arkv_fx.plan import allowance
+from arkv_fx.plan import LayerPlan, allowance
 
 if TYPE_CHECKING:
     from arkv_fx.passes.sites import Planned, Site
@@ -130,11 +130,19 @@ def _names(other: dict[str, Any], row: dict[str, Any]) -> bool:
     return same and other["path"].endswith(f".{row['path']}")
 
 
+def _slots(plan: LayerPlan) -> dict[str, int]:
+    """Slots by format: a format may be that of two tiers."""
+    found: dict[str, int] = {}
+    for tier in plan.tiers:
+        found[tier.format] = found.get(tier.format, 0) + tier.slots
+    return found
+
+
 def _bytes(planned: Planned, config: ArkvConfig) -> dict[str, Any]:
     plan, counted = planned.plan, planned.cache.last
     return {
         "ring": plan.ring,
-        "tiers": {t.format: t.slots for t in plan.tiers},
+        "tiers": _slots(plan),
         "slots": plan.slots,
         "sliding": plan.sliding,
         "dtype": str(plan.dtype).removeprefix("torch."),

@@ -90,8 +90,10 @@ def _decide(site: Site, context: Context) -> None:
     layer = site.ordinal if site.layer is None else site.layer
     sliding = context.sliding[layer] if layer < len(context.sliding) else cache.sliding
     found = context.calibration.row(layer) if context.calibration is not None else None
+    # Nor is it asked for channels of what is cached, but of what is computed.
+    config = context.config.replace(balance=False) if cache.computed else context.config
     plan = plan_layer(
-        context.config,
+        config,
         heads=heads // folded,
         k_dim=int(k[3]) * folded,
         v_dim=int(v[3]) * folded,

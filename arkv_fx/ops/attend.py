@@ -15,6 +15,7 @@ from torch import Tensor
 from arkv_fx.kernels import get_kernel, get_step
 from arkv_fx.kernels.softmax import Knobs, allowed, group
 from arkv_fx.ops.arrivals import Arrivals
+from arkv_fx.ops.balance import SCALE, balance
 from arkv_fx.ops.blocks import attend_in_blocks, fits
 from arkv_fx.ops.exchange import exchange_one
 from arkv_fx.ops.halves import attend_in_halves, comes_in_halves
@@ -92,10 +93,12 @@ def look(
     # The cache is not differentiated: a graph through it would keep every step alive.
     q, k, v = q.detach(), k.detach(), v.detach()
     plan = held.plan
+    layer = dict(held.layer)
+    if plan.balanced:
+        q, k, layer[SCALE] = balance(q, k, _valid(mask, k.shape[0], k.shape[2], k.device), held)
     new, query_pos = _arrivals(k, v, mask, held)
     extremes = [f((1, 2, 3)) for x in (k, v) for f in (x.amax, x.amin)]  # NaN passes through both
     finite = torch.isfinite(torch.stack(extremes)).all(0)
-    layer = dict(held.layer)
     new.stats = plan.policy().arrive(k, v, new.valid, layer)
     alone = fresh and k.shape[2] != 1
     out, seen = _run(q, new, mask, held, knobs, query_pos, alone, kernel, computed)
@@ -131,6 +134,9 @@ def peek(
     Without a mask a single one sees all others, and more than one must be all.
     """
     held, asking = view(plan, state), q.shape[2]
+    if plan.balanced:
+        valid = _valid(mask if asking == k.shape[2] else None, k.shape[0], k.shape[2], k.device)
+        q, k, _ = balance(q, k, valid, held)
     new, query_pos = _arrivals(k, v, mask if asking == k.shape[2] else None, held)
     query_pos = query_pos[:, query_pos.shape[1] - asking :]
     alone = fresh and k.shape[2] != 1

@@ -107,6 +107,11 @@ class Score(ABC):
         """Statistics kept once per kv head (running sums)."""
         return ()
 
+    @property
+    def two_orders(self) -> bool:
+        """Whether ``eviction`` ranks otherwise than ``precision``."""
+        return type(self).eviction is not Score.eviction
+
     def arrive(self, keys: Tensor, values: Tensor, valid: Tensor, layer: Stats) -> Stats:
         """Statistics of new tokens before anyone attended to them.
 

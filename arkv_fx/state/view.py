@@ -53,7 +53,8 @@ class View:
     """All of a layer's state.
 
     ``count`` [B] int32 real (not padding) tokens so far, ``seen`` [B] int32 positions so far,
-    ``bad`` [B] int32, set once keys or values were not finite; ``layer`` the score's sums;
+    ``bad`` [B] int32, set once keys or values were not finite; ``layer`` the score's sums and,
+    if the plan is balanced, the channels' numbers ``scale``;
     ``centre`` [B, Hkv, Dk] float32, see ``LayerPlan``; ``pos`` and ``stats`` [B, Hkv, N] of all
     slots, ring first.
     """
@@ -85,6 +86,8 @@ def view(plan: LayerPlan, tensors: Sequence[Tensor]) -> View:
     policy = plan.policy()
     # A running sum is one vector per head; specs give it the layout [B, Hkv, width].
     layer = {f.name: named[f.name] for f in policy.layer_fields(plan.k_dim)}
+    if plan.balanced:
+        layer["scale"] = named["scale"]
     centre = named["centre"] if plan.centred else None
     pos = named["pos"]
     stats = {f.name: named[f.name] for f in policy.slot_fields}

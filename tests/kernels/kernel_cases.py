@@ -35,6 +35,7 @@ class Case:
     sink_logits: bool = False
     threads: int = 1
     seed: int = 0
+    balanced: bool = False  # then channels of keys are of unlike size
 
     def plan(
         self, score: str = "combined", options: tuple[tuple[str, float], ...] = ()
@@ -42,6 +43,7 @@ class Case:
         return LayerPlan(
             self.heads, self.k_dim, self.v_dim, self.dtype, 5, 0 if self.sliding else 2,
             self.sliding, tuple(Tier(*t) for t in self.tiers), score, options, self.window_format,
+            self.balanced,
         )  # fmt: skip
 
     def normal(self, generator: torch.Generator, heads: int, length: int, dim: int) -> Tensor:
@@ -50,11 +52,16 @@ class Case:
 
     def inputs(self, generator: torch.Generator, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of so many tokens."""
-        return (
-            self.normal(generator, self.heads * self.groups, length, self.k_dim),
-            self.normal(generator, self.heads, length, self.k_dim),
-            self.normal(generator, self.heads, length, self.v_dim),
-        )
+        q, k, v = (
+            self.normal(generator, heads, length, dim)
+            for heads, dim in (
+                (self.heads * self.groups, self.k_dim), (self.heads, self.k_dim),
+                (self.heads, self.v_dim),
+            )
+        )  # fmt: skip
+        if self.balanced:
+            k = k * 4.0 ** (torch.arange(self.k_dim) % 3 - 1).to(self.dtype)
+        return q, k, v
 
     def knobs(self, generator: torch.Generator) -> Knobs:
         query_heads = self.heads * self.groups

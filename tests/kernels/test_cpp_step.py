@@ -245,6 +245,7 @@ def cases(draw: st.DrawFn) -> Case:
         sink_logits=draw(st.booleans()),
         threads=draw(st.sampled_from((1, 2))),
         seed=draw(st.integers(0, 999)),
+        balanced=draw(st.booleans()),
     )
 
 
@@ -268,6 +269,7 @@ LARGE = Case(
 @example(replace(LARGE, threads=2))
 @example(replace(LARGE, threads=2, dtype=torch.bfloat16, mask="bool-heads"))
 @example(Case(length=1, steps=40))
+@example(replace(LARGE, threads=2, dtype=torch.float16, balanced=True))
 @example(Case(length=1, steps=40, dtype=torch.bfloat16, k_dim=64, v_dim=64))
 @example(Case(pad=(0, 20), steps=20, holes=0.5, mask="lowest"))  # a row that is all padding
 def test_it_equals_the_reference(case: Case) -> None:

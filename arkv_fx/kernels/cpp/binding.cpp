@@ -115,6 +115,29 @@ std::tuple<Tensor, Tensor> attend(
   return {out, probs};
 }
 
+// Queries times and the key divided by the channels' numbers, as ops/balance.py, in copies that stay
+// until this thread's next call: powers of two, so nothing is rounded.
+void balance(Call& call, const float* scale) {
+  static thread_local Scratch copies;
+  static thread_local std::vector<float> row;
+  const int64_t D = call.k_dim, wide = width(call.dtype, D), heads = call.batch * call.heads;
+  copies.start(heads * (call.groups + 1) * wide + 2 * 64);
+  char* q = copies.take<char>(heads * call.groups * wide);
+  char* k = copies.take<char>(heads * wide);
+  row.resize(whole(D, W));
+  for (int64_t head = 0; head < heads; head++, scale += D) {
+    for (int64_t i = head * call.groups; i < (head + 1) * call.groups; i++) {
+      load_row(call.dtype, call.q + i * wide, D, row.data());
+      for (int64_t j = 0; j < D; j++) row[j] *= scale[j];
+      store_row(call.dtype, row.data(), D, q + i * wide);
+    }
+    load_row(call.dtype, call.k + head * wide, D, row.data());
+    for (int64_t j = 0; j < D; j++) row[j] /= scale[j];
+    store_row(call.dtype, row.data(), D, k + head * wide);
+  }
+  call.q = q, call.k = k;
+}
+
 // `state` as LayerPlan.specs() orders it, `options` and `weights` as step_operator.py.
 void run_step(Call& call, Addresses state, const int64_t* codecs, int64_t n,
               const int64_t* options, const double* weights) {
@@ -124,6 +147,7 @@ void run_step(Call& call, Addresses state, const int64_t* codecs, int64_t n,
   State held{};
   held.count = (int32_t*)*state++, held.seen = (int32_t*)*state++, held.bad = (int32_t*)*state++;
   if (score.has_novelty) held.key_sum = (float*)*state++;
+  if (options[7]) balance(call, (const float*)*state++);
   if (options[2]) call.centre = (float*)*state++;
   held.pos = (int32_t*)*state++;
   if (score.has_mass) held.stats.mass = (float*)*state++;
@@ -141,7 +165,7 @@ Tensor step(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v, const
   const Tensor q = plain(any_q), k = plain(any_k), v = plain(any_v);
   Call call = call_of(q, k, v);
   for (size_t i = 0; i < codecs.size(); i += 4) call.slots += codecs[i + 3];
-  check_positions(call, state[3 + options[2] + options[5]]);
+  check_positions(call, state[3 + options[2] + options[5] + options[7]]);
   call.mask = mask_of(mask), call.sink = data<float>(sink);
   call.scale = scale, call.softcap = softcap;
   Tensor out = torch::stable::new_empty(q, {call.batch, q.size(1), 1, call.v_dim});

@@ -23,8 +23,8 @@ class Constants(NamedTuple):
     """What a plan fixes of the operator's arguments.
 
     ``options`` are sinks, sliding window, and 0 or 1 each for: a centre, the statistics mass, norm
-    and novelty, masses normalised for age; ``weights`` the binary logarithm of the decay and the
-    margin.
+    and novelty, masses normalised for age, balanced channels; ``weights`` the binary logarithm of
+    the decay and the margin.
     """
 
     codecs: list[int]
@@ -40,7 +40,7 @@ def constants_of(plan: LayerPlan) -> Constants | None:
         return None
     names = {f.name for f in policy.slot_fields}
     has = [int(name in names) for name in ("mass", "norm", "novelty")]
-    options = [plan.sinks, plan.sliding, int(plan.centred), *has, int(rank.age)]
+    options = [plan.sinks, plan.sliding, int(plan.centred), *has, int(rank.age), int(plan.balanced)]
     return Constants(numbers, options, [log2_of(rank.decay), rank.margin])
 
 
