@@ -1,31 +1,40 @@
-"""A calibration: one OQ ratio per layer, from the statistics of a prefill's attention."""
+"""A calibration: what each layer is given of a budget, from the attention of a prefill."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arkv_fx.allocation import allocate, options
 from arkv_fx.errors import CalibrationError
 from arkv_fx.files import write_text
 
 if TYPE_CHECKING:
     from torch import nn
 
-SCHEMA_VERSION = 3
-MODES = ("measured", "normalised", "paper")
+SCHEMA_VERSION = 4
+READABLE = (3, SCHEMA_VERSION)
+"""Schema 3 lacks ``costs``: its shares are used as they are."""
+UNITS = ("bytes", "tokens")
+MODES = ("output", "measured", "normalised", "paper")
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
     """Attention statistics of one layer (``calibrating.attention_statistics``) and what follows.
 
-    ``share`` is the layer's budget in units of the configured one (1 unless "measured"), and
-    ``divergence`` what compressing this layer alone did to the predictions, KL in nats.
+    ``share`` is the layer's budget in units of the configured one (1 under "normalised" and
+    "paper"). ``divergence`` is what compressing this layer alone did: under "output" the relative
+    error of its attention's output, under "measured" to the predictions, KL in nats.
+
+    ``costs`` are (size, OQ ratio, error) of all that "output" tried; sizes are budgets as fractions
+    of the full cache in 16 bits, or of its tokens under a budget of tokens.
     """
 
     layer: int
@@ -36,14 +45,16 @@ class LayerStatistics:
     oq_ratio: float
     share: float = 1.0
     divergence: float | None = None
+    costs: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """OQ ratios of a model's layers.
+    """Shares of the budget and OQ ratios of a model's layers.
 
-    ``fingerprint`` names the model's shape, ``mode`` is "measured", "normalised" or "paper",
-    ``samples`` the prompt lengths in tokens.
+    ``fingerprint`` names the model's weights, ``mode`` is one of ``MODES``, ``samples`` the prompt
+    lengths in tokens, ``unit`` whether the sizes of costs are of "bytes" or of "tokens". The rows
+    say what suits the configuration that was calibrated; ``at`` what suits another budget.
 
     Example:
         >>> import tempfile, torch, arkv_fx
@@ -62,6 +73,15 @@ class Calibration:
     taus: tuple[float, float, float]
     samples: tuple[int, ...]
     layers: tuple[LayerStatistics, ...]
+    unit: str = "bytes"
+
+    def at(self, size: float, unit: str = "bytes") -> Calibration:
+        """The rows solved again for a budget of ``size``, see ``LayerStatistics.costs``.
+
+        Itself, where nothing tells what another budget would cost: without costs, or if they are
+        of the other unit.
+        """
+        return _solved(self, size) if unit == self.unit else self
 
     def row(self, layer: int | None) -> LayerStatistics | None:
         """What was found for a layer, None if it was not calibrated."""
@@ -107,7 +127,9 @@ class Calibration:
     def save(self, path: str | Path) -> None:
         """Write JSON; a file that is there is replaced when the new one is complete."""
         data = {"schema": SCHEMA_VERSION, "count": len(self.layers), **asdict(self)}
-        write_text(path, json.dumps(data, indent=1) + "\n")
+        rows = [json.dumps(row) for row in data.pop("layers")]
+        text = json.dumps(data, indent=1).removesuffix("\n}")
+        write_text(path, f'{text},\n "layers": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -122,17 +144,20 @@ class Calibration:
             data: dict[str, Any] = json.loads(text, object_pairs_hook=_without_repeats)
         except (OSError, ValueError, RecursionError) as error:
             raise CalibrationError(f"{path}: cannot be read as a calibration: {error}") from error
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA_VERSION:
+        if not isinstance(data, dict) or data.get("schema") not in READABLE:
             found = data.get("schema") if isinstance(data, dict) else None
             raise CalibrationError(
                 f"{path}: schema {found!r} is not the {SCHEMA_VERSION} this version reads; "
                 "calibrate again"
             )
         try:
-            layers = tuple(LayerStatistics(**row) for row in data["layers"])
+            layers = tuple(
+                LayerStatistics(**{**row, "costs": tuple(map(tuple, row.get("costs", ())))})
+                for row in data["layers"]
+            )
             found = cls(
                 str(data["fingerprint"]), data["mode"], tuple(data["taus"]),
-                tuple(data["samples"]), layers,
+                tuple(data["samples"]), layers, data.get("unit", "bytes"),
             )  # fmt: skip
             if data["count"] != len(layers):
                 raise ValueError(f"{data['count']} layers were written, {len(layers)} are there")
@@ -144,6 +169,8 @@ class Calibration:
     def _check_values(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode {self.mode!r}: there are {', '.join(MODES)}")
+        if self.unit not in UNITS:
+            raise ValueError(f"unit {self.unit!r}: there are {', '.join(UNITS)}")
         if len(self.taus) != 3 or not all(_is_number(tau) and tau > 0 for tau in self.taus):
             raise ValueError(f"taus {self.taus!r}: three numbers > 0")
         if not all(type(n) is int and n > 0 for n in self.samples):
@@ -155,8 +182,14 @@ class Calibration:
             if row.layer in known:
                 raise ValueError(f"layer {row.layer} is there twice")
             known.add(row.layer)
-            for name, value in asdict(row).items():
-                if not _is_number(value) and not (name == "divergence" and value is None):
+            for each in row.costs:
+                good = len(each) == 3 and all(_is_number(x) and x >= 0 for x in each)
+                if not good or each[0] == 0 or each[1] > 1:
+                    raise ValueError(f"layer {row.layer}, costs {each!r}: size, OQ ratio and error")
+            for name, value in vars(row).items():
+                if name == "costs" or (name == "divergence" and value is None):
+                    continue
+                if not _is_number(value):
                     raise ValueError(f"layer {row.layer}, {name} {value!r}: a number is needed")
             if not 0 <= row.oq_ratio <= 1:
                 raise ValueError(f"layer {row.layer}, oq_ratio {row.oq_ratio}: between 0 and 1")
@@ -165,6 +198,20 @@ class Calibration:
         total = sum(row.share for row in self.layers)
         if total > len(self.layers) * (1 + 1e-6):
             raise ValueError(f"shares sum to {total:g} where {len(self.layers)} were to be given")
+
+
+@lru_cache(maxsize=64)  # each layer of each graph asks
+def _solved(found: Calibration, size: float) -> Calibration:
+    costs = {row.layer: options(row.costs, size) for row in found.layers if row.costs}
+    if not costs:
+        return found
+    chosen, rows = allocate(costs), []
+    for row in found.layers:
+        if (option := chosen.get(row.layer)) is not None:
+            cost = costs[row.layer][option]
+            row = replace(row, oq_ratio=option.oq_ratio, share=option.share, divergence=cost)
+        rows.append(row)
+    return replace(found, layers=tuple(rows))
 
 
 def _is_number(value: Any) -> bool:

@@ -41,7 +41,7 @@ class ArkvConfig:
     Args:
         compression: bytes of the full cache in the model's dtype at ``context`` tokens, divided
             by the bytes that our cache may hold (its scales, scores and positions included).
-        context: tokens at which ``compression`` is meant.
+        context: tokens at which ``compression`` is meant, and at which a calibration is solved.
         budget: tokens kept per kv head and layer, sinks and window included (the paper's budget).
         bytes: bytes kept per layer and sequence.
         tiers: storage formats of the tiers beyond the window, most precise first: ``(Original,
@@ -59,9 +59,11 @@ class ArkvConfig:
             about and forgets what nobody asked for yet, so most slots go by it and some do not.
             Nothing is parted where a score has one order only; 1: not at all.
         score: name in ``arkv_fx.scores.SCORES``; ``score_options`` are its parameters.
-        calibration: how ``arkv_fx.calibrate`` finds OQ ratios: ``"measured"`` tries budgets and
-            ratios on each layer alone and gives each its share of the bytes, ``"normalised"`` and
-            ``"paper"`` derive ratios from attention statistics, all layers keeping equal budgets.
+        calibration: how ``arkv_fx.calibrate`` finds OQ ratios and each layer's share of the bytes:
+            ``"output"`` by the error of each layer's attention under several budgets, in one
+            prefill; ``"measured"`` by the divergence of the predictions, a forward for each;
+            ``"normalised"`` and ``"paper"`` derive ratios from attention statistics, all layers
+            keeping equal budgets.
         taus: the paper's exponents of entropy, variance and kurtosis.
         round_to: slot counts are rounded down to a multiple of this, so that layers share shapes.
 
@@ -91,7 +93,7 @@ class ArkvConfig:
     eviction_share: float = 1.0
     score: str = "combined"
     score_options: tuple[tuple[str, float], ...] = ()
-    calibration: str = "measured"
+    calibration: str = "output"
     taus: tuple[float, float, float] = PAPER_TAUS
     round_to: int = ROUND_TO
 

@@ -6,11 +6,12 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from math import ceil
 
 import torch
 
+from arkv_fx.calibration import Calibration
 from arkv_fx.config import ROUND_TO, ArkvConfig
 from arkv_fx.errors import ConfigError
 from arkv_fx.formats import Field, Format, get_format
@@ -284,3 +285,41 @@ def lifted(share: float, shares: Sequence[float], least: float) -> float:
     spare = sum(shares) - least * len(shares)
     beyond = sum(max(0.0, each - least) for each in shares)
     return least + max(0.0, share - least) * max(0.0, spare) / beyond if beyond else least
+
+
+def sized(config: ArkvConfig, layer: LayerPlan, size: float, tokens: int) -> ArkvConfig:
+    """The configuration whose budget is ``size`` times the full cache of ``tokens`` tokens.
+
+    In 16 bits, whatever the model's dtype: a calibration is of weights, not of a dtype.
+    """
+    if config.budget is not None:
+        return config.replace(budget=max(round(size * tokens), config.window + config.sinks))
+    full = layer.full_nbytes(tokens, dtype=torch.bfloat16)
+    return config.replace(bytes=max(1, int(size * full)))
+
+
+def size_of(config: ArkvConfig, layer: LayerPlan) -> float:
+    """Inverse of ``sized``: a layer's budget as a fraction of its full cache at ``context``."""
+    if config.budget is not None:
+        return config.budget / config.context
+    return allowance(config, layer) / layer.full_nbytes(config.context, dtype=torch.bfloat16)
+
+
+def plan_calibrated(
+    config: ArkvConfig, calibration: Calibration | None, layer: int, windows: Sequence[int],
+    *, heads: int, k_dim: int, v_dim: int, dtype: torch.dtype, sliding: int = 0,
+) -> LayerPlan:  # fmt: skip
+    """``plan_layer`` of what a calibration, solved for this budget, gives the layer.
+
+    ``windows`` are the attention windows of all layers, 0 for those that share the budget out.
+    """
+    plan = partial(plan_layer, config, heads=heads, k_dim=k_dim, v_dim=v_dim, dtype=dtype)
+    if calibration is None or calibration.row(layer) is None:
+        return plan(sliding=sliding)
+    unit = "bytes" if config.budget is None else "tokens"
+    solved = calibration.at(size_of(config, plan(share=0.0)), unit)
+    row = solved.row(layer)
+    assert row is not None
+    return plan(
+        sliding=sliding, oq_ratio=row.oq_ratio, share=row.share, shares=solved.shares(windows)
+    )

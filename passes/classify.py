@@ -17,7 +17,7 @@ from arkv_fx.passes.nodes import example, sizes_of
 from arkv_fx.passes.sites import Cache, Cat, Inserted, Planned, Site
 from torch.fx import GraphModule
 
-from arkv_fx.plan import plan_layer
+from arkv_fx.plan import plan_calibrated
 
 
 def run(graph: GraphModule, context: Context) -> int:
@@ -89,19 +89,18 @@ def _decide(site: Site, context: Context) -> None:
     folded = heads if cache.computed else 1
     layer = site.ordinal if site.layer is None else site.layer
     sliding = context.sliding[layer] if layer < len(context.sliding) else cache.sliding
-    found = context.calibration.row(layer) if context.calibration is not None else None
     # Nor is it asked for channels of what is cached, but of what is computed.
     config = context.config.replace(balance=False) if cache.computed else context.config
-    plan = plan_layer(
+    plan = plan_calibrated(
         config,
+        context.calibration,
+        layer,
+        context.sliding,
         heads=heads // folded,
         k_dim=int(k[3]) * folded,
         v_dim=int(v[3]) * folded,
         dtype=attended(site, cache),
         sliding=sliding,
-        oq_ratio=found.oq_ratio if found else None,
-        share=found.share if found else 1.0,
-        shares=context.calibration.shares(context.sliding) if found and context.calibration else (),
     )
     site.planned = Planned(site, cache, plan, layer, batch, heads)
 

@@ -81,7 +81,7 @@ def without_gradients() -> Iterator[None]:
         ({"score": "mass", "score_options": {"gamma": 1}}, r"'mass' has no option .*gamma.*decay"),
         (
             {"calibration": "papier"},
-            r"calibration='papier': choose 'measured', 'normalised' or 'paper'",
+            r"calibration='papier': choose 'output', 'measured', 'normalised' or 'paper'",
         ),
         ({"preset": "best"}, r"unknown preset 'best'; the presets are .*paper"),
         ({"preset": "paper", "bugdet": 64}, r"unknown option bugdet"),

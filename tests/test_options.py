@@ -77,7 +77,7 @@ def test_scalars_of_other_libraries_are_whole_numbers(name: str, number: Any) ->
         ({"score_options": {"decay": "x"}}, "score_options decay='x': must be a finite number"),
         ({"score_options": ["decay"]}, r"score_options=\['decay'\]: must be numbers by name"),
         ({"score": ["mass"]}, r"score=\['mass'\] is of type list: give one of combined, mass"),
-        ({"calibration": None}, "calibration=None: choose 'measured'"),
+        ({"calibration": None}, "calibration=None: choose 'output'"),
         ({"budget": 64, "round_to": 100}, "round_to=100: must be no more than budget=64"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from arkv_fx import Calibration
-from arkv_fx.calibration import SCHEMA_VERSION
+from arkv_fx.calibration import READABLE, SCHEMA_VERSION
 from arkv_fx.errors import CalibrationError, EngineError
 from arkv_fx.runtime import read_sidecar
 from arkv_fx.runtime.manifest import VERSION
@@ -21,7 +21,7 @@ def test_the_page_names_the_versions() -> None:
     assert f"`runtime.manifest.VERSION`, {VERSION})" in PAGE
 
 
-@pytest.mark.parametrize("schema", [SCHEMA_VERSION - 1, SCHEMA_VERSION + 1, None])
+@pytest.mark.parametrize("schema", [min(READABLE) - 1, SCHEMA_VERSION + 1, None])
 def test_calibrations_of_another_schema(schema: int | None, tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
     Calibration("Llama-0", "paper", (1.0, 1.0, 1.0), (8,), ()).save(file)

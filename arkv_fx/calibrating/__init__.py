@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from arkv_fx.allocation import allocate, mean
 from arkv_fx.calibrating import sensitivity
 from arkv_fx.calibrating.attention_statistics import Moments, measure, observed_attention, oq_ratios
+from arkv_fx.calibrating.output_errors import Found, try_budgets
 from arkv_fx.calibrating.samples import read_samples
 from arkv_fx.calibration import Calibration, LayerStatistics, fingerprint
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import CalibrationError, ConfigError, TransformError
 from arkv_fx.huggingface.model_caches import generating_part
 from arkv_fx.options import require_type
+from arkv_fx.plan import size_of
 from arkv_fx.transforming import _transform, restore
 
 
@@ -31,17 +33,19 @@ def calibrate(
 ) -> Calibration:
     """Measure a model on sample prompts; give every layer its OQ ratio and share of the budget.
 
-    The same passes find the attention; a probe on each site reads the last ``config.window``
-    queries for the paper's statistics. Under ``config.calibration="measured"`` each layer is then
-    compressed alone in several ways (``sensitivity``), a short forward for each, and the bytes go
-    where they lower the divergence most; the sum of budgets stays what it was. The model is
-    restored afterwards, also after an error.
+    The same passes find the attention; each site's last ``config.window`` queries are read for the
+    paper's statistics. Under ``config.calibration="output"`` each layer is asked in passing what
+    its attention would have answered under budgets from 1/32 to all of the full cache
+    (``output_errors``): one prefill, whose result is solved again for the budget of whoever uses
+    it. Under "measured" each layer is compressed alone in several ways (``sensitivity``), a short
+    forward for each, at the configured budget. In both the bytes go where they help most; the sum
+    of budgets stays what it was. The model is restored afterwards, also after an error.
 
     Args:
         input_ids: [B, T] int64, or a list of them; a few prompts of the length and kind to be
             served are enough. Statistics are averaged over prompts.
-        config: how the cache will be used; a ``compression`` is taken to be meant at the length
-            of each prompt.
+        config: how the cache will be used; under "measured" a ``compression`` is taken to be meant
+            at the length of each prompt.
         attention_mask: [B, T] per prompt, 0 for padding.
         progress: called with what is done next.
 
@@ -70,7 +74,26 @@ def calibrate(
     if model.training:
         raise CalibrationError("the model is in train mode: call model.eval() first")
     samples = read_samples(model, input_ids, attention_mask)
-    prompts, masks = [prompt for prompt, _ in samples], [mask for _, mask in samples]
+    lengths = tuple(int(prompt.shape[1]) for prompt, _ in samples)
+    unit, size = "bytes" if config.budget is None else "tokens", None
+    if config.calibration == "output":
+        rows, size = _by_output(model, samples, config, progress)
+    else:
+        rows = _by_attention(model, samples, config, progress)
+    if config.calibration == "measured":
+        rows = _measured(model, samples, config, rows, progress)
+    whose, mode = fingerprint(model), config.calibration
+    calibration = Calibration(whose, mode, config.taus, lengths, rows, unit)
+    return calibration if size is None else calibration.at(size, unit)
+
+
+Samples = Sequence[tuple[Tensor, Tensor | None]]
+
+
+def _by_attention(
+    model: nn.Module, samples: Samples, config: ArkvConfig, progress: Callable[[str], None]
+) -> tuple[LayerStatistics, ...]:
+    """A row for each layer whose attention can be read: statistics, and the ratios of these."""
     found: dict[int, list[Moments]] = defaultdict(list)
     published = config.calibration == "paper"
 
@@ -82,40 +105,71 @@ def calibrate(
 
     _transform(model, ArkvConfig.smallest(config.window), None, compile="eager", probe=probe)
     try:
-        progress(f"attention statistics of {len(prompts)} prompts")
-        for prompt, mask in zip(prompts, masks, strict=True):
+        progress(f"attention statistics of {len(samples)} prompts")
+        for prompt, mask in samples:
             model(input_ids=prompt, attention_mask=mask, use_cache=True)
     finally:
         restore(model)
+    return _rows(model, found, config)
+
+
+def _by_output(
+    model: nn.Module, samples: Samples, config: ArkvConfig, progress: Callable[[str], None]
+) -> tuple[tuple[LayerStatistics, ...], float | None]:
+    """The rows with what each layer loses, and the size of the budget, if there is such a layer."""
+    found: list[dict[int, Found]] = []
+    for prompt, mask in samples:
+        progress(f"prefill of {prompt.shape[1]} tokens")
+        found.append(try_budgets(model, prompt, mask, config))
+    moments = {layer: [each[layer].moments for each in found] for layer in found[0]}
+    rows = tuple(
+        replace(row, oq_ratio=config.oq_ratio, costs=_mean_costs([f[row.layer] for f in found]))
+        for row in _rows(model, moments, config)
+    )
+    shapes = [each.shape for each in found[0].values() if each.tried]
+    return rows, size_of(config, shapes[0]) if shapes else None
+
+
+def _mean_costs(samples: Sequence[Found]) -> tuple[tuple[float, float, float], ...]:
+    """Errors averaged over prompts, of what was tried with all of them."""
+    by_place = [{(size, ratio): error for size, ratio, error in one.tried} for one in samples]
+    return tuple(
+        (*place, sum(errors[place] for errors in by_place) / len(by_place))
+        for place in by_place[0]
+        if all(place in errors for errors in by_place)
+    )
+
+
+def _rows(
+    model: nn.Module, found: Mapping[int, Sequence[Moments]], config: ArkvConfig
+) -> tuple[LayerStatistics, ...]:
+    """Statistics averaged over prompts.
+
+    Raises:
+        CalibrationError: if there is no layer.
+    """
     if not found:
         raise CalibrationError(
             f"no attention of {type(model).__name__} could be read: model.arkv.report() after "
             "transform says why each site is left alone"
         )
     layers = sorted(found)
-    rows = oq_ratios(
-        layers, [_mean(found[i]) for i in layers], config.taus, config.calibration, config.oq_ratio
-    )
-    if config.calibration == "measured":
-        rows = _measured(model, prompts, masks, config, rows, progress)
-    lengths = tuple(int(p.shape[1]) for p in prompts)
-    return Calibration(fingerprint(model), config.calibration, config.taus, lengths, rows)
+    means = [_mean(found[i]) for i in layers]
+    return oq_ratios(layers, means, config.taus, config.calibration, config.oq_ratio)
 
 
 def _measured(
     model: nn.Module,
-    prompts: Sequence[Tensor],
-    masks: Sequence[Any],
+    samples: Samples,
     config: ArkvConfig,
     rows: Sequence[LayerStatistics],
     progress: Callable[[str], None],
 ) -> tuple[LayerStatistics, ...]:
     """The rows with the shares and OQ ratios that cost least, sliding layers as configured."""
-    pairs = zip(prompts, masks, strict=True)
-    costs = sensitivity.mean(
-        [sensitivity.divergences(model, ids, mask, config, progress) for ids, mask in pairs]
+    costs = mean(
+        [sensitivity.divergences(model, ids, mask, config, progress) for ids, mask in samples]
     )
-    chosen = sensitivity.allocate(costs)
+    chosen = allocate(costs)
     out = []
     for row in rows:
         if (option := chosen.get(row.layer)) is None:

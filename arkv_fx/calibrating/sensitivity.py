@@ -7,14 +7,15 @@ measured. The bytes then go where they buy most.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from arkv_fx.allocation import SHARES, Costs, Option
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import CalibrationError, ConfigError
 from arkv_fx.huggingface.cache import ArkvCache
@@ -27,23 +28,10 @@ from arkv_fx.plan import LayerPlan, allowance, plan_layer
 from arkv_fx.state.session import LayerState
 from arkv_fx.transforming import _transform, restore
 
-SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-"""Budgets that are tried, in units of the configured one: few, so that layers share shapes."""
 RATIOS = (1.0, 0.7, 0.5, 0.3)
 """OQ ratios, largest first, that are tried where the budget holds every token as it is."""
 PROBE = 128
 """At most so many tokens at a prompt's end are predicted; an eighth of a shorter prompt."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """What one layer may be given: a share of the configured budget and an OQ ratio."""
-
-    share: float
-    oq_ratio: float
-
-
-Divergences = dict[int, dict[Option, float]]
 
 
 class Trials:
@@ -141,7 +129,7 @@ def divergences(
     mask: Tensor | None,
     config: ArkvConfig,
     progress: Callable[[str], None] = lambda message: None,
-) -> Divergences:
+) -> Costs:
     """KL(full || one layer compressed), mean over the prompt's last tokens, by layer and option.
 
     Args:
@@ -186,7 +174,7 @@ def divergences(
         progress(f"prefill of {context} tokens")
         forward(slice(0, context), **({"logits_to_keep": 1} if short else {}))
         reference = probed()
-        found: Divergences = {}
+        found: Costs = {}
         for layer, states in sorted(trials.states.items()):
             progress(f"layer {layer}: {len(states)} budgets")
             found[layer] = {}
@@ -198,41 +186,3 @@ def divergences(
         return found
     finally:
         restore(model)
-
-
-def allocate(costs: Divergences) -> dict[int, Option]:
-    """One option a layer, of the least summed divergence within a mean share of one.
-
-    Greedy along the best ratio of gain to bytes, the usual approximation of the multiple-choice
-    knapsack; divergences of single layers are taken to add up.
-    """
-    chosen = {layer: min(of, key=lambda o: (o.share, of[o])) for layer, of in costs.items()}
-    left = len(costs) - sum(o.share for o in chosen.values())
-    while True:
-        best: tuple[float, int, Option] | None = None
-        for layer, of in costs.items():
-            for option in of:
-                more = option.share - chosen[layer].share
-                gain = of[chosen[layer]] - of[option]
-                if gain <= 0 or more > left + 1e-9:
-                    continue
-                rate = gain / more if more > 0 else float("inf")
-                if best is None or rate > best[0]:
-                    best = (rate, layer, option)
-        if best is None:
-            return chosen
-        _, layer, option = best
-        left -= option.share - chosen[layer].share
-        chosen[layer] = option
-
-
-def mean(samples: Sequence[Divergences]) -> Divergences:
-    """Divergences averaged over prompts, of the options that all of them have."""
-    return {
-        layer: {
-            option: sum(s[layer][option] for s in samples) / len(samples)
-            for option in of
-            if all(option in s[layer] for s in samples)
-        }
-        for layer, of in samples[0].items()
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +11,7 @@ import torch
 import typer
 
 from arkv_fx.calibrating import calibrate as calibrate_
+from arkv_fx.calibration import MODES
 from arkv_fx.commands.common import (
     Budget,
     CalibrationFile,
@@ -51,6 +52,9 @@ def calibrate(
         float, typer.Option(min=1, help="Times fewer bytes than bf16, at the length read.")
     ] = 4.0,
     preset: Preset = "default",
+    mode: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(MODES)} (what the preset says).")
+    ] = None,
     calibration_file: Annotated[
         Path | None,
         typer.Option("--out", callback=writable, help="Where the calibration is saved."),
@@ -62,14 +66,14 @@ def calibrate(
     device: Device = "cpu",
     json: AsJson = False,
 ) -> None:
-    """Measure each layer on sample texts: its OQ ratio and its share of the budget."""
-    config = preset_(preset)
+    """Try budgets on each layer, on sample texts: its OQ ratio and its share of the budget."""
+    config = preset_(preset, **({} if mode is None else {"calibration": mode}))
     network, tokenizer = load(model, dtype, device)
-    if config.calibration == "measured" and network.dtype == torch.float32:
-        # As in `arkv eval`: a float32 model on a CPU stands for its bf16 twin, so bytes are those.
-        config = config.replace(compression=2 * compression, window_format="bf16")
-    elif config.calibration == "measured":
+    if config.calibration in ("output", "measured"):
         config = config.replace(compression=compression)
+        if network.dtype == torch.float32:
+            # As in `arkv eval`: a float32 model on a CPU stands for its bf16 twin, and so do bytes.
+            config = config.replace(compression=2 * compression, window_format="bf16")
     samples = [
         ids[None, :context].to(network.device)
         for ids in tokens_of(tokenizer, text or ["esther"]).values()
@@ -79,7 +83,9 @@ def calibrate(
     if json:
         print(json_.dumps(asdict(calibration)))
     else:
-        rows = [asdict(row) for row in calibration.layers]
+        rows = [asdict(replace(row, costs=())) for row in calibration.layers]
+        for row in rows:
+            del row["costs"]
         out.print(table(f"{calibration.fingerprint}, {calibration.mode}", rows))
     if calibration_file:
         calibration.save(calibration_file)

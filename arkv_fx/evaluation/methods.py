@@ -76,8 +76,11 @@ def _full(setting: Setting) -> ArkvConfig:
 
 def _of_bytes(**options: Any) -> Callable[[Setting], ArkvConfig]:
     return lambda setting: ArkvConfig.make(
-        {"bytes": setting.layer_bytes, "window_format": setting.exact, **options}
-    )
+        {
+            "bytes": setting.layer_bytes, "context": setting.context,
+            "window_format": setting.exact, **options,
+        }
+    )  # fmt: skip
 
 
 def _paper(budget: int) -> Callable[[Setting], ArkvConfig]:

@@ -32,7 +32,7 @@ def plot_calibration(calibration: Calibration, path: str | Path) -> None:
     titles = {
         "entropy": "entropy", "variance": "variance", "kurtosis": "kurtosis",
         "oq_ratio": "OQ ratio", "share": "share of the budget",
-        "divergence": "KL of this layer alone",
+        "divergence": "error" if calibration.mode == "output" else "KL of this layer alone",
     }  # fmt: skip
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), sharex=True, layout="constrained")
     for axis, (name, title) in zip(axes.flat, titles.items(), strict=True):

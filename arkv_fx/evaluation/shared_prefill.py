@@ -20,7 +20,7 @@ from arkv_fx.huggingface.transformed import Transformed, own_code
 from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.attend import attend
 from arkv_fx.ops.no_output import NoOutput
-from arkv_fx.plan import LayerPlan, plan_layer
+from arkv_fx.plan import LayerPlan, plan_calibrated
 from arkv_fx.state.session import check_finite
 from arkv_fx.transforming import restore, transform
 
@@ -132,18 +132,16 @@ class Contest:
 
     def _plan(self, name: str, layer: int, k: Tensor, v: Tensor) -> LayerPlan:
         windows = self.windows
-        calibration = self.calibrations.get(name)
-        found = calibration.row(layer) if calibration else None
-        return plan_layer(
+        return plan_calibrated(
             self.configs[name],
+            self.calibrations.get(name),
+            layer,
+            windows,
             heads=k.shape[1],
             k_dim=k.shape[-1],
             v_dim=v.shape[-1],
             dtype=k.dtype,
             sliding=windows[layer] if layer < len(windows) else 0,
-            oq_ratio=found.oq_ratio if found else None,
-            share=found.share if found else 1.0,
-            shares=calibration.shares(windows) if found and calibration else (),
         )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arkv_fx.kernels import get_kernel, get_step
+from arkv_fx.kernels import Encoder, get_kernel, get_step
 from arkv_fx.kernels.softmax import Knobs, allowed, group
 from arkv_fx.ops.arrivals import Arrivals
 from arkv_fx.ops.balance import SCALE, balance
@@ -107,15 +107,20 @@ def look(
     return out.flatten(1, 2).to(q.dtype), Seen(new, updated, layer, finite, mask is not None)
 
 
-def settle(held: View, seen: Seen, fresh: bool, kernel: str = "reference") -> None:
-    """The second half of ``attend``: the update of the state, in place."""
+def settle(
+    held: View, seen: Seen, fresh: bool, kernel: str = "reference", encoder: Encoder | None = None
+) -> None:
+    """The second half of ``attend``: the update of the state, in place.
+
+    ``encoder`` makes the codes of many tokens instead of the kernel's.
+    """
     new, length = seen.new, seen.new.k.shape[2]
     if held.centre is not None:
         _centre(held, held.centre, new, seen.padded)
     if length == 1:
         exchange_one(held, new, seen.updated, kernel)
     else:
-        merge_many(held, new, seen.updated, fresh, kernel)
+        merge_many(held, new, seen.updated, fresh, kernel, encoder)
     for name, total in seen.layer.items():
         held.layer[name].copy_(total)
     held.count.add_(new.valid.sum(-1, dtype=torch.int32))

@@ -36,10 +36,14 @@ def balance(q: Tensor, k: Tensor, valid: Tensor, held: View) -> tuple[Tensor, Te
     if k.shape[2] != 1:
         chosen = channel_scales(q, k, valid)
         scale = torch.where(held.seen[:, None, None] == 0, chosen, scale)
+    return *scaled(q, k, scale), scale
+
+
+def scaled(q: Tensor, k: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [B, Hq, Q, Dk] times, keys [B, Hkv, T, Dk] divided by the channels' numbers."""
     by = scale[:, :, None]
     groups = q.shape[1] // k.shape[1]
-    q = q * by.repeat_interleave(groups, 1).to(q.dtype)
-    return q, k * by.reciprocal().to(k.dtype), scale
+    return q * by.repeat_interleave(groups, 1).to(q.dtype), k * by.reciprocal().to(k.dtype)
 
 
 def channel_scales(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ from arkv_fx.state.view import Segment, View
 
 
 def merge_many(
-    held: View, new: Arrivals, updated: Stats, fresh: bool, kernel: str = "reference"
-) -> None:
+    held: View, new: Arrivals, updated: Stats, fresh: bool, kernel: str = "reference",
+    encoder: Encoder | None = None,
+) -> None:  # fmt: skip
     """A chunk: ring and sinks take their tokens, all others are sorted into the tiers.
 
     Tokens that stay in a tier are copied as codes, never encoded again.
@@ -30,10 +31,10 @@ def merge_many(
     Args:
         updated: statistics [B, Hkv, N] after the chunk, of ring, tiers and new tokens, or of the
             new tokens alone if ``fresh``.
-        kernel: whose encoder makes the codes, see ``arkv_fx.kernels.Kernel``.
+        kernel: whose encoder makes the codes, see ``arkv_fx.kernels.Kernel``; or ``encoder``.
     """
     plan, ring = held.plan, held.ring
-    encoder = KERNELS.find(kernel).encode or encode_rows
+    encoder = encoder or KERNELS.find(kernel).encode or encode_rows
     if not fresh:
         _store_stats(held, updated)
     length = new.k.shape[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,17 @@ def row(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (row(divergence=float("nan")), "layer 0, divergence nan"),
         (lambda data: data["layers"].pop(), "2 layers were written, 1 are there"),
         (lambda data: data.update(layers=[]), "2 layers were written, 0 are there"),
-        (lambda data: data.update(mode="best"), "mode 'best': there are measured"),
+        (lambda data: data.update(mode="best"), "mode 'best': there are output, measured"),
         (lambda data: data.update(taus=[1, float("nan"), 1]), "taus .*: three numbers > 0"),
         (lambda data: data.update(taus=[1, 1]), "taus .*: three numbers > 0"),
         (lambda data: data.update(samples=["long"]), "samples .*: numbers of tokens"),
         (lambda data: data.pop("count"), "count"),
-        (lambda data: data.update(schema=2), "schema 2 is not the 3"),
+        (lambda data: data.update(unit="slots"), "unit 'slots': there are bytes, tokens"),
+        (row(costs=[[0.25, 0.1]]), "layer 0, costs .0.25, 0.1.: size, OQ ratio and error"),
+        (row(costs=[[0.25, 1.1, 0.0]]), "layer 0, costs .*: size, OQ ratio and error"),
+        (row(costs=[[0.0, 0.1, 0.0]]), "layer 0, costs .*: size, OQ ratio and error"),
+        (row(costs=[[0.25, 0.1, float("nan")]]), "layer 0, costs .*: size, OQ ratio and error"),
+        (lambda data: data.update(schema=2), "schema 2 is not the 4"),
     ],
 )
 def test_what_no_calibration_says(change: Any, says: str, tmp_path: Path) -> None:
@@ -65,6 +71,27 @@ def test_what_no_calibration_says(change: Any, says: str, tmp_path: Path) -> Non
 def test_what_was_saved_is_read(tmp_path: Path) -> None:
     path = damaged(lambda data: None, tmp_path / "c.json")
     assert Calibration.load(path) == GOOD
+
+
+def test_costs_are_kept(tmp_path: Path) -> None:
+    rows = tuple(replace(row, costs=((0.25, 0.1, 0.5), (0.5, 0.1, 0.25))) for row in ROWS)
+    known = replace(GOOD, mode="output", layers=rows, unit="tokens")
+    known.save(tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json") == known
+
+
+def test_a_file_of_schema_3_is_read(tmp_path: Path) -> None:
+    """It has no costs, so its shares stay as they are, whatever the budget."""
+
+    def older(data: dict[str, Any]) -> None:
+        del data["unit"]
+        for row in data["layers"]:
+            del row["costs"]
+        data["schema"] = 3
+
+    found = Calibration.load(damaged(older, tmp_path / "c.json"))
+    assert found == GOOD
+    assert found.at(0.1) is found
 
 
 @pytest.mark.parametrize("text", ['{"schema": 3, "schema": 3}', "[" * 100_000])

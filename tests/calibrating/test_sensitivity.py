@@ -12,20 +12,21 @@ from torch import Tensor
 
 import arkv_fx
 from arkv_fx import ArkvCache, ArkvConfig
+from arkv_fx.allocation import SHARES, Costs, Option, allocate
 from arkv_fx.calibrating import sensitivity
-from arkv_fx.calibrating.sensitivity import SHARES, Option, allocate, divergences
+from arkv_fx.calibrating.sensitivity import divergences
 from arkv_fx.calibration import Calibration, LayerStatistics, fingerprint
 from arkv_fx.config import PAPER_TAUS
 from arkv_fx.errors import CalibrationError, ConfigError
 from arkv_fx.models import random_model
 
-CONFIG = ArkvConfig(compression=4.0, window=8, round_to=1)
+CONFIG = ArkvConfig(compression=4.0, window=8, round_to=1, calibration="measured")
 EVICT = ArkvConfig(compression=4.0, window=8, round_to=1, tiers=("native",), score="mass")
 IDS = torch.randint(1, 128, (1, 192), generator=torch.Generator().manual_seed(0))
 CONTEXT = 168  # an eighth of the tokens is predicted
 
 
-def summed(chosen: dict[int, Option], costs: sensitivity.Divergences) -> float:
+def summed(chosen: dict[int, Option], costs: Costs) -> float:
     return sum(costs[layer][option] for layer, option in chosen.items())
 
 
@@ -41,7 +42,7 @@ costs = st.lists(
 
 @given(costs)
 def test_allocation_keeps_the_budget_and_is_no_worse_than_equal_shares(
-    costs: sensitivity.Divergences,
+    costs: Costs,
 ) -> None:
     chosen = allocate(costs)
     assert sum(o.share for o in chosen.values()) <= len(costs) + 1e-9
