@@ -102,7 +102,7 @@ def _try_plans(
         shown = None if mask is None else mask[..., :before, :before]
         empty = view(first, LayerState(first, batch, device).tensors)
         _, seen = look(q, k, v, shown, empty, given.knobs, fresh=True)
-    if shape.balanced:
+    if first.balanced:
         q, k = scaled(given.q.detach(), given.k.detach(), seen.layer[SCALE])
         given = replace(given, q=q, k=k)
     asked = slice(before + (length - before - 1) % EVERY, None, EVERY)  # the last is one of them
