@@ -90,7 +90,7 @@ class ArkvConfig:
     window_format: str = "native"
     sinks: int = 4
     oq_ratio: float = 0.15
-    eviction_share: float = 1.0
+    eviction_share: float = 0.2
     score: str = "combined"
     score_options: tuple[tuple[str, float], ...] = ()
     calibration: str = "output"
