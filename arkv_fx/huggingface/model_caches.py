@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 from arkv_fx.errors import CacheError, TransformError
@@ -24,28 +33,42 @@ CONTINUOUS = (
 
 
 def generating_part(model: nn.Module) -> nn.Module:
-    """The model whose ``generate`` runs: ``model`` itself, or the one that it wraps.
+    """The model whose cache grows: ``model`` itself, or the one that it wraps.
 
     Seen through are PEFT and value-head models, modules of ``torch.compile`` and whatever else
-    holds one transformers model that generates.
+    holds one transformers model that generates, or one without a head that keeps a cache (which a
+    loop of the wrapper's own calls).
 
     Raises:
         TransformError: if it holds several, so that nobody can tell which is meant.
     """
     if isinstance(model, PreTrainedModel):
         return model
-    found: list[tuple[str, nn.Module]] = []
-    for path, module in model.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, PreTrainedModel) and module.can_generate() and not inside:
-            found.append((path, module))
-    if len(found) > 1:
-        names = ", ".join(f"{path} ({type(module).__name__})" for path, module in found)
-        raise TransformError(
-            f"{type(model).__name__} holds several models that generate: {names}; transform the "
-            "one whose cache is to be small"
-        )
-    return found[0][1] if found else model
+    for kind, wanted in (("generate", _generates), ("keep a cache", _keeps_cache)):
+        found: list[tuple[str, nn.Module]] = []
+        for path, module in model.named_modules():
+            inside = any(path.startswith(f"{outer}.") for outer, _ in found)
+            if isinstance(module, PreTrainedModel) and wanted(module) and not inside:
+                found.append((path, module))
+        if len(found) > 1:
+            names = ", ".join(f"{path} ({type(module).__name__})" for path, module in found)
+            raise TransformError(
+                f"{type(model).__name__} holds several models that {kind}: {names}; transform the "
+                "one whose cache is to be small"
+            )
+        if found:
+            return found[0][1]
+    return model
+
+
+def _generates(model: PreTrainedModel) -> bool:
+    return bool(model.can_generate())
+
+
+def _keeps_cache(model: PreTrainedModel) -> bool:
+    """Whether a model is a decoder that takes a cache, and so makes one where none is given."""
+    taken = inspect.signature(model.forward).parameters
+    return any(name in taken for name in CACHE_NAMES) and not only_looks_ahead(model)
 
 
 def refuse_continuous(name: str) -> NoReturn:
@@ -175,6 +198,12 @@ def our_cache(cache: Any, model: nn.Module) -> ArkvCache:
     """
     found: Any = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     if type(found) is DynamicCache and _is_unused(found):
+        if _is_drafting():
+            raise CacheError(
+                "assisted decoding and prompt lookup take tokens back, and only where the whole "
+                f"model is transformed does its cache keep what that takes: {type(model).__name__} "
+                "is a part; call arkv_fx.restore on it and arkv_fx.transform on what generates"
+            )
         found.__dict__ = ArkvCache(model).__dict__
         found.__class__ = ArkvCache  # type: ignore[assignment]
         ArkvCache.claim_layers(found)  # type: ignore[arg-type]
@@ -190,6 +219,21 @@ def _is_unused(cache: DynamicCache) -> bool:
     """Whether nothing is in it yet, and nothing was asked of it that ours would not do."""
     plain = not getattr(cache, "offloading", False)
     return plain and not any(getattr(layer, "is_initialized", False) for layer in cache.layers)
+
+
+def _is_drafting() -> bool:
+    """Whether this call is of assisted decoding or prompt lookup.
+
+    It has told the cache that tokens will be taken back; but while that was a DynamicCache, which
+    does not keep what it is told, so only the stack knows.
+    """
+    drafting = getattr(GenerationMixin, "_assisted_decoding", None)
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and drafting is not None:
+        if frame.f_code is drafting.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def only_looks_ahead(model: nn.Module) -> bool:
