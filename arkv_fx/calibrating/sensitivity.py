@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from arkv_fx.calibration import LEAST_SHARE
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import CalibrationError, ConfigError
 from arkv_fx.huggingface.cache import ArkvCache
@@ -27,7 +28,7 @@ from arkv_fx.plan import LayerPlan, allowance, plan_layer
 from arkv_fx.state.session import LayerState
 from arkv_fx.transforming import _transform, restore
 
-SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+SHARES = (LEAST_SHARE, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Budgets that are tried, in units of the configured one: few, so that layers share shapes."""
 RATIOS = (1.0, 0.7, 0.5, 0.3)
 """OQ ratios, largest first, that are tried where the budget holds every token as it is."""
