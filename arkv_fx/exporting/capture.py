@@ -87,8 +87,7 @@ class _Tracer:
         self, model: nn.Module, config: ArkvConfig, calibration: Calibration | None, batch: int
     ) -> None:
         self.model, self.batch, self.name = model, batch, type(model).__name__
-        state = model.arkv
-        assert isinstance(state, Transformed)
+        state: Transformed = model.arkv  # type: ignore[assignment]
         old = state.backend
         self.recorder = _Recorder(
             config, calibration, compile="eager", sliding=old.sliding, whole=old.whole

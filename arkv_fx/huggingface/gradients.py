@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -23,10 +23,8 @@ def is_differentiated(given: Iterable[Any], parameters: Iterable[Tensor]) -> boo
 def without_backward(out: Any) -> Any:
     """An output of a call with a cache, whose numbers say why they have no gradient when asked."""
     start = torch.empty(0, requires_grad=True)
-    floating = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    return tree_map_only(
-        Tensor, lambda x: _NoBackward.apply(x, start) if x.dtype in floating else x, out
-    )
+    refuse: Callable[[Tensor, Tensor], Tensor] = _NoBackward.apply
+    return tree_map_only(Tensor, lambda x: refuse(x, start) if x.is_floating_point() else x, out)
 
 
 class _NoBackward(torch.autograd.Function):

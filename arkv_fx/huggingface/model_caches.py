@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from types import FrameType
@@ -14,11 +13,10 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
     GenerationMixin,
-    PreTrainedModel,
 )
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-from arkv_fx.errors import CacheError, TransformError
+from arkv_fx.errors import CacheError
 from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.huggingface.positions import leave_last_open
 from arkv_fx.state.journal import Journal
@@ -30,45 +28,6 @@ CACHE_NAMES = ("past_key_values", "cache")[: 2 if "cache" in ALL_CACHE_NAMES els
 CONTINUOUS = (
     "generate_batch", "init_continuous_batching", "continuous_batching_context_manager",
 )  # fmt: skip
-
-
-def generating_part(model: nn.Module) -> nn.Module:
-    """The model whose cache grows: ``model`` itself, or the one that it wraps.
-
-    Seen through are PEFT and value-head models, modules of ``torch.compile`` and whatever else
-    holds one transformers model that generates, or one without a head that keeps a cache (which a
-    loop of the wrapper's own calls).
-
-    Raises:
-        TransformError: if it holds several, so that nobody can tell which is meant.
-    """
-    if isinstance(model, PreTrainedModel):
-        return model
-    for kind, wanted in (("generate", _generates), ("keep a cache", _keeps_cache)):
-        found: list[tuple[str, nn.Module]] = []
-        for path, module in model.named_modules():
-            inside = any(path.startswith(f"{outer}.") for outer, _ in found)
-            if isinstance(module, PreTrainedModel) and wanted(module) and not inside:
-                found.append((path, module))
-        if len(found) > 1:
-            names = ", ".join(f"{path} ({type(module).__name__})" for path, module in found)
-            raise TransformError(
-                f"{type(model).__name__} holds several models that {kind}: {names}; transform the "
-                "one whose cache is to be small"
-            )
-        if found:
-            return found[0][1]
-    return model
-
-
-def _generates(model: PreTrainedModel) -> bool:
-    return bool(model.can_generate())
-
-
-def _keeps_cache(model: PreTrainedModel) -> bool:
-    """Whether a model is a decoder that takes a cache, and so makes one where none is given."""
-    taken = inspect.signature(model.forward).parameters
-    return any(name in taken for name in CACHE_NAMES) and not only_looks_ahead(model)
 
 
 def refuse_continuous(name: str) -> NoReturn:
@@ -210,7 +169,8 @@ def our_cache(cache: Any, model: nn.Module) -> ArkvCache:
     if not isinstance(found, ArkvCache):
         raise CacheError(
             f"the model is transformed but got a {type(cache).__name__}; pass ArkvCache(model), "
-            "or no cache at all, or undo with arkv_fx.restore(model)"
+            "or no cache at all, or undo with arkv_fx.restore(model). (An empty DynamicCache is "
+            "taken over; one that holds a learned prefix, as PEFT makes, is not)"
         )
     return found
 

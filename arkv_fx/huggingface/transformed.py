@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from arkv_fx.calibration import Calibration
 from arkv_fx.compile.backend import ArkvBackend
 from arkv_fx.config import ArkvConfig
-from arkv_fx.errors import CacheError, TransformError
+from arkv_fx.errors import CacheError
 from arkv_fx.huggingface.attention_interface import OpenAttention, masks_left_out
+from arkv_fx.huggingface.bound import Bound
 from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.huggingface.compiled import CompiledForward
 from arkv_fx.huggingface.gradients import is_differentiated, without_backward
@@ -42,7 +43,7 @@ _NAMES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 GROWING = (*_NAMES, *(f"decoder_{name}" for name in _NAMES))
 
 
-class Transformed:
+class Transformed(Bound):
     """What ``model.arkv`` is: configuration, compiled forward and report of a transformed model."""
 
     records = True  # tokens of its caches can be taken back
@@ -88,19 +89,6 @@ class Transformed:
         self.cache_names = CACHE_NAMES if isinstance(model, PreTrainedModel) else CACHE_NAMES[:1]
         known = [name for name in self.cache_names if name in self.parameters]
         self.cache_name = known[0] if known else self.cache_names[-1]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise TransformError(
-            "a transformed model cannot be copied: its compiled forward is bound to this model; "
-            "call arkv_fx.restore(model), copy, and transform both"
-        )
-
-    def __reduce__(self) -> NoReturn:
-        raise TransformError(
-            "a transformed model is neither pickled nor saved whole: its compiled graphs belong to "
-            "this process; save model.state_dict() or call model.save_pretrained(folder), or "
-            "arkv_fx.restore(model) first, and transform again after loading"
-        )
 
     def report(self) -> Report:
         """Every attention site seen so far: fused or not and why, slots and bytes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +91,19 @@ def test_a_peft_model_is_seen_through() -> None:
     arkv_fx.transform(model, CONFIG, compile="eager")
     assert isinstance(generate(model).past_key_values, arkv_fx.ArkvCache)
     assert isinstance(model(ids()).past_key_values, arkv_fx.ArkvCache)
+
+
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "LORA"])
+def test_learned_prefixes_are_refused(kind: str) -> None:
+    """PEFT hands them on as a cache that is full from the beginning."""
+    model = WithValues(random_model("llama", num_hidden_layers=1))
+    model.active_peft_config = SimpleNamespace(peft_type=kind)  # type: ignore[assignment]
+    if kind == "LORA":
+        assert arkv_fx.transform(model, CONFIG, compile="eager") is model
+        return
+    with pytest.raises(TransformError, match=r"adapter is of PREFIX_TUNING: .*LoRA"):
+        arkv_fx.transform(model, CONFIG, compile="eager")
+    assert not hasattr(model.inner, "arkv")
 
 
 def test_of_two_models_nobody_can_tell_which() -> None:
