@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from math import isfinite
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arkv_fx.allocation import allocate, options
+from arkv_fx.allocation import SHARES, allocate, options
 from arkv_fx.errors import CalibrationError
 from arkv_fx.files import write_text
+from arkv_fx.options import require_type
 
 if TYPE_CHECKING:
     from torch import nn
@@ -138,7 +140,11 @@ class Calibration:
         Raises:
             CalibrationError: if the file is missing, is no calibration, has another schema, or says
                 what no calibration does; naming the row.
+            ConfigError: if ``path`` is none.
         """
+        require_type(
+            "path", path, (str, PathLike), "the path of a file that Calibration.save wrote"
+        )
         try:
             text = Path(path).read_text()
             data: dict[str, Any] = json.loads(text, object_pairs_hook=_without_repeats)
@@ -196,8 +202,12 @@ class Calibration:
             if row.share <= 0:
                 raise ValueError(f"layer {row.layer}, share {row.share}: above 0")
         total = sum(row.share for row in self.layers)
-        if total > len(self.layers) * (1 + 1e-6):
-            raise ValueError(f"shares sum to {total:g} where {len(self.layers)} were to be given")
+        least, most = SHARES[0] * len(self.layers), float(len(self.layers))
+        if not least * (1 - 1e-6) <= total <= most * (1 + 1e-6):
+            raise ValueError(
+                f"shares sum to {total:g} where {len(self.layers)} were to be given: between "
+                f"{least:g} and {most:g} is what measuring gives"
+            )
 
 
 @lru_cache(maxsize=64)  # each layer of each graph asks

@@ -29,6 +29,21 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def obstacle_to_folder(folder: Path) -> str:
+    """Why a folder cannot be made, or is not there and empty; nothing if it can or is.
+
+    Raises:
+        OSError: if it cannot be looked at.
+    """
+    if folder.exists():
+        good = folder.is_dir() and not any(folder.iterdir())
+        return "" if good else f"{folder} exists and is not an empty folder"
+    there = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        return f"{folder}: cannot be made: {there} is no folder, or not to be written"
+    return ""
+
+
 @contextmanager
 def instead_of(path: str | os.PathLike[str]) -> Generator[Path]:
     """A path beside a file; what is written there takes the file's place at the end.

@@ -16,11 +16,11 @@ from arkv_fx.formats import get_format
 from arkv_fx.huggingface.layers import cached_layers, head_dims
 from arkv_fx.huggingface.model_caches import (
     CONTINUOUS,
-    generating_part,
     prepare_cache,
     refuse_continuous,
 )
 from arkv_fx.huggingface.transformed import Transformed
+from arkv_fx.huggingface.wrapped import generating_part
 from arkv_fx.insert.cached_model import Inserted, insert
 from arkv_fx.options import require_type
 from arkv_fx.passes.context import Probe, StandIn

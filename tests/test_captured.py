@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import arkv_fx
 from arkv_fx import ArkvConfig
 from arkv_fx.errors import TransformError
-from arkv_fx.huggingface import transformed
+from arkv_fx.huggingface import compiled
 from arkv_fx.models import random_model
 
 CONFIG = ArkvConfig(budget=64, window=8)
@@ -106,7 +106,7 @@ def test_options_of_torch_compile_are_those_of_a_configuration() -> None:
 
 
 def test_too_many_batch_sizes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformed, "RECOMPILE_LIMIT", 2)
+    monkeypatch.setattr(compiled, "RECOMPILE_LIMIT", 2)
     model = arkv_fx.transform(random_model("llama", num_hidden_layers=1), CONFIG, compile="eager")
     with torch.no_grad(), pytest.raises(TransformError, match=r"batch size.*few batch sizes"):
         for batch in range(1, 5):

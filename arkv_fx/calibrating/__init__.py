@@ -17,7 +17,7 @@ from arkv_fx.calibrating.samples import read_samples
 from arkv_fx.calibration import Calibration, LayerStatistics, fingerprint
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import CalibrationError, ConfigError, TransformError
-from arkv_fx.huggingface.model_caches import generating_part
+from arkv_fx.huggingface.wrapped import generating_part
 from arkv_fx.options import require_type
 from arkv_fx.plan import size_of
 from arkv_fx.transforming import _transform, restore

@@ -22,7 +22,7 @@ from arkv_fx.commands.console import err
 from arkv_fx.config import PRESETS, ArkvConfig, preset
 from arkv_fx.errors import ConfigError, EvaluationError
 from arkv_fx.evaluation import texts
-from arkv_fx.files import write_text
+from arkv_fx.files import obstacle_to_folder, write_text
 
 
 class DType(StrEnum):
@@ -65,11 +65,8 @@ def new_folder(path: Path) -> Path:
     Raises:
         EvaluationError: if it is neither.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise EvaluationError(f"{path} exists and is not an empty folder")
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise EvaluationError(f"{path}: cannot be made: {there} is no folder, or not to be written")
+    if reason := obstacle_to_folder(path):
+        raise EvaluationError(reason)
     return path
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule
@@ -16,7 +15,8 @@ from arkv_fx.compile.pieces import Compiled
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ConfigError
 from arkv_fx.huggingface.cache import ArkvCache
-from arkv_fx.huggingface.transformed import Transformed, own_code
+from arkv_fx.huggingface.compiled import CompiledForward
+from arkv_fx.huggingface.transformed import Transformed
 from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.attend import attend
 from arkv_fx.ops.no_output import NoOutput
@@ -64,8 +64,8 @@ class Contest:
         self._arkv: Transformed = model.arkv  # type: ignore[assignment]
         self.windows = self._arkv.windows
         self._arkv.backend = _Switch(self, compile)
-        self._arkv.compiled = torch.compile(
-            own_code(self._arkv.original), backend=self._arkv.backend
+        self._arkv.compiled = CompiledForward(
+            self._arkv.original, self._arkv.backend, self._arkv.name
         )
 
     def __enter__(self) -> Contest:

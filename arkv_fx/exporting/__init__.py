@@ -25,6 +25,7 @@ from arkv_fx.exporting.programs import make_programs
 from arkv_fx.exporting.target import Target
 from arkv_fx.registry import Registry
 from arkv_fx.runtime.manifest import FILE
+from arkv_fx.transforming import CALIBRATION
 
 __all__ = ["TARGETS", "Target", "export"]
 
@@ -84,7 +85,6 @@ def export(
         UnknownOptionError: for an unknown target or option.
         ExportError: if anything would be lost, with the site and the reason; nothing is written.
         CalibrationError: if the calibration is of another model.
-        ConfigError: if the budget does not hold the window and the sinks.
 
     Example:
         >>> import tempfile, arkv_fx
@@ -102,17 +102,14 @@ def export(
         )
     if type(batch) is not int or batch < 1:
         raise ExportError(f"batch={batch!r}: must be a whole number >= 1")
-    for name, value, kind in (
-        ("model", model, nn.Module),
-        ("calibration", calibration, Calibration | None),
-        ("out_dir", out_dir, str | os.PathLike),
-        ("config", config, ArkvConfig | None),
+    for name, value, kind, wanted in (
+        ("model", model, nn.Module, "a torch.nn.Module"),
+        ("calibration", calibration, Calibration | None, CALIBRATION),
+        ("out_dir", out_dir, str | os.PathLike, "the path of a folder, a str or a Path"),
+        ("config", config, ArkvConfig | None, "an ArkvConfig, or None for the default one"),
     ):
         if not isinstance(value, kind):
-            wanted = (
-                "give a torch.nn.Module" if name == "model" else f"see {name} of arkv_fx.export"
-            )
-            raise ExportError(f"{name} is a {type(value).__name__}: {wanted}")
+            raise ExportError(f"{name} is a {type(value).__name__}: give {wanted}")
     config = config or ArkvConfig()
     chosen.check(config, **options)
     folder = Path(out_dir)

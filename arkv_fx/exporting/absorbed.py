@@ -28,7 +28,7 @@ from arkv_fx.exporting.captured import (
     stray,
 )
 from arkv_fx.exporting.offset import count_from_offset
-from arkv_fx.huggingface.transformed import own_code
+from arkv_fx.huggingface.compiled import own_code
 from arkv_fx.passes import pipeline
 from arkv_fx.passes.context import Context
 from arkv_fx.passes.nodes import example, shape, sizes_of

@@ -23,9 +23,10 @@ from arkv_fx.exporting.captured import (
     names_of,
     stray,
 )
+from arkv_fx.huggingface.compiled import CompiledForward
 from arkv_fx.huggingface.layers import cached_layers, own_state, text_config, windows
 from arkv_fx.huggingface.model_caches import new_cache
-from arkv_fx.huggingface.transformed import Transformed, own_code
+from arkv_fx.huggingface.transformed import Transformed
 from arkv_fx.passes.nodes import example
 from arkv_fx.passes.roles import role_of
 from arkv_fx.passes.sites import first_over_caches
@@ -86,16 +87,13 @@ class _Tracer:
         self, model: nn.Module, config: ArkvConfig, calibration: Calibration | None, batch: int
     ) -> None:
         self.model, self.batch, self.name = model, batch, type(model).__name__
-        state = model.arkv
-        assert isinstance(state, Transformed)
+        state: Transformed = model.arkv  # type: ignore[assignment]
         old = state.backend
         self.recorder = _Recorder(
             config, calibration, compile="eager", sliding=old.sliding, whole=old.whole
         )
         state.backend = self.recorder
-        state.compiled = torch.compile(
-            own_code(state.original), backend=self.recorder, fullgraph=True
-        )
+        state.compiled = CompiledForward(state.original, self.recorder, state.name, fullgraph=True)
         if "position_ids" not in state.parameters:
             raise ExportError(f"{self.name}: its forward takes no position_ids")
         self.device = next(model.parameters()).device

@@ -31,8 +31,7 @@ def capture_inserted(
     """
     insert(model, config, calibration, "eager", sample_ids(model, batch))
     try:
-        state = model.arkv
-        assert isinstance(state, Inserted)
+        state: Inserted = model.arkv  # type: ignore[assignment]
         graph, _, biased = state.captured[0]
         if biased:
             raise ExportError(

@@ -107,7 +107,8 @@ def _translate(graph: Graph, table: Mapping[Any, Any]) -> ir.Model:
         raise ExportError(f"the {graph.name} graph has no ONNX form: {cause}") from error
     finally:
         exporter.setLevel(level)
-    assert program is not None
+    if program is None:
+        raise ExportError(f"the {graph.name} graph has no ONNX form: torch.onnx.export gave none")
     model = program.model
     _name_weights(model, graph)
     fold_constants(model)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from arkv_fx.errors import ExportError
+from arkv_fx.files import obstacle_to_folder
 
 LOCK = ".writing"
 """A file in the sibling, locked by whoever writes: a killed process leaves it unlocked."""
@@ -26,8 +27,8 @@ def appearing(folder: Path) -> Generator[Path]:
     """
     missing = [p for p in (folder, *folder.parents) if not p.exists()][1:]
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ExportError(f"{folder} exists and is not an empty folder")
+        if reason := obstacle_to_folder(folder):
+            raise ExportError(reason)
         folder.parent.mkdir(parents=True, exist_ok=True)
         _clean(folder)
         work = Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))

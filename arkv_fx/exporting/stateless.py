@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
+from arkv_fx.errors import PassError
 from arkv_fx.exporting.captured import Captured
 from arkv_fx.exporting.groups import Group
 from arkv_fx.ops.arrivals import Arrivals
@@ -124,7 +125,8 @@ class _Run(Interpreter):
             return super().run_node(n)
         operator = ColumnsArguments if n.target == COLUMNS else AttendArguments
         role = role_of(operator.of(n).state[0])
-        assert role is not None
+        if role is None:
+            raise PassError(f"{n.format_node()}: its state is none that a pass has added")
         owner = self.owner[role.cache]
         group = self.step.groups[owner[0]]
         held = group.layer_of(self.states[owner[0]], owner[1])

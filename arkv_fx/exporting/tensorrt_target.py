@@ -178,7 +178,7 @@ def check_sorted(tiers: Sequence[Mapping[str, Any]], otherwise: str = "") -> Non
     Args:
         otherwise: what else to do, for the message.
     """
-    most = max(tier["slots"] for tier in tiers)
+    most = max((tier["slots"] for tier in tiers), default=0)
     if most > MOST_SORTED:
         raise ExportError(
             f"a tier has {most} slots, and TensorRT chooses at most {MOST_SORTED} tokens at once: "

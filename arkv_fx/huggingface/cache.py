@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ from arkv_fx.huggingface.layers import (
     windows,
 )
 from arkv_fx.huggingface.saved import read, write
+from arkv_fx.options import short
 from arkv_fx.state.journal import Journal
 from arkv_fx.state.rollback import take_back
 from arkv_fx.state.session import Session, check_finite
@@ -56,6 +58,10 @@ class ArkvCache(Cache):
     is_compileable = False
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise CacheError(
+                f"ArkvCache({short(model)}): give the model that arkv_fx.transform returned"
+            )
         transformed = getattr(model, "arkv", None)
         if transformed is None:
             raise CacheError(
@@ -141,6 +147,24 @@ class ArkvCache(Cache):
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Position of the next query."""
         return self.get_seq_length(layer_idx)
+
+    @contextmanager
+    def turn(self) -> Generator[None]:
+        """One step, of one thread.
+
+        Raises:
+            CacheError: if another is in a step of this cache.
+        """
+        if not self.session.turn.acquire(blocking=False):
+            raise CacheError(
+                "another thread is in a step of this ArkvCache: a sequence goes on one step at a "
+                "time; give each thread its own (ArkvCache(model), or copy.deepcopy(cache) before "
+                "they begin), or hold a lock around each call"
+            )
+        try:
+            yield
+        finally:
+            self.session.turn.release()
 
     def require(self, owner: Any) -> None:
         """Refuse to go on with another model's sequence, or with one that a failed step left.
@@ -298,7 +322,7 @@ class ArkvCache(Cache):
         """Take back the last tokens; ``tokens_to_remove`` is 0 or negative, as in transformers.
 
         All of them, as many as ``activate_past_recording`` keeps what it takes for, or any number
-        as long as no token has left window and sinks.
+        as long as all tokens are held as the window holds them: nothing was quantized or evicted.
 
         Raises:
             CacheError: if what they displaced is quantized or evicted, or the model keeps states of

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationMixin,
+)
 from transformers.generation.utils import ALL_CACHE_NAMES
 
-from arkv_fx.errors import CacheError, TransformError
+from arkv_fx.errors import CacheError
 from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.huggingface.positions import leave_last_open
 from arkv_fx.state.journal import Journal
@@ -21,31 +28,6 @@ CACHE_NAMES = ("past_key_values", "cache")[: 2 if "cache" in ALL_CACHE_NAMES els
 CONTINUOUS = (
     "generate_batch", "init_continuous_batching", "continuous_batching_context_manager",
 )  # fmt: skip
-
-
-def generating_part(model: nn.Module) -> nn.Module:
-    """The model whose ``generate`` runs: ``model`` itself, or the one that it wraps.
-
-    Seen through are PEFT and value-head models, modules of ``torch.compile`` and whatever else
-    holds one transformers model that generates.
-
-    Raises:
-        TransformError: if it holds several, so that nobody can tell which is meant.
-    """
-    if isinstance(model, PreTrainedModel):
-        return model
-    found: list[tuple[str, nn.Module]] = []
-    for path, module in model.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, PreTrainedModel) and module.can_generate() and not inside:
-            found.append((path, module))
-    if len(found) > 1:
-        names = ", ".join(f"{path} ({type(module).__name__})" for path, module in found)
-        raise TransformError(
-            f"{type(model).__name__} holds several models that generate: {names}; transform the "
-            "one whose cache is to be small"
-        )
-    return found[0][1] if found else model
 
 
 def refuse_continuous(name: str) -> NoReturn:
@@ -175,13 +157,20 @@ def our_cache(cache: Any, model: nn.Module) -> ArkvCache:
     """
     found: Any = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     if type(found) is DynamicCache and _is_unused(found):
+        if _is_drafting():
+            raise CacheError(
+                "assisted decoding and prompt lookup take tokens back, and only where the whole "
+                f"model is transformed does its cache keep what that takes: {type(model).__name__} "
+                "is a part; call arkv_fx.restore on it and arkv_fx.transform on what generates"
+            )
         found.__dict__ = ArkvCache(model).__dict__
         found.__class__ = ArkvCache  # type: ignore[assignment]
         ArkvCache.claim_layers(found)  # type: ignore[arg-type]
     if not isinstance(found, ArkvCache):
         raise CacheError(
             f"the model is transformed but got a {type(cache).__name__}; pass ArkvCache(model), "
-            "or no cache at all, or undo with arkv_fx.restore(model)"
+            "or no cache at all, or undo with arkv_fx.restore(model). (An empty DynamicCache is "
+            "taken over; one that holds a learned prefix, as PEFT makes, is not)"
         )
     return found
 
@@ -190,6 +179,21 @@ def _is_unused(cache: DynamicCache) -> bool:
     """Whether nothing is in it yet, and nothing was asked of it that ours would not do."""
     plain = not getattr(cache, "offloading", False)
     return plain and not any(getattr(layer, "is_initialized", False) for layer in cache.layers)
+
+
+def _is_drafting() -> bool:
+    """Whether this call is of assisted decoding or prompt lookup.
+
+    It has told the cache that tokens will be taken back; but while that was a DynamicCache, which
+    does not keep what it is told, so only the stack knows.
+    """
+    drafting = getattr(GenerationMixin, "_assisted_decoding", None)
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and drafting is not None:
+        if frame.f_code is drafting.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def only_looks_ahead(model: nn.Module) -> bool:

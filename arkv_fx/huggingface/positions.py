@@ -37,9 +37,11 @@ def require_onward(cache: ArkvCache, positions: Any, mask: Any) -> None:
     if (first < held).any():
         raise CacheError(
             f"tokens come at position {int(first.min())} where the cache holds {cache.seen} tokens "
-            "already: they would be taken for new ones behind these. Give only the tokens that "
-            "follow, go on with a copy that was made before (copy.deepcopy), call "
-            "cache.crop(-tokens), or begin anew with cache.reset()"
+            "already. Were they fed before, they would be taken for new ones behind these: give "
+            "only the tokens that follow, go on with a copy that was made before (copy.deepcopy), "
+            "call cache.crop(-tokens), or begin anew with cache.reset(). Are positions smaller on "
+            "purpose (compressed over the turns, as in self-extend), an ArkvCache cannot tell: its "
+            "positions count tokens; such a model needs its own cache (arkv_fx.restore(model))"
         )
 
 

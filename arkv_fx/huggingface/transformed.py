@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,12 @@ from transformers import PreTrainedModel
 from arkv_fx.calibration import Calibration
 from arkv_fx.compile.backend import ArkvBackend
 from arkv_fx.config import ArkvConfig
-from arkv_fx.errors import ArkvError, CacheError, TransformError
+from arkv_fx.errors import CacheError
 from arkv_fx.huggingface.attention_interface import OpenAttention, masks_left_out
+from arkv_fx.huggingface.bound import Bound
 from arkv_fx.huggingface.cache import ArkvCache
+from arkv_fx.huggingface.compiled import CompiledForward
+from arkv_fx.huggingface.gradients import is_differentiated, without_backward
 from arkv_fx.huggingface.layers import cached_layers, kept_whole, text_config, windows
 from arkv_fx.huggingface.model_caches import (
     CACHE_NAMES,
@@ -31,20 +33,17 @@ from arkv_fx.huggingface.model_caches import (
     take_cache,
 )
 from arkv_fx.huggingface.positions import require_onward
-from arkv_fx.huggingface.unfilled import as_now, is_differentiated, with_unfilled
+from arkv_fx.huggingface.unfilled import as_now, with_unfilled
 from arkv_fx.passes.context import Probe, StandIn
 from arkv_fx.report import Report
 from arkv_fx.state.journal import DEPTH, Journal, kept_in
 
-# Each batch size, a mask or none, one token or many: a model in real use needs more graphs than
-# Dynamo's default allows, and falling back to eager would leave the cache behind.
-RECOMPILE_LIMIT = 64
 _NAMES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 # Arguments whose second dimension counts tokens.
 GROWING = (*_NAMES, *(f"decoder_{name}" for name in _NAMES))
 
 
-class Transformed:
+class Transformed(Bound):
     """What ``model.arkv`` is: configuration, compiled forward and report of a transformed model."""
 
     records = True  # tokens of its caches can be taken back
@@ -72,7 +71,7 @@ class Transformed:
         # Attributes of the instance that restore puts back (hooks set forward there).
         names = ("forward", "_prepare_cache_for_generation", *CONTINUOUS)
         self.replaced = {n: model.__dict__[n] for n in names if n in model.__dict__}
-        self.compiled = torch.compile(own_code(model.forward), backend=self.backend)
+        self.compiled = CompiledForward(model.forward, self.backend, self.name)
         self.model = model
         self.mask_name = "decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask"
         self.positions_name = self.mask_name.replace("attention_mask", "position_ids")
@@ -90,19 +89,6 @@ class Transformed:
         self.cache_names = CACHE_NAMES if isinstance(model, PreTrainedModel) else CACHE_NAMES[:1]
         known = [name for name in self.cache_names if name in self.parameters]
         self.cache_name = known[0] if known else self.cache_names[-1]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise TransformError(
-            "a transformed model cannot be copied: its compiled forward is bound to this model; "
-            "call arkv_fx.restore(model), copy, and transform both"
-        )
-
-    def __reduce__(self) -> NoReturn:
-        raise TransformError(
-            "a transformed model is neither pickled nor saved whole: its compiled graphs belong to "
-            "this process; save model.state_dict() or call model.save_pretrained(folder), or "
-            "arkv_fx.restore(model) first, and transform again after loading"
-        )
 
     def report(self) -> Report:
         """Every attention site seen so far: fused or not and why, slots and bytes.
@@ -132,7 +118,7 @@ class Transformed:
         refuse_foreign(kwargs, self.cache_names)
         given = self.hands_on or any(name in kwargs for name in self.cache_names)
         if self.cache_name not in self.parameters and not given:
-            return self._call(args, kwargs)
+            return self.compiled(*args, **kwargs)
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cache = take_cache(kwargs, self.cache_names)
         wanted = cache is None and self._wants_cache(kwargs.get("use_cache"))
@@ -145,8 +131,16 @@ class Transformed:
             kwargs[self.cache_name] = cache
         if cache is None:
             # Else the model would make a cache of its own, which nobody compresses.
-            return self._call((), {**kwargs, **self._known(use_cache=False)})
+            return self.compiled(**{**kwargs, **self._known(use_cache=False)})
         cache = our_cache(cache, self.model)
+        with cache.turn():
+            out = self._step(cache, kwargs)
+        if is_differentiated(kwargs.values(), self.model.parameters()):
+            return without_backward(out)
+        return out
+
+    def _step(self, cache: ArkvCache, kwargs: dict[str, Any]) -> Any:
+        """The forward with a cache of ours among its arguments."""
         cache.require(self)
         if self.model.training and torch.is_grad_enabled():
             raise CacheError(
@@ -168,7 +162,7 @@ class Transformed:
         try:
             kept = _kept(cache.session.journal, kwargs.get("logits_to_keep"))
             with torch.no_grad(), self.open_attention.step(), masks_left_out(), kept:
-                out = self._call((), kwargs)
+                out = self.compiled(**kwargs)
         finally:
             cache.session.active = False
         cache.end_step()
@@ -192,36 +186,13 @@ class Transformed:
 
         parted = kwargs.get("return_dict") is False
         parted = parted or not getattr(self.model.config, "return_dict", True)
-        out = self._call((), {**kwargs, **self._known(use_cache=False, return_dict=True)})
+        out = self.compiled(**{**kwargs, **self._known(use_cache=False, return_dict=True)})
         out = with_unfilled(out, self.cache_names, new_cache(self.model), fill)
         return out.to_tuple() if parted and hasattr(out, "to_tuple") else out
 
     def _known(self, **options: Any) -> dict[str, Any]:
         """Those of the options that the model's forward takes."""
         return {n: x for n, x in options.items() if n in self.parameters or self.hands_on}
-
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        limits = {
-            "recompile_limit": RECOMPILE_LIMIT,
-            "accumulated_recompile_limit": 8 * RECOMPILE_LIMIT,
-            "fail_on_recompile_limit_hit": True,
-            "specialize_float": True,  # scales are constants of a layer
-            "skip_nnmodule_hook_guards": False,  # a hook that comes later is to run, too
-        }
-        try:
-            with torch._dynamo.config.patch(limits):
-                return self.compiled(*args, **kwargs)
-        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-            raise TransformError(
-                f"{self.name} has been compiled {RECOMPILE_LIMIT} times: each batch size costs a "
-                "graph for prompts and one for steps. Call with few batch sizes (pad a batch to "
-                "the next power of two), or begin again with torch._dynamo.reset()"
-            ) from error
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            inner = error.inner_exception
-            if isinstance(inner, ArkvError):
-                raise inner from None
-            raise
 
     def _wants_cache(self, use: bool | None) -> bool:
         if self.model.training and torch.is_grad_enabled():
@@ -276,20 +247,3 @@ def _kept(journal: Journal | None, logits: Any) -> AbstractContextManager[None]:
     if journal is not None:
         journal.expect(logits - 1 if isinstance(logits, int) and logits > 0 else DEPTH)
     return kept_in(journal)
-
-
-def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` behind a code object of its own.
-
-    Dynamo counts recompilations per code object, and all transformers models share one: a second
-    model would eat the first one's limit.
-    """
-
-    def entry(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    return types.FunctionType(
-        entry.__code__.replace(co_name="arkv_forward"),
-        entry.__globals__,
-        closure=entry.__closure__,
-    )

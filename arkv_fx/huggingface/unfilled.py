@@ -9,10 +9,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import EncoderDecoderCache
 from transformers.utils.generic import ModelOutput
@@ -41,12 +40,6 @@ class UnfilledCache(ArkvCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> ArkvCache:
         self.session  # noqa: B018  (fills it)
         return copy.deepcopy(self, memo)
-
-
-def is_differentiated(given: Iterable[Any], parameters: Iterable[Tensor]) -> bool:
-    """Whether gradients are on, and wanted of what is given or of the parameters."""
-    found = any(isinstance(x, Tensor) and x.requires_grad for x in given)
-    return torch.is_grad_enabled() and (found or any(p.requires_grad for p in parameters))
 
 
 def with_unfilled(out: Any, names: Sequence[str], whole: Any, run: Callable[[Any], Any]) -> Any:

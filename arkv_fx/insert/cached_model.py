@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from arkv_fx.compile.pieces import slower_kernels
 from arkv_fx.compile.replay import notes
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import CacheError, TransformError, UnknownOptionError
+from arkv_fx.huggingface.bound import Bound
 from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.insert.program import Program, build
 from arkv_fx.insert.self_check import ROOMY, SAMPLE, self_check, stretched
@@ -32,7 +33,7 @@ FEWEST_COLUMNS = 256
 """Room for so many tokens in a bias by position, at first."""
 
 
-class Inserted:
+class Inserted(Bound):
     """What ``model.arkv`` is for a model into which a cache was inserted."""
 
     def __init__(
@@ -54,19 +55,6 @@ class Inserted:
         self.programs: dict[tuple[int, bool, bool, int], Program] = {}
         if sample is not None:
             self._capture(*tree_flatten((sample, {})))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise TransformError(
-            "a transformed model cannot be copied: its graphs are bound to this model; "
-            "call arkv_fx.restore(model), copy, and transform both"
-        )
-
-    def __reduce__(self) -> NoReturn:
-        raise TransformError(
-            "a transformed model is neither pickled nor saved whole: its compiled graphs belong to "
-            "this process; save model.state_dict() or call model.save_pretrained(folder), or "
-            "arkv_fx.restore(model) first, and transform again after loading"
-        )
 
     def report(self) -> Report:
         """Every attention site seen so far: fused or not and why, slots and bytes."""

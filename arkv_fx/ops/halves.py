@@ -6,7 +6,10 @@ two softmaxes over different columns become one (as in ring attention, arXiv 231
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +27,20 @@ def comes_in_halves(
     """Whether each slot is seen by all queries or by none, and fused attention can say it."""
     plain = not plan.sliding and not knobs.softcap and knobs.sink_logits is None
     known = q.is_cpu and plan.slots > 0 and pair[0].shape[-1] == pair[1].shape[-1]
-    return plain and known and (mask is None or _only_causal(mask))
+    return plain and known and (mask is None or _known_causal(mask))
+
+
+_seen = threading.local()
+
+
+def _known_causal(mask: Tensor) -> bool:
+    """``_only_causal``, looked at once where all layers of a call have the same mask."""
+    if type(mask) is not Tensor or mask.is_inference():  # it does not say when it is written to
+        return _only_causal(mask)
+    known: tuple[Any, int, bool] | None = getattr(_seen, "last", None)
+    if known is None or known[0]() is not mask or known[1] != mask._version:
+        known = _seen.last = (weakref.ref(mask), mask._version, _only_causal(mask))
+    return known[2]
 
 
 def _only_causal(mask: Tensor) -> bool:

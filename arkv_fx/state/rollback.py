@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from arkv_fx.errors import CacheError
 from arkv_fx.state.session import Session
-from arkv_fx.state.unwind import displaced, unwind
+from arkv_fx.state.unwind import holds_all, unwind
 
 
 def take_back(session: Session, tokens: int) -> None:
     """Let a session forget its last ``tokens``.
 
-    From the journal if it reaches as far, else where nothing has left the ring.
+    From the journal if it reaches as far, else where nothing has been rounded or lost.
 
     Raises:
         CacheError: saying how many could be taken back.
@@ -20,14 +20,14 @@ def take_back(session: Session, tokens: int) -> None:
     if journal is not None and all(n >= tokens for n in written):
         for state in states:
             journal.of(state.tensors).take_back(tokens)
-    elif not any(displaced(state) for state in states):
+    elif all(holds_all(state) for state in states):
         for state in states:
             unwind(state, tokens)
         session.journal = journal and journal.twin()
     else:
         raise CacheError(
-            f"{tokens} tokens cannot be taken back, {min(written, default=0)} could: tokens have "
-            "left the window for what they displaced. A cache keeps what it takes for its last "
+            f"{tokens} tokens cannot be taken back, {min(written, default=0)} could: what left "
+            "the window has been quantized or evicted. A cache keeps what it takes for its last "
             "tokens, and a second copy of itself for it, after cache.activate_past_recording() (of "
             "a call with logits_to_keep=N for the last N - 1); copy.deepcopy(cache) keeps a state "
             "to go back to"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from collections.abc import Iterable
 from typing import Any
 from weakref import WeakValueDictionary
@@ -141,6 +142,7 @@ class Session:
         self.layers: dict[int, LayerState] = {}
         self.plain: dict[int, PlainLayer] = {}
         self.active = False
+        self.turn = threading.Lock()  # held by the one thread that is in a step
         self.tokens = 0  # what the states have seen, kept by whoever runs the model
         self.mask: Tensor | None = None  # the last padding mask [B, S], likewise
         self.journal: Journal | None = None  # if tokens may be taken back

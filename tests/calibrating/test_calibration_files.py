@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from arkv_fx.calibration import Calibration, LayerStatistics, fingerprint
-from arkv_fx.errors import CalibrationError
+from arkv_fx.errors import CalibrationError, ConfigError
 from arkv_fx.models import random_model
 
 ROWS = tuple(LayerStatistics(i, 1.0, 1.0, 1.0, 1.0, 0.3, s, 0.1) for i, s in ((0, 0.5), (1, 1.5)))
@@ -40,6 +40,7 @@ def row(**changes: Any) -> Callable[[dict[str, Any]], Any]:
         (row(layer=-1), "layer -1: a whole number"),
         (row(layer=1), "layer 1 is there twice"),
         (row(share=1e9), "shares sum to 1e.09 where 2 were"),
+        (lambda data: [r.update(share=1e-9) for r in data["layers"]], "sum to 2e-09 where 2 were"),
         (row(share=0), "layer 0, share 0: above 0"),
         (row(share=float("inf")), "layer 0, share inf: a number"),
         (row(share="1"), "layer 0, share '1': a number"),
@@ -66,6 +67,23 @@ def test_what_no_calibration_says(change: Any, says: str, tmp_path: Path) -> Non
     path = damaged(change, tmp_path / "c.json")
     with pytest.raises(CalibrationError, match=f"c.json: .*{says}"):
         Calibration.load(path)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.75, 1.0)])
+def test_not_all_need_be_given_out(shares: tuple[float, ...], tmp_path: Path) -> None:
+    """A layer that gains nothing leaves its part."""
+
+    def change(data: dict[str, Any]) -> None:
+        for each, share in zip(data["layers"], shares, strict=True):
+            each["share"] = share
+
+    found = Calibration.load(damaged(change, tmp_path / "c.json"))
+    assert tuple(each.share for each in found.layers) == shares
+
+
+def test_a_path_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match=r"path=5 is of type int: give the path"):
+        Calibration.load(5)  # type: ignore[arg-type]
 
 
 def test_what_was_saved_is_read(tmp_path: Path) -> None:

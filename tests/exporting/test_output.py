@@ -84,9 +84,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_captured(
     ("change", "says"),
     [
         ({"model": "llama"}, "model is a str: give a torch.nn.Module"),
-        ({"calibration": {"layers": []}}, "calibration is a dict"),
-        ({"out_dir": None}, "out_dir is a NoneType"),
-        ({"config": {"budget": 64}}, "config is a dict"),
+        ({"calibration": {"layers": []}}, "calibration is a dict: give what arkv_fx.calibrate"),
+        ({"out_dir": None}, "out_dir is a NoneType: give the path of a folder"),
+        ({"config": {"budget": 64}}, "config is a dict: give an ArkvConfig, or None"),
         ({"batch": 1.5}, "batch=1.5: must be a whole number"),
         ({"batch": True}, "batch=True: must be a whole number"),
     ],

@@ -17,7 +17,7 @@ from arkv_fx import ArkvConfig
 from arkv_fx.formats import FORMATS
 from arkv_fx.scores import SCORES
 
-SCRIPTS = 40  # cases that share a model
+SCRIPTS = 67  # cases that share a model
 LONGEST = 120  # tokens of a case, at most
 
 Kind = Literal["identity", "alone", "lowered"]

@@ -84,7 +84,8 @@ def in_chunks(model: PreTrainedModel) -> Result:
 
     ``generate()`` cuts an encoder's mask as well, which goes unseen only where it hides nothing.
     """
-    return answer(model, inputs(model, padded=True), prefill_chunk_size=5, output_logits=True)
+    given = inputs(model, padded=not is_encoder_decoder(model))
+    return answer(model, given, prefill_chunk_size=3, output_logits=True)
 
 
 def bare_tokens(model: PreTrainedModel) -> Result:

@@ -88,3 +88,10 @@ def test_wrong_repeats_are_named(cache: Any, wrong: Any) -> None:
         cache.batch_repeat_interleave(wrong)
     cache.batch_repeat_interleave(2)
     assert cache.batch_size == 4
+
+
+def test_only_a_transformed_model_has_a_cache() -> None:
+    with pytest.raises(CacheError, match=r"ArkvCache\(None\): give the model that .*transform"):
+        arkv_fx.ArkvCache(None)  # type: ignore[arg-type]
+    with pytest.raises(CacheError, match="LlamaForCausalLM is not transformed"):
+        arkv_fx.ArkvCache(random_model("llama"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -113,6 +114,42 @@ def test_without_recording_while_window_and_sinks_hold_all(model: Any, pad: int)
             torch.testing.assert_close(state[name], other[name])
 
 
+@pytest.mark.parametrize("tiers", [("native", "native"), ("int8", "native")])
+def test_without_recording_while_all_is_held_as_in_the_window(tiers: tuple[str, ...]) -> None:
+    """What left the window for a tier comes back to it; then it is as if they had not been."""
+    ratio = 0.0 if tiers[0] == "int8" else 0.3  # a tier of another format stays empty
+    config = ArkvConfig(budget=64, window=8, sinks=2, tiers=tiers, oq_ratio=ratio, score="novelty")
+    model = transform(random_model("llama", num_hidden_layers=1), config, compile="eager")
+    ids = torch.randint(1, 128, (2, 60))
+    seen = torch.ones_like(ids)
+    seen[1, :3] = 0
+    whole = ArkvCache(model)
+    with torch.no_grad():
+        model(ids, attention_mask=seen, past_key_values=whole)
+    for kept in (58, 53, 40, 20):
+        cropped, plain = copy.deepcopy(whole), ArkvCache(model)
+        cropped.crop(kept - 60)
+        with torch.no_grad():
+            model(ids[:, :kept], attention_mask=seen[:, :kept], past_key_values=plain)
+        assert cropped.get_seq_length() == kept
+        (one,), (other,) = (c.session.layers.values() for c in (cropped, plain))
+        ring, same = one.view().ring, other.view().ring
+        assert torch.equal(ring.pos, same.pos)  # every token in the slot that it had
+        held = (ring.pos >= 0)[..., None]
+        for a, b in zip(ring.k + ring.v, same.k + same.v, strict=True):
+            torch.testing.assert_close(a * held, b * held)
+        assert torch.equal(one["pos"].sort().values, other["pos"].sort().values)
+        for name in ("count", "seen", "key_sum"):
+            torch.testing.assert_close(one[name], other[name])
+        next_ids, next_seen = ids[:, kept : kept + 2], seen[:, : kept + 2]
+        with torch.no_grad():
+            logits = [
+                model(next_ids, attention_mask=next_seen, past_key_values=c).logits
+                for c in (cropped, plain)
+            ]
+        torch.testing.assert_close(*logits)
+
+
 def test_layers_that_keep_everything_are_cropped() -> None:
     """A site that is not rewritten holds all tokens in full precision."""
     from arkv_fx.state.session import PlainLayer
@@ -125,8 +162,6 @@ def test_layers_that_keep_everything_are_cropped() -> None:
 
 
 def test_a_copy_or_a_selection_keeps_none_of_it(model: Any) -> None:
-    import copy
-
     cache = ArkvCache(model)
     cache.activate_past_recording()
     feed(model, cache, REPEATED, REPEATED[:, :3])

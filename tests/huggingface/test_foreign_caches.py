@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import arkv_fx
@@ -88,6 +93,19 @@ def test_a_peft_model_is_seen_through() -> None:
     assert isinstance(model(ids()).past_key_values, arkv_fx.ArkvCache)
 
 
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "LORA"])
+def test_learned_prefixes_are_refused(kind: str) -> None:
+    """PEFT hands them on as a cache that is full from the beginning."""
+    model = WithValues(random_model("llama", num_hidden_layers=1))
+    model.active_peft_config = SimpleNamespace(peft_type=kind)  # type: ignore[assignment]
+    if kind == "LORA":
+        assert arkv_fx.transform(model, CONFIG, compile="eager") is model
+        return
+    with pytest.raises(TransformError, match=r"adapter is of PREFIX_TUNING: .*LoRA"):
+        arkv_fx.transform(model, CONFIG, compile="eager")
+    assert not hasattr(model.inner, "arkv")
+
+
 def test_of_two_models_nobody_can_tell_which() -> None:
     with pytest.raises(
         TransformError, match=r"inner \(Llama.*reference \(Llama.*transform the one"
@@ -166,6 +184,51 @@ def test_a_part_of_a_model_is_served_through_the_whole() -> None:
     assert torch.equal(out.sequences, expected)
 
 
+def test_drafts_are_refused_where_a_part_is_transformed() -> None:
+    """Its cache was transformers' own when it was told that it would have to give tokens back."""
+    model = random_model("llama", num_hidden_layers=1)
+    helper = random_model("llama", num_hidden_layers=1, seed=3)
+    arkv_fx.transform(model.model, CONFIG, compile="eager")
+    for drafts in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": helper}):
+        with pytest.raises(CacheError, match=r"LlamaModel is a part; .*transform on what generate"):
+            generate(model, **drafts)
+    assert isinstance(generate(model).past_key_values, arkv_fx.ArkvCache)
+
+
+class OwnLoop(nn.Module):
+    """A loop of its own around a model without a head, which makes the cache."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.head = base, nn.Linear(64, 128)
+
+    @torch.no_grad()
+    def talk(self, input_ids: Tensor) -> tuple[Tensor, Any]:
+        token, cache = input_ids, None
+        for _ in range(NEW):
+            out = self.base(token, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            token = self.head(out.last_hidden_state[:, -1:]).argmax(-1)
+            input_ids = torch.cat([input_ids, token], 1)
+        return input_ids, cache
+
+
+def test_a_loop_of_its_own_around_a_base_model_runs_on_our_cache() -> None:
+    torch.manual_seed(0)
+    model = OwnLoop(random_model("llama").model)
+    full, cache = model.talk(ids())
+    assert isinstance(cache, DynamicCache)
+    assert arkv_fx.transform(model, CONFIG.replace(budget=99), compile="eager") is model
+    tokens, cache = model.talk(ids())
+    assert isinstance(cache, arkv_fx.ArkvCache) and torch.equal(tokens, full)
+    assert model.arkv.report().fused == 2
+    arkv_fx.restore(model)
+    assert isinstance(model.talk(ids())[1], DynamicCache)
+    model.other = random_model("llama").model
+    with pytest.raises(TransformError, match=r"keep a cache: base \(Llama.*other \(Llama"):
+        arkv_fx.transform(model, CONFIG, compile="eager")
+
+
 def test_dynamic_is_what_ours_stands_for() -> None:
     model = arkv_fx.transform(random_model("llama"), CONFIG, compile="eager")
     out = generate(model, cache_implementation="dynamic")
@@ -194,6 +257,34 @@ def test_hooks_that_come_later_run(compile: str) -> None:
     assert not torch.equal(generate(model).sequences, before)
     steer.remove()
     assert torch.equal(generate(model).sequences, before)
+
+
+def test_hooks_for_all_modules_that_come_later_run() -> None:
+    """Dynamo guards none of these as long as there are none."""
+    model = arkv_fx.transform(random_model("llama"), CONFIG, compile="eager")
+    before = generate(model).sequences
+    seen: list[str] = []
+    layers = [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]
+
+    def note(word: str) -> Any:
+        return lambda module, *args: seen.append(word) if module in layers else None
+
+    watch = register_module_forward_hook(note("after"))
+    assert torch.equal(generate(model).sequences, before)
+    assert seen == ["after"] * 2 * NEW
+    others = [
+        register_module_forward_pre_hook(note("ahead")),
+        register_module_forward_hook(note("last")),
+    ]
+    seen.clear()
+    assert torch.equal(generate(model).sequences, before)
+    assert seen == ["ahead", "after", "last"] * 2 * NEW
+    for hook in (watch, *others):
+        hook.remove()
+    seen.clear()
+    graphs = model.arkv.backend.graphs
+    assert torch.equal(generate(model).sequences, before)
+    assert not seen and model.arkv.backend.graphs == graphs
 
 
 def test_chunks_that_would_cut_an_encoders_mask_are_refused() -> None:

@@ -20,6 +20,8 @@ MODELS = (
     "llama", "qwen3", "gemma3_text", "gpt2", "mixtral", "t5:seq2seq", "whisper:speech",
 )  # fmt: skip
 QUICK = ("llama", "t5:seq2seq")
+DEAR = ("prompt in chunks", "all logits", "guidance", "hidden states", "no cache")
+"""Cases that need graphs of their own; of these only one is quick."""
 ROOMY = ArkvConfig(budget=128, tiers=("native", "native"))
 TOLERANCE = 1e-4
 
@@ -41,10 +43,11 @@ def nothing_stays() -> Iterator[None]:
 
 
 def params(cases: Any) -> list[Any]:
-    """(model, case), one model after the other; most models are slow."""
-    slow = pytest.mark.slow
+    """(model, case), one model after the other; most models are slow, and what is dear."""
+    quick = {(name, case) for name in QUICK for case in cases if case not in DEAR}
+    quick.add(("t5:seq2seq", "prompt in chunks"))
     return [
-        pytest.param(name, case, marks=() if name in QUICK else slow)
+        pytest.param(name, case, marks=() if (name, case) in quick else pytest.mark.slow)
         for name in MODELS
         for case in cases
     ]

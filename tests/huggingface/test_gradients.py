@@ -75,7 +75,22 @@ def test_who_forgets_no_grad_goes_on_with_a_small_cache() -> None:
 
 def test_a_cache_that_is_asked_for_comes_at_once() -> None:
     out = transformed()(ids(), use_cache=True)
-    assert type(out.past_key_values) is arkv_fx.ArkvCache and not out.logits.requires_grad
+    assert type(out.past_key_values) is arkv_fx.ArkvCache
+
+
+def test_a_call_with_a_cache_says_that_it_has_no_gradient() -> None:
+    model = transformed(SMALL)
+    with pytest.raises(CacheError, match=r"is not differentiated\. Call.*use_cache=False"):
+        saliency(model, use_cache=True)
+    out = model(ids(), use_cache=True, output_hidden_states=True)
+    after = model(ids(1), past_key_values=out.past_key_values)
+    for numbers in (out.logits, out.hidden_states[1], after.logits):
+        with pytest.raises(CacheError, match="not differentiated"):
+            numbers.sum().backward()
+    with torch.no_grad():
+        assert not model(ids(), use_cache=True).logits.requires_grad
+    model.requires_grad_(False)
+    assert not model(ids(), use_cache=True).logits.requires_grad
 
 
 def test_the_report_tells_of_generation_after_gradients() -> None:

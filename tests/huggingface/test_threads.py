@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
-from arkv_fx import ArkvConfig, transform
+from arkv_fx import ArkvCache, ArkvConfig, transform
+from arkv_fx.errors import CacheError
 from arkv_fx.huggingface import attention_interface
 from arkv_fx.models import random_model
 
@@ -50,11 +51,15 @@ def masks_back() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("attention", "older"), [("sdpa", False), ("sdpa", True), ("flex_attention", False)]
+    ("attentions", "older"),
+    [
+        (["sdpa", "flex_attention"], False),
+        pytest.param(["sdpa", "sdpa"], True, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.usefixtures("masks_back")
 def test_threads_get_what_each_alone_would(
-    attention: str, older: bool, monkeypatch: pytest.MonkeyPatch
+    attentions: list[str], older: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two models, prompts of several lengths, a padded batch, an untransformed model beside them:
     cold at first, then warm."""
@@ -69,7 +74,7 @@ def test_threads_get_what_each_alone_would(
     calls.append({"inputs": padded, "attention_mask": seen})
     want = [plain.generate(**call, **SETTINGS) for call in calls]
     other = torch.compile(plain, backend="eager")
-    for model in models:
+    for model, attention in zip(models, attentions, strict=True):
         model.config._attn_implementation = attention
         transform(model, CONFIG, compile="eager")
 
@@ -87,8 +92,36 @@ def test_threads_get_what_each_alone_would(
         *got, beside = at_once([*(job(n) for n in range(len(calls))), untransformed])
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
         assert torch.equal(beside, plainly)
-    assert [model.config._attn_implementation for model in models] == [attention] * 2
+    assert [model.config._attn_implementation for model in models] == attentions
     for model in models:
         assert model.arkv.report().fused == 1
     if attention_interface.LEAVES_OUT:
         assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is sdpa_mask
+
+
+def test_one_cache_is_stepped_by_one_thread_at_a_time() -> None:
+    model = transform(random_model("llama", num_hidden_layers=1), CONFIG, compile="eager")
+    cache = ArkvCache(model)
+    inside, done = threading.Event(), threading.Event()
+
+    def waits(*_: Any) -> None:
+        inside.set()
+        assert done.wait(60)
+
+    with torch.no_grad():
+        model(torch.ones(1, 9, dtype=torch.long), past_key_values=cache)
+    end_step = cache.end_step
+    cache.end_step = lambda: (waits(), end_step())[1]  # type: ignore[method-assign]
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            return model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache).logits
+
+    first = threading.Thread(target=step)
+    first.start()
+    assert inside.wait(60)
+    with pytest.raises(CacheError, match=r"another thread is in a step.*ArkvCache\(model\)"):
+        step()
+    done.set()
+    first.join()
+    assert step().isfinite().all() and cache.get_seq_length() == 11

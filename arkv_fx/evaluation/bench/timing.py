@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from arkv_fx.huggingface.transformed import own_code
+from arkv_fx.huggingface.compiled import own_code
 
 Call = Callable[[], Any]
 T = TypeVar("T")
