@@ -22,6 +22,7 @@ from arkv_fx.huggingface.model_caches import (
 )
 from arkv_fx.huggingface.transformed import Transformed
 from arkv_fx.insert.cached_model import Inserted, insert
+from arkv_fx.kept import find
 from arkv_fx.options import require_type
 from arkv_fx.passes.context import Probe, StandIn
 
@@ -31,13 +32,13 @@ CAPTURED = (
     "as it is; for a graph that leaves torch call arkv_fx.restore(model), then "
     "arkv_fx.export(model, calibration, folder)"
 )
-CALIBRATION = "what arkv_fx.calibrate returned (Calibration.load reads a file), or None"
+CALIBRATION = "what arkv_fx.calibrate returned (Calibration.load reads a file), None or False"
 
 
 def transform(
     model: nn.Module,
     config: ArkvConfig | None = None,
-    calibration: Calibration | None = None,
+    calibration: Calibration | bool | None = None,
     *,
     compile: str = "inductor",
     insert_cache: bool = False,
@@ -53,8 +54,10 @@ def transform(
         model: a transformers causal language model in eval mode, or what wraps one (a PEFT model, a
             value head, ``torch.compile(model)``): then that one is transformed.
         config: budget, formats and ranking; the default is a quarter of the bytes at 4096 tokens.
-        calibration: OQ ratios from ``arkv_fx.calibrate``; without one each layer takes
-            ``config.oq_ratio``.
+        calibration: what each layer is given, from ``arkv_fx.calibrate``. None: what
+            ``calibrate(model, tokenizer=...)`` kept for these weights and options in an earlier
+            process, if it did (the logger "arkv_fx" says so). False, or if there is nothing: all
+            layers have equal budgets, and ``config.oq_ratio``.
         compile: "inductor" to compile the rewritten graph, once for all layers of one shape;
             "eager" to run it as it is, with the reference operators; "reduce-overhead" for
             "inductor" with decode steps replayed from a CUDA graph, as in torch.compile: from a
@@ -92,14 +95,22 @@ def transform(
     """
     _require_plain(model)
     require_type("config", config, (ArkvConfig, type(None)), "an ArkvConfig, or None")
-    require_type("calibration", calibration, (Calibration, type(None)), CALIBRATION)
+    if calibration is not False:
+        require_type("calibration", calibration, (Calibration, type(None)), CALIBRATION)
     require_type("compile", compile, str, "'inductor', 'eager' or 'reduce-overhead'")
     require_type("insert_cache", insert_cache, bool, "True or False")
-    if not insert_cache:
-        return _transform(model, config, calibration, compile=compile)
-    if calibration is not None:
-        calibration.check(fingerprint(model))
-    return insert(model, config or ArkvConfig(), calibration, compile, sample)
+    config = config or ArkvConfig()
+    if insert_cache:
+        given = calibration or None
+        if given is not None:
+            given.check(fingerprint(model))
+        return insert(model, config, given, compile, sample)
+    part = generating_part(model)
+    if calibration is None:
+        calibration = find(part, config)
+    elif calibration:
+        calibration.check(fingerprint(part), len(cached_layers(part)) or None)
+    return _transform(model, config, calibration or None, compile=compile)
 
 
 def refuse_capture() -> NoReturn:
@@ -143,8 +154,6 @@ def _transform(
         if not hasattr(model, "arkv"):  # some wrappers ask what they wrap
             model.arkv = part.arkv
         return model
-    if calibration is not None:
-        calibration.check(fingerprint(model), len(cached_layers(model)) or None)
     config = config or ArkvConfig()
     _refuse_sharded(model)
     for dim in head_dims(model):  # others, such as those of latents, only a graph knows

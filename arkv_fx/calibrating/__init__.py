@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,12 @@ from arkv_fx.allocation import allocate, mean
 from arkv_fx.calibrating import sensitivity
 from arkv_fx.calibrating.attention_statistics import Moments, measure, observed_attention, oq_ratios
 from arkv_fx.calibrating.output_errors import Found, try_budgets
-from arkv_fx.calibrating.samples import read_samples
+from arkv_fx.calibrating.samples import read_samples, shipped_sample
 from arkv_fx.calibration import Calibration, LayerStatistics, fingerprint
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import CalibrationError, ConfigError, TransformError
 from arkv_fx.huggingface.model_caches import generating_part
+from arkv_fx.kept import keep
 from arkv_fx.options import require_type
 from arkv_fx.plan import size_of
 from arkv_fx.transforming import _transform, restore
@@ -25,10 +27,11 @@ from arkv_fx.transforming import _transform, restore
 
 def calibrate(
     model: nn.Module,
-    input_ids: Tensor | Sequence[Tensor],
+    input_ids: Tensor | Sequence[Tensor] | None = None,
     config: ArkvConfig | None = None,
     attention_mask: Tensor | Sequence[Tensor] | None = None,
     *,
+    tokenizer: Callable[..., Any] | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Calibration:
     """Measure a model on sample prompts; give every layer its OQ ratio and share of the budget.
@@ -47,11 +50,15 @@ def calibrate(
         config: how the cache will be used; under "measured" a ``compression`` is taken to be meant
             at the length of each prompt.
         attention_mask: [B, T] per prompt, 0 for padding.
+        tokenizer: of transformers, instead of prompts: a text that is shipped (``arkv_fx.texts``)
+            is read, ``config.context`` tokens of it or what it has. The result is kept in the cache
+            folder (``ARKV_CACHE``), where a later ``transform(model)`` with the same weights and
+            options, the budget aside, finds it.
         progress: called with what is done next.
 
     Raises:
         CalibrationError: if a prompt is too short or none of this model, or no attention could be
-            read.
+            read; or for neither or both of prompts and a tokenizer.
         ConfigError: for an argument of another type.
         TransformError: if the model is transformed: restore it first.
 
@@ -73,6 +80,12 @@ def calibrate(
     model = generating_part(model)
     if model.training:
         raise CalibrationError("the model is in train mode: call model.eval() first")
+    if (input_ids is None) == (tokenizer is None):
+        raise CalibrationError(
+            "give prompts (input_ids), or a tokenizer for a text that is shipped"
+        )
+    if tokenizer is not None:
+        input_ids = shipped_sample(model, tokenizer, config.context)
     samples = read_samples(model, input_ids, attention_mask)
     lengths = tuple(int(prompt.shape[1]) for prompt, _ in samples)
     unit, size = "bytes" if config.budget is None else "tokens", None
@@ -84,7 +97,10 @@ def calibrate(
         rows = _measured(model, samples, config, rows, progress)
     whose, mode = fingerprint(model), config.calibration
     calibration = Calibration(whose, mode, config.taus, lengths, rows, unit)
-    return calibration if size is None else calibration.at(size, unit)
+    calibration = calibration if size is None else calibration.at(size, unit)
+    if tokenizer is not None:
+        keep(calibration, model, config)
+    return calibration
 
 
 Samples = Sequence[tuple[Tensor, Tensor | None]]
