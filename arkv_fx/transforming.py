@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ CALIBRATION = "what arkv_fx.calibrate returned (Calibration.load reads a file), 
 def transform(
     model: nn.Module,
     config: ArkvConfig | None = None,
-    calibration: Calibration | bool | None = None,
+    calibration: Calibration | Literal[False] | None = None,
     *,
     compile: str = "inductor",
     insert_cache: bool = False,
@@ -55,9 +55,10 @@ def transform(
             value head, ``torch.compile(model)``): then that one is transformed.
         config: budget, formats and ranking; the default is a quarter of the bytes at 4096 tokens.
         calibration: what each layer is given, from ``arkv_fx.calibrate``. None: what
-            ``calibrate(model, tokenizer=...)`` kept for these weights and options in an earlier
-            process, if it did (the logger "arkv_fx" says so). False, or if there is nothing: all
-            layers have equal budgets, and ``config.oq_ratio``.
+            ``calibrate(model, tokenizer=...)`` kept for these weights and options, else what the
+            first prompt tells that is long enough (256 tokens, and more than the budget holds
+            uncompressed), which is kept, too; the logger "arkv_fx" says which. False, and until
+            then: all layers have equal budgets, and ``config.oq_ratio``.
         compile: "inductor" to compile the rewritten graph, once for all layers of one shape;
             "eager" to run it as it is, with the reference operators; "reduce-overhead" for
             "inductor" with decode steps replayed from a CUDA graph, as in torch.compile: from a
@@ -101,16 +102,15 @@ def transform(
     require_type("insert_cache", insert_cache, bool, "True or False")
     config = config or ArkvConfig()
     if insert_cache:
-        given = calibration or None
-        if given is not None:
-            given.check(fingerprint(model))
-        return insert(model, config, given, compile, sample)
+        if calibration:
+            calibration.check(fingerprint(model))
+        return insert(model, config, calibration or None, compile, sample)
     part = generating_part(model)
-    if calibration is None:
-        calibration = find(part, config)
-    elif calibration:
+    found = find(part, config) if calibration is None else calibration or None
+    if calibration:
         calibration.check(fingerprint(part), len(cached_layers(part)) or None)
-    return _transform(model, config, calibration or None, compile=compile)
+    learns = calibration is None and found is None
+    return _transform(model, config, found, compile=compile, learns=learns)
 
 
 def refuse_capture() -> NoReturn:
@@ -147,10 +147,14 @@ def _transform(
     compile: str,
     probe: Probe | None = None,
     stand_in: StandIn | None = None,
+    learns: bool = False,
 ) -> nn.Module:
     _require_plain(model)
     if (part := generating_part(model)) is not model:
-        _transform(part, config, calibration, compile=compile, probe=probe, stand_in=stand_in)
+        _transform(
+            part, config, calibration, compile=compile, probe=probe, stand_in=stand_in,
+            learns=learns,
+        )  # fmt: skip
         if not hasattr(model, "arkv"):  # some wrappers ask what they wrap
             model.arkv = part.arkv
         return model
@@ -159,7 +163,7 @@ def _transform(
     for dim in head_dims(model):  # others, such as those of latents, only a graph knows
         for name in (config.window_format, *config.tiers):
             get_format(name).check(dim, dim)
-    state = Transformed(model, config, calibration, compile, probe, stand_in)
+    state = Transformed(model, config, calibration, compile, probe, stand_in, learns)
 
     # An outer torch.compile stops here: what is inside is compiled already.
     run: Callable[..., Any] = torch._dynamo.disable(state.run, reason=CAPTURED)

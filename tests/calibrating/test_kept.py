@@ -23,6 +23,7 @@ CONFIG = ArkvConfig(compression=4.0, context=192, window=8, round_to=1)
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ARKV_CACHE", str(tmp_path))
+    monkeypatch.setattr("arkv_fx.transforming.find", kept.find)
     return tmp_path / "calibrations"
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, GptOssConfig, GptOssForCausalLM
 
 import arkv_fx
-from arkv_fx.calibrating import output_errors
-from arkv_fx.calibrating.output_errors import EVERY, Found, OutputErrors, try_budgets
 from arkv_fx.config import ArkvConfig
+from arkv_fx.costs import output_errors
+from arkv_fx.costs.output_errors import EVERY, Found, OutputErrors
 from arkv_fx.errors import CalibrationError
 from arkv_fx.models import random_model
 from arkv_fx.ops.attend import attend, peek
@@ -46,16 +46,19 @@ def made(arch: str) -> Any:
 def calls(arch: str, mask: Tensor | None, config: ArkvConfig) -> tuple[list[Any], dict[int, Found]]:
     """What each layer's attention was given, and what was found."""
     kept: list[Any] = []
+    founds: list[dict[int, Found]] = []
     original = OutputErrors.attend
 
     def attend(self: OutputErrors, layer: int, *args: Any, **kwargs: Any) -> Tensor:
+        founds.append(self.found)
         kept.append((layer, output_errors.AttendArguments(*args, **kwargs)))
         return original(self, layer, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OutputErrors, "attend", attend)
-        found = try_budgets(made(arch), IDS, mask, config)
-    return kept, found
+        masks = None if mask is None else [mask]
+        arkv_fx.calibrate(made(arch), [IDS], config, masks)
+    return kept, founds[-1]
 
 
 def by_hand(given: Any, plan: Any, config: ArkvConfig) -> float:
