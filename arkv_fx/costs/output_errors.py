@@ -149,7 +149,10 @@ def _plans(
         if best.tiers[0].slots + best.ring >= tokens:
             return [*found, (size, 1.0, best)]
         ratios = RATIOS if len(config.tiers) == 2 else (1.0,)
-        found += [(size, ratio, plan(size, ratio)) for ratio in ratios]
+        here = [(size, ratio, plan(size, ratio)) for ratio in ratios]
+        # Where more Originals hold every token as well, fewer waste bytes.
+        whole = sum(each.slots >= tokens for _, _, each in here)
+        found += here[max(0, whole - 1) :]
     return found
 
 

@@ -167,3 +167,14 @@ def test_sliding_layers_keep_their_plan() -> None:
 def test_too_short_a_prompt_is_refused() -> None:
     with pytest.raises(CalibrationError, match="too short to try budgets"):
         arkv_fx.calibrate(random_model("llama"), IDS[:, :14], CONFIG)
+
+
+def test_what_wastes_bytes_is_not_tried() -> None:
+    """Where all tokens fit with more Originals, fewer of them are no option."""
+    shape = plan_layer(CONFIG, heads=2, k_dim=64, v_dim=64, dtype=torch.bfloat16)
+    tried = output_errors._plans(CONFIG, shape, 1000)
+    for size in {size for size, _, _ in tried}:
+        plans = [plan for s, _, plan in tried if s == size]
+        assert sum(plan.slots >= 1000 for plan in plans) <= 1
+        assert len(plans) == 5 or any(plan.slots >= 1000 for plan in plans)
+    assert tried[-1][1] == 1.0 and tried[-1][2].tiers[0].slots >= 1000 - 12
