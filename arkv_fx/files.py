@@ -15,6 +15,13 @@ STALE_S = 60
 """Nobody takes so long to write a text: a part that is older was left by a process that died."""
 
 
+def cache_folder() -> Path:
+    """Where things are kept for the next process: ``ARKV_CACHE``, else among the user's caches."""
+    if own := os.environ.get("ARKV_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arkv_fx"
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 file by way of one beside it, which takes its place when it is complete.
 

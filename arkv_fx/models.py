@@ -5,7 +5,6 @@ as a GGUF file, converted once to float32 safetensors in the cache folder (`ARKV
 `~/.cache/arkv_fx`).
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from transformers import (
 )
 
 from arkv_fx.errors import ModelNotFoundError
+from arkv_fx.files import cache_folder
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _packaged_folder(name: str) -> Path:
     except PackageNotFoundError:
         raise _missing(name, packaged.distribution) from None
     pieces = [_piece(name, module) for module in packaged.modules]
-    folder = _cache_folder() / f"{name}-{release}"
+    folder = cache_folder() / f"{name}-{release}"
     if folder.is_dir():  # complete, and perhaps nobody may write there
         return folder
     try:
@@ -236,12 +236,6 @@ def _joined(pieces: list[Path], target: Path) -> Path:
             with piece.open("rb") as part:
                 copyfileobj(part, out)
     return target
-
-
-def _cache_folder() -> Path:
-    if own := os.environ.get("ARKV_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arkv_fx"
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from arkv_fx.huggingface.model_caches import (
 from arkv_fx.huggingface.transformed import Transformed
 from arkv_fx.huggingface.wrapped import generating_part
 from arkv_fx.insert.cached_model import Inserted, insert
+from arkv_fx.kept import find
 from arkv_fx.options import require_type
 from arkv_fx.passes.context import Probe, StandIn
 
@@ -31,13 +32,13 @@ CAPTURED = (
     "as it is; for a graph that leaves torch call arkv_fx.restore(model), then "
     "arkv_fx.export(model, calibration, folder)"
 )
-CALIBRATION = "what arkv_fx.calibrate returned (Calibration.load reads a file), or None"
+CALIBRATION = "what arkv_fx.calibrate returned (Calibration.load reads a file), None or False"
 
 
 def transform(
     model: nn.Module,
     config: ArkvConfig | None = None,
-    calibration: Calibration | None = None,
+    calibration: Calibration | Literal[False] | None = None,
     *,
     compile: str = "inductor",
     insert_cache: bool = False,
@@ -53,8 +54,11 @@ def transform(
         model: a transformers causal language model in eval mode, or what wraps one (a PEFT model, a
             value head, ``torch.compile(model)``): then that one is transformed.
         config: budget, formats and ranking; the default is a quarter of the bytes at 4096 tokens.
-        calibration: OQ ratios from ``arkv_fx.calibrate``; without one each layer takes
-            ``config.oq_ratio``.
+        calibration: what each layer is given, from ``arkv_fx.calibrate``. None: what
+            ``calibrate(model, tokenizer=...)`` kept for these weights and options, else what the
+            first prompt tells that is long enough (256 tokens, and more than the budget holds
+            uncompressed), which is kept, too; the logger "arkv_fx" says which. False, and until
+            then: all layers have equal budgets, and ``config.oq_ratio``.
         compile: "inductor" to compile the rewritten graph, once for all layers of one shape;
             "eager" to run it as it is, with the reference operators; "reduce-overhead" for
             "inductor" with decode steps replayed from a CUDA graph, as in torch.compile: from a
@@ -92,14 +96,21 @@ def transform(
     """
     _require_plain(model)
     require_type("config", config, (ArkvConfig, type(None)), "an ArkvConfig, or None")
-    require_type("calibration", calibration, (Calibration, type(None)), CALIBRATION)
+    if calibration is not False:
+        require_type("calibration", calibration, (Calibration, type(None)), CALIBRATION)
     require_type("compile", compile, str, "'inductor', 'eager' or 'reduce-overhead'")
     require_type("insert_cache", insert_cache, bool, "True or False")
-    if not insert_cache:
-        return _transform(model, config, calibration, compile=compile)
-    if calibration is not None:
-        calibration.check(fingerprint(model))
-    return insert(model, config or ArkvConfig(), calibration, compile, sample)
+    config = config or ArkvConfig()
+    if insert_cache:
+        if calibration:
+            calibration.check(fingerprint(model))
+        return insert(model, config, calibration or None, compile, sample)
+    part = generating_part(model)
+    found = find(part, config) if calibration is None else calibration or None
+    if calibration:
+        calibration.check(fingerprint(part), len(cached_layers(part)) or None)
+    learns = calibration is None and found is None
+    return _transform(model, config, found, compile=compile, learns=learns)
 
 
 def refuse_capture() -> NoReturn:
@@ -136,21 +147,23 @@ def _transform(
     compile: str,
     probe: Probe | None = None,
     stand_in: StandIn | None = None,
+    learns: bool = False,
 ) -> nn.Module:
     _require_plain(model)
     if (part := generating_part(model)) is not model:
-        _transform(part, config, calibration, compile=compile, probe=probe, stand_in=stand_in)
+        _transform(
+            part, config, calibration, compile=compile, probe=probe, stand_in=stand_in,
+            learns=learns,
+        )  # fmt: skip
         if not hasattr(model, "arkv"):  # some wrappers ask what they wrap
             model.arkv = part.arkv
         return model
-    if calibration is not None:
-        calibration.check(fingerprint(model), len(cached_layers(model)) or None)
     config = config or ArkvConfig()
     _refuse_sharded(model)
     for dim in head_dims(model):  # others, such as those of latents, only a graph knows
         for name in (config.window_format, *config.tiers):
             get_format(name).check(dim, dim)
-    state = Transformed(model, config, calibration, compile, probe, stand_in)
+    state = Transformed(model, config, calibration, compile, probe, stand_in, learns)
 
     # An outer torch.compile stops here: what is inside is compiled already.
     run: Callable[..., Any] = torch._dynamo.disable(state.run, reason=CAPTURED)

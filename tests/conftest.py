@@ -29,6 +29,15 @@ settings.register_profile(
 settings.load_profile("arkv")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def plans_as_asked_for() -> Iterator[None]:
+    """No prompt changes the plans that a test expects, nor does what somebody calibrated before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("arkv_fx.huggingface.first_prompt.LEAST", 10**9)
+        patch.setattr("arkv_fx.transforming.find", lambda model, config: None)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def no_graphs_left_over() -> Iterator[None]:
     """Dynamo counts recompilations per code object, and all transformers models share theirs."""

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from arkv_fx import ArkvCache, ArkvConfig, models, restore, transform
-from arkv_fx.evaluation import texts
+from arkv_fx import ArkvCache, ArkvConfig, models, restore, texts, transform
 
 PROMPT, STEPS, WINDOW = 1500, 16, 512
 FULL = (5, 11, 17)

@@ -9,9 +9,8 @@ import tiny_model
 import torch
 from safetensors.torch import save_file
 
-from arkv_fx import models
+from arkv_fx import models, texts
 from arkv_fx.errors import ModelNotFoundError
-from arkv_fx.evaluation import texts
 
 IDS = torch.arange(96).view(2, 48) % 128
 

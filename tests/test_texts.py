@@ -2,8 +2,8 @@
 
 import pytest
 
+from arkv_fx import texts
 from arkv_fx.errors import UnknownOptionError
-from arkv_fx.evaluation import texts
 
 
 @pytest.mark.parametrize("name", texts.names())

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from arkv_fx.allocation import allocate, mean
 from arkv_fx.calibrating import sensitivity
-from arkv_fx.calibrating.attention_statistics import Moments, measure, observed_attention, oq_ratios
-from arkv_fx.calibrating.output_errors import Found, try_budgets
-from arkv_fx.calibrating.samples import read_samples
+from arkv_fx.calibrating.samples import read_samples, shipped_sample
 from arkv_fx.calibration import Calibration, LayerStatistics, fingerprint
 from arkv_fx.config import ArkvConfig
+from arkv_fx.costs.attention_statistics import (
+    Moments,
+    mean_moments,
+    measure,
+    observed_attention,
+    oq_ratios,
+)
+from arkv_fx.costs.output_errors import Found, OutputErrors, calibrated
 from arkv_fx.errors import CalibrationError, ConfigError, TransformError
 from arkv_fx.huggingface.wrapped import generating_part
+from arkv_fx.kept import keep
 from arkv_fx.options import require_type
-from arkv_fx.plan import size_of
 from arkv_fx.transforming import _transform, restore
 
 
 def calibrate(
     model: nn.Module,
-    input_ids: Tensor | Sequence[Tensor],
+    input_ids: Tensor | Sequence[Tensor] | None = None,
     config: ArkvConfig | None = None,
     attention_mask: Tensor | Sequence[Tensor] | None = None,
     *,
+    tokenizer: Callable[..., Any] | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Calibration:
     """Measure a model on sample prompts; give every layer its OQ ratio and share of the budget.
@@ -47,11 +55,15 @@ def calibrate(
         config: how the cache will be used; under "measured" a ``compression`` is taken to be meant
             at the length of each prompt.
         attention_mask: [B, T] per prompt, 0 for padding.
+        tokenizer: of transformers, instead of prompts: a text that is shipped (``arkv_fx.texts``)
+            is read, ``config.context`` tokens of it or what it has. The result is kept in the cache
+            folder (``ARKV_CACHE``), where a later ``transform(model)`` with the same weights and
+            options, the budget aside, finds it.
         progress: called with what is done next.
 
     Raises:
         CalibrationError: if a prompt is too short or none of this model, or no attention could be
-            read.
+            read; or for neither or both of prompts and a tokenizer.
         ConfigError: for an argument of another type.
         TransformError: if the model is transformed: restore it first.
 
@@ -73,18 +85,26 @@ def calibrate(
     model = generating_part(model)
     if model.training:
         raise CalibrationError("the model is in train mode: call model.eval() first")
+    if (input_ids is None) == (tokenizer is None):
+        raise CalibrationError(
+            "give prompts (input_ids), or a tokenizer for a text that is shipped"
+        )
+    if tokenizer is not None:
+        input_ids = shipped_sample(model, tokenizer, config.context)
     samples = read_samples(model, input_ids, attention_mask)
     lengths = tuple(int(prompt.shape[1]) for prompt, _ in samples)
-    unit, size = "bytes" if config.budget is None else "tokens", None
     if config.calibration == "output":
-        rows, size = _by_output(model, samples, config, progress)
+        found = _by_output(model, samples, config, progress)
+        calibration = calibrated(fingerprint(model), found, lengths, config)
     else:
         rows = _by_attention(model, samples, config, progress)
-    if config.calibration == "measured":
-        rows = _measured(model, samples, config, rows, progress)
-    whose, mode = fingerprint(model), config.calibration
-    calibration = Calibration(whose, mode, config.taus, lengths, rows, unit)
-    return calibration if size is None else calibration.at(size, unit)
+        if config.calibration == "measured":
+            rows = _measured(model, samples, config, rows, progress)
+        whose, mode = fingerprint(model), config.calibration
+        calibration = Calibration(whose, mode, config.taus, lengths, rows)
+    if tokenizer is not None:
+        keep(calibration, model, config)
+    return calibration
 
 
 Samples = Sequence[tuple[Tensor, Tensor | None]]
@@ -110,52 +130,40 @@ def _by_attention(
             model(input_ids=prompt, attention_mask=mask, use_cache=True)
     finally:
         restore(model)
-    return _rows(model, found, config)
+    _require_layers(model, found)
+    layers = sorted(found)
+    means = [mean_moments(found[i]) for i in layers]
+    return oq_ratios(layers, means, config.taus, config.calibration, config.oq_ratio)
 
 
+@torch.no_grad()
 def _by_output(
     model: nn.Module, samples: Samples, config: ArkvConfig, progress: Callable[[str], None]
-) -> tuple[tuple[LayerStatistics, ...], float | None]:
-    """The rows with what each layer loses, and the size of the budget, if there is such a layer."""
+) -> list[dict[int, Found]]:
+    """What each layer loses under many budgets, for each prompt."""
     found: list[dict[int, Found]] = []
     for prompt, mask in samples:
         progress(f"prefill of {prompt.shape[1]} tokens")
-        found.append(try_budgets(model, prompt, mask, config))
-    moments = {layer: [each[layer].moments for each in found] for layer in found[0]}
-    rows = tuple(
-        replace(row, oq_ratio=config.oq_ratio, costs=_mean_costs([f[row.layer] for f in found]))
-        for row in _rows(model, moments, config)
-    )
-    shapes = [each.shape for each in found[0].values() if each.tried]
-    return rows, size_of(config, shapes[0]) if shapes else None
+        errors = OutputErrors(config)
+        smallest = ArkvConfig.smallest(config.window)
+        _transform(model, smallest, None, compile="eager", stand_in=errors.attend)
+        try:
+            short = "logits_to_keep" in model.arkv.parameters  # type: ignore[operator, union-attr]
+            kept = {"logits_to_keep": 1} if short else {}
+            model(input_ids=prompt, attention_mask=mask, use_cache=True, **kept)
+        finally:
+            restore(model)
+        _require_layers(model, errors.found)
+        found.append(errors.found)
+    return found
 
 
-def _mean_costs(samples: Sequence[Found]) -> tuple[tuple[float, float, float], ...]:
-    """Errors averaged over prompts, of what was tried with all of them."""
-    by_place = [{(size, ratio): error for size, ratio, error in one.tried} for one in samples]
-    return tuple(
-        (*place, sum(errors[place] for errors in by_place) / len(by_place))
-        for place in by_place[0]
-        if all(place in errors for errors in by_place)
-    )
-
-
-def _rows(
-    model: nn.Module, found: Mapping[int, Sequence[Moments]], config: ArkvConfig
-) -> tuple[LayerStatistics, ...]:
-    """Statistics averaged over prompts.
-
-    Raises:
-        CalibrationError: if there is no layer.
-    """
+def _require_layers(model: nn.Module, found: Sized) -> None:
     if not found:
         raise CalibrationError(
             f"no attention of {type(model).__name__} could be read: model.arkv.report() after "
             "transform says why each site is left alone"
         )
-    layers = sorted(found)
-    means = [_mean(found[i]) for i in layers]
-    return oq_ratios(layers, means, config.taus, config.calibration, config.oq_ratio)
 
 
 def _measured(
@@ -178,8 +186,3 @@ def _measured(
             cost = costs[row.layer][option]
             out.append(replace(row, oq_ratio=option.oq_ratio, share=option.share, divergence=cost))
     return tuple(out)
-
-
-def _mean(samples: Sequence[Moments]) -> Moments:
-    columns = torch.tensor([[m.entropy, m.variance, m.kurtosis] for m in samples])
-    return Moments(*columns.double().mean(0).tolist())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from arkv_fx import texts
 from arkv_fx.errors import CalibrationError
+from arkv_fx.huggingface.layers import text_config
 from arkv_fx.options import short
 
 
@@ -35,6 +37,29 @@ def read_samples(
         if mask is not None:
             _check_mask(which, prompt, mask)
     return list(zip(prompts, masks, strict=True))
+
+
+TEXT = "esther"
+"""The shipped text that is calibrated on: our reports measure on the others."""
+
+
+def shipped_sample(model: nn.Module, tokenizer: Callable[..., Any], tokens: int) -> Tensor:
+    """Token ids [1, T] of a shipped text: ``tokens``, or fewer where text or model end before.
+
+    Raises:
+        CalibrationError: if that is no tokenizer.
+    """
+    try:
+        ids = tokenizer(texts.read(TEXT), return_tensors="pt", verbose=False)["input_ids"]
+    except (TypeError, KeyError) as error:
+        raise CalibrationError(
+            f"tokenizer={short(tokenizer)}: give a tokenizer of transformers, or prompts as "
+            f"input_ids ({error})"
+        ) from error
+    most = getattr(text_config(model), "max_position_embeddings", None) or tokens
+    weight = next(model.parameters())
+    sample: Tensor = ids[:, : min(tokens, most)].to(weight.device)
+    return sample
 
 
 def _list(name: str, given: Any) -> list[Any]:

@@ -16,12 +16,11 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from arkv_fx import models
+from arkv_fx import models, texts
 from arkv_fx.calibration import Calibration
 from arkv_fx.commands.console import err
 from arkv_fx.config import PRESETS, ArkvConfig, preset
 from arkv_fx.errors import ConfigError, EvaluationError
-from arkv_fx.evaluation import texts
 from arkv_fx.files import obstacle_to_folder, write_text
 
 

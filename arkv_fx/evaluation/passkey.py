@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from arkv_fx import texts
 from arkv_fx.calibration import Calibration
 from arkv_fx.errors import EvaluationError
-from arkv_fx.evaluation import texts
 from arkv_fx.evaluation.methods import FullCache, Setting, get_method, make_config
 from arkv_fx.evaluation.results import Row
 from arkv_fx.evaluation.shared_prefill import Contest

@@ -60,7 +60,7 @@ class Contest:
         for found in self.calibrations.values():
             if found is not None:
                 found.check(fingerprint(model))
-        transform(model, self.configs[self.active], compile=compile)
+        transform(model, self.configs[self.active], False, compile=compile)
         self._arkv: Transformed = model.arkv  # type: ignore[assignment]
         self.windows = self._arkv.windows
         self._arkv.backend = _Switch(self, compile)

@@ -59,7 +59,7 @@ def capture(
     """
     check_model(model)
     _check_kind(model)
-    transform(model, config, calibration, compile="eager")
+    transform(model, config, calibration or False, compile="eager")
     try:
         return _Tracer(model, config, calibration, batch).trace()
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, NoReturn
@@ -75,6 +75,8 @@ class ArkvCache(Cache):
         self.handle = self.session.handle
         self.sliding = [window > 0 for window in windows(layers)]
         self.linear = only_linear(layers)
+        # The backend and the forward that its sequence began with.
+        self.graphs: tuple[Any, Callable[..., Any]] | None = None
         # Tokens before the step at hand, those that it brings, and how far it has come.
         self.seen, self.coming, self.last_layer = 0, 0, -1
 

@@ -16,6 +16,7 @@ from arkv_fx.calibration import Calibration
 from arkv_fx.compile.backend import ArkvBackend
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import CacheError
+from arkv_fx.huggingface import first_prompt
 from arkv_fx.huggingface.attention_interface import OpenAttention, masks_left_out
 from arkv_fx.huggingface.bound import Bound
 from arkv_fx.huggingface.cache import ArkvCache
@@ -56,9 +57,11 @@ class Transformed(Bound):
         compile: str,
         probe: Probe | None = None,
         stand_in: StandIn | None = None,
+        learns: bool = False,
     ) -> None:
         self.name = f"{type(model).__name__}#{id(model):x}"
-        self.config, self.calibration = config, calibration
+        self.config, self.calibration, self.lowering = config, calibration, compile
+        self.learns = learns  # from the first long prompt
         self.text_config = text_config(model)
         self.open_attention = OpenAttention(self.text_config)
         layers = cached_layers(model)
@@ -71,7 +74,7 @@ class Transformed(Bound):
         # Attributes of the instance that restore puts back (hooks set forward there).
         names = ("forward", "_prepare_cache_for_generation", *CONTINUOUS)
         self.replaced = {n: model.__dict__[n] for n in names if n in model.__dict__}
-        self.compiled = CompiledForward(model.forward, self.backend, self.name)
+        self.compiled = self.compiled_by(self.backend)
         self.model = model
         self.mask_name = "decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask"
         self.positions_name = self.mask_name.replace("attention_mask", "position_ids")
@@ -107,6 +110,33 @@ class Transformed(Bound):
                 both = {"decoder_input_ids": ids} if is_encoder_decoder(self.model) else {}
                 self.model(ids, **both)
         return Report.of(self.backend.sites, self.config, self.backend.notes())
+
+    def compiled_by(self, backend: ArkvBackend) -> CompiledForward:
+        """The model's forward, compiled."""
+        return CompiledForward(self.original, backend, self.name)
+
+    def _answer(self, cache: ArkvCache, kwargs: dict[str, Any]) -> Any:
+        """A call with a cache: by the graphs that its sequence began with, or the newest."""
+        ids = kwargs.get("input_ids")
+        tokens = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else 0
+        if self.learns and first_prompt.wanted(self, cache, tokens):
+            self.learns = False
+            if (out := first_prompt.serve(self, cache, kwargs, tokens)) is not None:
+                cache.graphs = self.backend, self.compiled
+                return out
+        if cache.seen == 0 or cache.graphs is None:
+            cache.graphs = self.backend, self.compiled
+        backend, compiled = cache.graphs
+        calls = backend.calls
+        out = compiled(**kwargs)
+        if backend.calls == calls:
+            raise CacheError(
+                "the model ran without its compiled graphs, so nothing was compressed: "
+                "compilation is switched off, or another torch.compile reached Dynamo's "
+                "recompile limit on the same code; call torch._dynamo.reset() and raise "
+                "torch._dynamo.config.recompile_limit"
+            )
+        return out
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward with an ArkvCache where a cache is wanted.
@@ -158,21 +188,13 @@ class Transformed(Bound):
             kwargs["attention_mask"] = None
         self._mark_lengths(kwargs)
         cache.session.active = True
-        calls = self.backend.calls
         try:
             kept = _kept(cache.session.journal, kwargs.get("logits_to_keep"))
             with torch.no_grad(), self.open_attention.step(), masks_left_out(), kept:
-                out = self.compiled(**kwargs)
+                out = self._answer(cache, kwargs)
         finally:
             cache.session.active = False
         cache.end_step()
-        if self.backend.calls == calls:
-            raise CacheError(
-                "the model ran without its compiled graphs, so nothing was compressed: "
-                "compilation is switched off, or another torch.compile reached Dynamo's "
-                "recompile limit on the same code; call torch._dynamo.reset() and raise "
-                "torch._dynamo.config.recompile_limit"
-            )
         cache.session.tokens = cache.seen
         return out
 

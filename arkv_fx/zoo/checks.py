@@ -164,7 +164,7 @@ def _under(subject: Subject, config: ArkvConfig, checks: dict[str, Check], row: 
 
 
 def _transform(subject: Subject, config: ArkvConfig) -> Row:
-    transform(subject.model, config, compile="eager")
+    transform(subject.model, config, False, compile="eager")
     return {}
 
 

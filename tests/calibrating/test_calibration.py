@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 import arkv_fx
-from arkv_fx.calibrating.attention_statistics import (
+from arkv_fx.calibration import Calibration
+from arkv_fx.config import PAPER_TAUS, ArkvConfig
+from arkv_fx.costs.attention_statistics import (
     Moments,
     measure,
     observed_attention,
     oq_ratios,
     oq_score,
 )
-from arkv_fx.calibration import Calibration
-from arkv_fx.config import PAPER_TAUS, ArkvConfig
 from arkv_fx.errors import CalibrationError
 from arkv_fx.evaluation.plots import plot_calibration
 from arkv_fx.models import random_model

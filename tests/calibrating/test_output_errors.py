@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import BloomConfig, BloomForCausalLM, GptOssConfig, GptOssForCausalLM
 
 import arkv_fx
-from arkv_fx.calibrating import output_errors
-from arkv_fx.calibrating.output_errors import EVERY, Found, OutputErrors, try_budgets
 from arkv_fx.config import ArkvConfig
+from arkv_fx.costs import output_errors
+from arkv_fx.costs.output_errors import EVERY, Found, OutputErrors
 from arkv_fx.errors import CalibrationError
 from arkv_fx.models import random_model
 from arkv_fx.ops.attend import attend, peek
@@ -46,16 +46,19 @@ def made(arch: str) -> Any:
 def calls(arch: str, mask: Tensor | None, config: ArkvConfig) -> tuple[list[Any], dict[int, Found]]:
     """What each layer's attention was given, and what was found."""
     kept: list[Any] = []
+    founds: list[dict[int, Found]] = []
     original = OutputErrors.attend
 
     def attend(self: OutputErrors, layer: int, *args: Any, **kwargs: Any) -> Tensor:
+        founds.append(self.found)
         kept.append((layer, output_errors.AttendArguments(*args, **kwargs)))
         return original(self, layer, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OutputErrors, "attend", attend)
-        found = try_budgets(made(arch), IDS, mask, config)
-    return kept, found
+        masks = None if mask is None else [mask]
+        arkv_fx.calibrate(made(arch), [IDS], config, masks)
+    return kept, founds[-1]
 
 
 def by_hand(given: Any, plan: Any, config: ArkvConfig) -> float:
@@ -164,3 +167,14 @@ def test_sliding_layers_keep_their_plan() -> None:
 def test_too_short_a_prompt_is_refused() -> None:
     with pytest.raises(CalibrationError, match="too short to try budgets"):
         arkv_fx.calibrate(random_model("llama"), IDS[:, :14], CONFIG)
+
+
+def test_what_wastes_bytes_is_not_tried() -> None:
+    """Where all tokens fit with more Originals, fewer of them are no option."""
+    shape = plan_layer(CONFIG, heads=2, k_dim=64, v_dim=64, dtype=torch.bfloat16)
+    tried = output_errors._plans(CONFIG, shape, 1000)
+    for size in {size for size, _, _ in tried}:
+        plans = [plan for s, _, plan in tried if s == size]
+        assert sum(plan.slots >= 1000 for plan in plans) <= 1
+        assert len(plans) == 5 or any(plan.slots >= 1000 for plan in plans)
+    assert tried[-1][1] == 1.0 and tried[-1][2].tiers[0].slots >= 1000 - 12

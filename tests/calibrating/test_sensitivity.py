@@ -128,7 +128,7 @@ def test_sliding_layers_keep_their_plan() -> None:
 
 
 def test_a_token_budget_is_shared_out_too() -> None:
-    config = ArkvConfig(budget=48, window=8, tiers=("native",), score="mass")
+    config = CONFIG.replace(budget=48, tiers=("native",), score="mass")
     model = random_model("llama")
     found = arkv_fx.calibrate(model, IDS, config)
     arkv_fx.transform(model, config, found, compile="eager")
@@ -141,9 +141,9 @@ def test_refusals() -> None:
     with pytest.raises(CalibrationError, match="too short to measure layers"):
         arkv_fx.calibrate(model, IDS[:, :14], CONFIG)
     with pytest.raises(CalibrationError, match="longer prompts, or calibration='normalised'"):
-        arkv_fx.calibrate(model, IDS, ArkvConfig(budget=400, window=8, tiers=("native",)))
+        arkv_fx.calibrate(model, IDS, CONFIG.replace(budget=400, tiers=("native",)))
     with pytest.raises(ConfigError, match="does not hold the window"):
-        arkv_fx.calibrate(model, IDS, ArkvConfig(compression=60.0, window=8))
+        arkv_fx.calibrate(model, IDS, CONFIG.replace(compression=60.0))
     assert not hasattr(model, "arkv")
 
 

@@ -96,7 +96,7 @@ def test_refusals() -> None:
 
 @pytest.mark.slow
 def test_smollm2_quantization_beats_eviction() -> None:
-    from arkv_fx.evaluation import texts
+    from arkv_fx import texts
 
     model, tokenizer = load("smollm2")
     ids = {"esther": tokenizer(texts.read("esther"), return_tensors="pt").input_ids[0]}
@@ -108,7 +108,7 @@ def test_smollm2_quantization_beats_eviction() -> None:
 
 @pytest.mark.slow
 def test_smollm2_layers_measured_on_one_text_pay_on_another() -> None:
-    from arkv_fx.evaluation import texts
+    from arkv_fx import texts
 
     model, tokenizer = load("smollm2")
     ids = {

@@ -27,7 +27,7 @@ def config(fmt: str) -> ArkvConfig:
 @lru_cache
 def text() -> Tensor:
     _, tokenizer = models.load("smollm2")
-    whole = files("arkv_fx.evaluation.texts").joinpath("persuasion.txt").read_text()
+    whole = files("arkv_fx.texts").joinpath("persuasion.txt").read_text()
     return tokenizer(whole, return_tensors="pt", verbose=False).input_ids[:, :3000]
 
 

@@ -134,7 +134,7 @@ def arkv_decoder(
 ) -> Decoder:  # fmt: skip
     """The transformed model, its states as after a prompt of random keys and values."""
     config = config or options.config(1024)
-    transform(model, config, compile=lowering)
+    transform(model, config, False, compile=lowering)
     try:
         cache, forward = ArkvCache(model), model.forward
     finally:

@@ -106,7 +106,7 @@ def _arkv(network: PreTrainedModel, ids: Tensor, lowering: str, options: Options
     )
     again = Calibration(fingerprint(network), "normalised", config.taus, (PROMPT,), rows)
     for prefix, calibration in (("", None), ("recalibrated ", again)):
-        transform(network, config, calibration, compile=lowering)
+        transform(network, config, calibration or False, compile=lowering)
         caches = [ArkvCache(network) for _ in range(2)]
         rest = iter(caches)
         found[prefix + "prefill"] = excess(

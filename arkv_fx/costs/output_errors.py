@@ -10,27 +10,35 @@ forward for each plan (``sensitivity``), and shares out bytes better.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from arkv_fx.calibrating.attention_statistics import Moments, measure, observed_attention
+from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
+from arkv_fx.costs.attention_statistics import (
+    Moments,
+    mean_moments,
+    measure,
+    observed_attention,
+    oq_ratios,
+)
 from arkv_fx.errors import CalibrationError
 from arkv_fx.formats import Codec
 from arkv_fx.kernels.reference import gather
 from arkv_fx.kernels.softmax import group, hide, hide_new
+from arkv_fx.ops.as_given import as_given
 from arkv_fx.ops.attend import look, peek, settle
 from arkv_fx.ops.balance import SCALE, scaled
 from arkv_fx.ops.blocks import columns_logits
 from arkv_fx.ops.no_output import NoOutput
 from arkv_fx.ops.signatures import AttendArguments
-from arkv_fx.plan import LayerPlan, plan_layer, sized
+from arkv_fx.plan import LayerPlan, plan_layer, size_of, sized
 from arkv_fx.state.session import LayerState
 from arkv_fx.state.view import Segment, view
-from arkv_fx.transforming import _transform, restore
 
 SIZES = tuple(n / 32 for n in (1, 2, 4, 6, 8, 12, 16, 24, 32))
 """Budgets that are tried, as fractions of the full cache in 16 bits: half of 16x to all of it."""
@@ -69,17 +77,21 @@ class OutputErrors:
         given: AttendArguments[Tensor] = AttendArguments(*args, **kwargs)
         given = replace(given, fresh=True)  # whether or not the graph knows that it is
         out = given.run(peek)
+        with as_given(given.q):
+            self.note(layer, given, out)
+        return out
+
+    def note(self, layer: int, given: AttendArguments[Tensor], out: Tensor) -> None:
+        """Take down what is found of a layer whose full attention gave ``out``."""
         if layer in self.found:
             self.found[layer].tried = []
-            return out
+            return
         k = given.computed[0] if given.computed else given.k
         probs, real = observed_attention(given.q, k, given.mask, given.scale, self.config.window)
-        found = self.found[layer] = Found(
-            given.layer_plan, measure(probs, real, published=False), []
-        )
+        moments = measure(probs, real, published=False)
+        found = self.found[layer] = Found(given.layer_plan, moments, [])
         if not given.layer_plan.sliding and not given.computed:
             found.tried = _try_plans(self.config, given, out, real)
-        return out
 
 
 def _try_plans(
@@ -133,7 +145,7 @@ def _plans(
             v_dim=shape.v_dim, dtype=shape.dtype, oq_ratio=ratio,
         )  # fmt: skip
 
-    found = []
+    found: list[tuple[float, float, LayerPlan]] = []
     for size in SIZES:
         best = plan(size, 1.0)
         if best.slots == best.ring:
@@ -141,7 +153,10 @@ def _plans(
         if best.tiers[0].slots + best.ring >= tokens:
             return [*found, (size, 1.0, best)]
         ratios = RATIOS if len(config.tiers) == 2 else (1.0,)
-        found += [(size, ratio, plan(size, ratio)) for ratio in ratios]
+        here = [(size, ratio, plan(size, ratio)) for ratio in ratios]
+        # Where more Originals hold every token as well, fewer waste bytes.
+        whole = sum(each.slots >= tokens for _, _, each in here)
+        found += here[max(0, whole - 1) :]
     return found
 
 
@@ -189,7 +204,8 @@ class _Columns:
             places = torch.where(places < 0, self.before, places)  # a row of zeros
             total = total + gather(rows, places).transpose(-1, -2) @ gather(values, places)
         out = total[..., :-1] / total[..., -1:].clamp(min=1e-30)
-        return out.unflatten(2, (-1, self.q.shape[2])).flatten(1, 2)
+        output: Tensor = out.unflatten(2, (-1, self.q.shape[2])).flatten(1, 2)
+        return output
 
     def _stored(self, segment: Segment) -> tuple[Tensor, Tensor]:
         """Exponentials [B, Hkv, N + 1, G * Q] and values [B, Hkv, N + 1, Dv + 1] of all tokens."""
@@ -223,29 +239,33 @@ class _Columns:
         return torch.exp(logits - self.top).flatten(2, 3).transpose(-1, -2).contiguous()
 
 
-@torch.no_grad()
-def try_budgets(
-    model: nn.Module, prompt: Tensor, mask: Tensor | None, config: ArkvConfig
-) -> dict[int, Found]:
-    """Statistics of each layer, and its errors under budgets of ``SIZES``: one prefill.
-
-    An error is ||O' - O||^2 / ||O||^2 over all heads of a query, the mean of the last queries that
-    are no padding; O is what full attention gave, O' what the cache under a plan would have given.
+def calibrated(
+    whose: str, found: Sequence[Mapping[int, Found]], lengths: Sequence[int], config: ArkvConfig
+) -> Calibration:
+    """The calibration that follows for the budget of ``config``.
 
     Args:
-        model: a causal language model that is not transformed.
-        prompt: [B, T] int64; mask: [B, T] or None, 0 for padding.
-
-    Raises:
-        CalibrationError: for a prompt that is too short.
+        whose: fingerprint of the model.
+        found: of each prompt, by layer.
+        lengths: tokens of each prompt.
     """
-    errors = OutputErrors(config)
-    smallest = ArkvConfig.smallest(config.window)
-    _transform(model, smallest, None, compile="eager", stand_in=errors.attend)
-    try:
-        short = "logits_to_keep" in model.arkv.parameters  # type: ignore[operator, union-attr]
-        kept = {"logits_to_keep": 1} if short else {}
-        model(input_ids=prompt, attention_mask=mask, use_cache=True, **kept)
-    finally:
-        restore(model)
-    return errors.found
+    layers = sorted(found[0])
+    means = [mean_moments([each[layer].moments for each in found]) for layer in layers]
+    rows = tuple(
+        replace(row, oq_ratio=config.oq_ratio, costs=_mean([each[row.layer] for each in found]))
+        for row in oq_ratios(layers, means, config.taus, "output", config.oq_ratio)
+    )
+    unit = "bytes" if config.budget is None else "tokens"
+    calibration = Calibration(whose, "output", config.taus, tuple(lengths), rows, unit)
+    shapes = [each.shape for each in found[0].values() if each.tried]
+    return calibration.at(size_of(config, shapes[0]), unit) if shapes else calibration
+
+
+def _mean(samples: Sequence[Found]) -> tuple[tuple[float, float, float], ...]:
+    """Errors averaged over prompts, of what was tried with all of them."""
+    by_place = [{(size, ratio): error for size, ratio, error in one.tried} for one in samples]
+    return tuple(
+        (*place, sum(errors[place] for errors in by_place) / len(by_place))
+        for place in by_place[0]
+        if all(place in errors for errors in by_place)
+    )

@@ -93,6 +93,12 @@ def measure(probs: Tensor, real: Tensor, *, published: bool) -> Moments:
     )
 
 
+def mean_moments(samples: Sequence[Moments]) -> Moments:
+    """Averaged over prompts."""
+    columns = torch.tensor([[m.entropy, m.variance, m.kurtosis] for m in samples])
+    return Moments(*columns.double().mean(0).tolist())
+
+
 def oq_score(moments: Moments, taus: Sequence[float]) -> float:
     """entropy^(1/tau1) * variance^(1/tau2) * kurtosis^(1/tau3), as published."""
     parts = (moments.entropy, moments.variance, moments.kurtosis)

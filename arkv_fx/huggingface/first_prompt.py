@@ -1,0 +1,83 @@
+"""The first long prompt calibrates a model that has no calibration, and is served by the result.
+
+A prompt attends to itself in full precision, whatever the plan; only what is kept of it at the end
+hangs on the plan. So each layer's answers go on as ever, what it would lose under many budgets is
+noted in passing (``costs.output_errors``), and its keys and values wait for the plan that follows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from arkv_fx import kept
+from arkv_fx.calibration import fingerprint
+from arkv_fx.compile.backend import ArkvBackend
+from arkv_fx.costs.output_errors import calibrated
+from arkv_fx.costs.waiting import Waiting
+from arkv_fx.errors import CalibrationError
+from arkv_fx.huggingface.cache import ArkvCache
+from arkv_fx.huggingface.model_caches import is_encoder_decoder
+from arkv_fx.logs import get_logger
+
+if TYPE_CHECKING:
+    from arkv_fx.huggingface.transformed import Transformed
+
+log = get_logger("calibration")
+LEAST, MOST = 256, 16384
+"""Tokens of a prompt that calibrates: fewer say little, of more the full cache may not fit."""
+
+
+def wanted(owner: Transformed, cache: ArkvCache, tokens: int) -> bool:
+    """Whether a call is the beginning of a sequence that can calibrate the model."""
+    config = owner.config
+    room = config.budget or config.context / (config.compression or config.context)
+    return (
+        config.calibration == "output"
+        and cache.seen == 0
+        and max(LEAST, room + 1) <= tokens <= MOST
+        and cache.session.journal is None
+        and not is_encoder_decoder(owner.model)
+        # Each rank would find a plan of its own.
+        and not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    )
+
+
+def serve(owner: Transformed, cache: ArkvCache, kwargs: dict[str, Any], tokens: int) -> Any:
+    """The answer to a prompt, the model calibrated by it; None if it cannot be, which is logged.
+
+    Afterwards the owner has graphs of the new plan, and the cache the states that they take.
+    """
+    mask, waiting = cache.session.mask, Waiting(owner.config)
+    old = owner.backend
+    backend = ArkvBackend(
+        owner.config, None, compile="eager", sliding=owner.windows, whole=old.whole,
+        stand_in=waiting.attend,
+    )  # fmt: skip
+    try:
+        out = owner.compiled_by(backend)(**kwargs)
+        if not waiting.seen:
+            raise CalibrationError("it has no attention that could be rewritten")
+        whose = fingerprint(owner.model)
+        calibration = calibrated(whose, [waiting.found], [tokens], owner.config)
+        states = waiting.states(calibration, owner.windows)
+    except CalibrationError as error:
+        log.info("%s is not calibrated on its first prompt: %s", owner.name, error)
+        cache.reset()
+        cache.session.mask = mask
+        return None
+    for layer, state in states.items():
+        cache.session.layers[layer] = state
+    kept.keep(calibration, owner.model, owner.config)
+    log.info("%s is calibrated on a prompt of %d tokens", owner.name, tokens)
+    owner.calibration = calibration
+    owner.backend = ArkvBackend(
+        owner.config, calibration, compile=owner.lowering, sliding=owner.windows, whole=old.whole
+    )
+    # What was left alone there stays so.
+    alone = [[s for s in sites if s.source and s.reason] for sites in (*old.sites, *backend.sites)]
+    owner.backend.sites = [sites for sites in alone if sites]
+    owner.backend.calls = 1
+    owner.compiled = owner.compiled_by(owner.backend)
+    return out

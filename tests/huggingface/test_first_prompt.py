@@ -1,0 +1,112 @@
+"""The first long prompt calibrates, and is kept under the plan that follows."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import arkv_fx
+from arkv_fx import ArkvCache, kept
+from arkv_fx.calibration import Calibration
+from arkv_fx.config import ArkvConfig
+from arkv_fx.huggingface import first_prompt
+from arkv_fx.models import random_model
+
+CONFIG = ArkvConfig(compression=8.0, context=300, window=8, round_to=1)
+IDS = torch.randint(1, 128, (2, 300), generator=torch.Generator().manual_seed(0))
+NEXT = torch.randint(1, 128, (2, 3), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ARKV_CACHE", str(tmp_path))
+    monkeypatch.setattr("arkv_fx.transforming.find", kept.find)
+    monkeypatch.setattr(first_prompt, "LEAST", 256)
+    return tmp_path / "calibrations"
+
+
+def transformed(calibration: Any = None, arch: str = "llama") -> Any:
+    return arkv_fx.transform(random_model(arch), CONFIG, calibration, compile="eager")
+
+
+@torch.no_grad()
+def play(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[Any, ArkvCache]:
+    """Logits of a prompt and of three tokens after it, and the cache."""
+    cache = ArkvCache(model)
+    out = [model(ids, attention_mask=mask, past_key_values=cache).logits]
+    for step in range(3):
+        if mask is not None:
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        token = NEXT[: len(ids), step, None]
+        out.append(model(token, attention_mask=mask, past_key_values=cache).logits)
+    return torch.cat(out, 1), cache
+
+
+@pytest.mark.parametrize("arch, pad", [("llama", 0), ("llama", 20), ("gemma3", 0)])
+def test_it_is_served_by_the_plan_that_it_gives(
+    arch: str, pad: int, as_it_comes: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mask = torch.ones_like(IDS)
+    mask[0, :pad] = 0
+    with caplog.at_level(logging.INFO, logger="arkv_fx"):
+        model = transformed(arch=arch)
+        ours, cache = play(model, IDS, mask)
+    assert "calibrated on a prompt of 300 tokens" in caplog.text
+    (file,) = as_it_comes.iterdir()
+    found = Calibration.load(file)
+    assert found == model.arkv.calibration and found.samples == (300,)
+    by_hand = transformed(found, arch)
+    expected, other = play(by_hand, IDS, mask)
+    torch.testing.assert_close(ours, expected)
+    assert {n: t.shape for n, t in cache.tensors().items()} == {
+        n: t.shape for n, t in other.tensors().items()
+    }
+    for name in ("0.pos", "1.pos"):
+        assert torch.equal(cache.tensors()[name], other.tensors()[name])
+    again, _ = play(model, IDS, mask)  # by the ordinary graphs of the new plan
+    torch.testing.assert_close(again, expected)
+    assert model.arkv.report().nbytes == by_hand.arkv.report().nbytes
+    assert transformed(arch=arch).arkv.calibration == found, "it is found by the next process"
+
+
+def test_a_cache_that_lives_goes_on_under_its_plan() -> None:
+    model = transformed()
+    plain, _ = play(transformed(False), IDS[:, :200])
+    cache = ArkvCache(model)
+    with torch.no_grad():
+        out = [model(IDS[:, :200], past_key_values=cache).logits]
+        assert model.arkv.calibration is None, "too short to calibrate on"
+        model(IDS)
+        assert model.arkv.calibration is not None
+        out += [model(NEXT[:, i, None], past_key_values=cache).logits for i in range(3)]
+    torch.testing.assert_close(torch.cat(out, 1), plain)
+
+
+def test_the_plain_plan_stays_plain(as_it_comes: Path) -> None:
+    model = transformed(False)
+    play(model, IDS)
+    assert model.arkv.calibration is None and not as_it_comes.exists()
+
+
+def test_generate_calibrates() -> None:
+    model = transformed()
+    out = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    expected = transformed(model.arkv.calibration).generate(IDS, max_new_tokens=4, do_sample=False)
+    assert torch.equal(out, expected)
+
+
+def test_what_cannot_be_calibrated_is_served_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*args: Any) -> Any:
+        raise first_prompt.CalibrationError("for once")
+
+    monkeypatch.setattr(first_prompt, "calibrated", refuse)
+    with caplog.at_level(logging.INFO, logger="arkv_fx"):
+        ours, _ = play(transformed(), IDS)
+    assert "is not calibrated on its first prompt: for once" in caplog.text
+    torch.testing.assert_close(ours, play(transformed(False), IDS)[0])
