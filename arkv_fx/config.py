@@ -57,7 +57,8 @@ class ArkvConfig:
         eviction_share: part of the last format's slots whose tokens compete in the score's order of
             eviction; in the others it is the order of precision. Attention knows what the text is
             about and forgets what nobody asked for yet, so most slots go by it and some do not.
-            Nothing is parted where a score has one order only; 1: not at all.
+            None: a fifth where a calibration knows what the layer loses, else all. Nothing is
+            parted where a score has one order only.
         score: name in ``arkv_fx.scores.SCORES``; ``score_options`` are its parameters.
         calibration: how ``arkv_fx.calibrate`` finds OQ ratios and each layer's share of the bytes:
             ``"output"`` by the error of each layer's attention under several budgets, in one
@@ -90,7 +91,7 @@ class ArkvConfig:
     window_format: str = "native"
     sinks: int = 4
     oq_ratio: float = 0.15
-    eviction_share: float = 0.2
+    eviction_share: float | None = None
     score: str = "combined"
     score_options: tuple[tuple[str, float], ...] = ()
     calibration: str = "output"
@@ -105,7 +106,7 @@ class ArkvConfig:
         if not given:
             self._set("compression", 4.0)
         for name, kind in NUMBERS.items():
-            if name not in sizes or getattr(self, name) is not None:
+            if name not in (*sizes, "eviction_share") or getattr(self, name) is not None:
                 self._set(name, kind.read(name, getattr(self, name)))
         self._check_sizes()
         self._set("tiers", in_a_row("tiers", self.tiers, TIERS))

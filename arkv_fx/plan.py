@@ -177,6 +177,7 @@ def plan_layer(
     oq_ratio: float | None = None,
     share: float = 1.0,
     shares: Sequence[float] = (),
+    calibrated: bool = False,
 ) -> LayerPlan:
     """Slots of one layer under the configured budget and what its calibration says.
 
@@ -187,6 +188,7 @@ def plan_layer(
         oq_ratio: this layer's OQ ratio instead of ``config.oq_ratio``.
         share: this layer's budget in units of the configured one.
         shares: those of all layers that share the budget out, see ``lifted``.
+        calibrated: share and ratio are by what the layer loses, see ``parted``.
 
     Raises:
         UnsupportedFormatError: if a format cannot store these head dims.
@@ -201,9 +203,9 @@ def plan_layer(
     balanced = config.balance and not all(get_format(name).key.plain for name in config.tiers)
 
     def build(counts: Sequence[int]) -> LayerPlan:
-        tiers = parted(config, [Tier(f, n) for f, n in zip(config.tiers, counts, strict=True)])
+        tiers = [Tier(f, n) for f, n in zip(config.tiers, counts, strict=True)]
         return LayerPlan(
-            heads, k_dim, v_dim, dtype, window, sinks, sliding, tiers,
+            heads, k_dim, v_dim, dtype, window, sinks, sliding, parted(config, tiers, calibrated),
             config.score, config.score_options, config.window_format, balanced,
         )  # fmt: skip
 
@@ -244,7 +246,12 @@ def plan_layer(
     return build(counts)
 
 
-def parted(config: ArkvConfig, tiers: Sequence[Tier]) -> tuple[Tier, ...]:
+EVICTION_SHARE = 0.2
+"""What ``ArkvConfig.eviction_share`` is where a calibration knows what a layer loses. Chosen on
+Moby-Dick and the King James Bible; where all layers have equal budgets, some lose by it."""
+
+
+def parted(config: ArkvConfig, tiers: Sequence[Tier], calibrated: bool) -> tuple[Tier, ...]:
     """The last tier as two of one format, if the score has two orders.
 
     Tokens go down from one tier to the next in the order of precision and out of the last one in
@@ -253,9 +260,10 @@ def parted(config: ArkvConfig, tiers: Sequence[Tier]) -> tuple[Tier, ...]:
     """
     *others, last = tiers
     policy = make_score(config.score, dict(config.score_options))
-    kept = min(
-        last.slots, ceil(last.slots * config.eviction_share / config.round_to) * config.round_to
-    )
+    share = config.eviction_share
+    if share is None:
+        share = EVICTION_SHARE if calibrated else 1.0
+    kept = min(last.slots, ceil(last.slots * share / config.round_to) * config.round_to)
     if not policy.two_orders or kept == last.slots:
         return (*others, last)
     return (*others, replace(last, slots=last.slots - kept), replace(last, slots=kept))
@@ -321,5 +329,9 @@ def plan_calibrated(
     row = solved.row(layer)
     assert row is not None
     return plan(
-        sliding=sliding, oq_ratio=row.oq_ratio, share=row.share, shares=solved.shares(windows)
+        sliding=sliding,
+        oq_ratio=row.oq_ratio,
+        share=row.share,
+        shares=solved.shares(windows),
+        calibrated=calibration.mode in ("output", "measured"),
     )

@@ -35,6 +35,7 @@ def plans_as_asked_for() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("arkv_fx.huggingface.first_prompt.LEAST", 10**9)
         patch.setattr("arkv_fx.transforming.find", lambda model, config: None)
+        patch.setattr("arkv_fx.exporting.find", lambda model, config: None)
         yield
 
 

@@ -48,7 +48,9 @@ def test_any_value_is_taken_as_what_is_meant_or_refused_by_name(name: str, value
     assert ArkvConfig.make(config.to_dict()) == config
     taken = getattr(config, name)
     if name in NUMBERS and taken is not None:
-        assert type(taken) is (float if name in ("compression", "oq_ratio") else int)
+        assert type(taken) is (
+            float if name in ("compression", "oq_ratio", "eviction_share") else int
+        )
         assert value is None or taken == value or taken == pytest.approx(float(value))
 
 

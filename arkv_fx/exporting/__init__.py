@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -23,6 +23,7 @@ from arkv_fx.exporting.description import describe
 from arkv_fx.exporting.output import appearing
 from arkv_fx.exporting.programs import make_programs
 from arkv_fx.exporting.target import Target
+from arkv_fx.kept import find
 from arkv_fx.registry import Registry
 from arkv_fx.runtime.manifest import FILE
 from arkv_fx.transforming import CALIBRATION
@@ -42,7 +43,7 @@ TARGETS: Registry[Target] = Registry(
 
 def export(
     model: nn.Module,
-    calibration: Calibration | None,
+    calibration: Calibration | Literal[False] | None,
     out_dir: str | os.PathLike[str],
     target: str = "onnx",
     *,
@@ -67,7 +68,8 @@ def export(
         model: a causal language model in eval mode, not transformed; left as it is. Of
             transformers; or one that keeps a cache of its own, whose forward takes token ids and
             positions, or token ids and the past that it returned; or with ``insert_cache`` any.
-        calibration: OQ ratios from ``arkv_fx.calibrate``, or None.
+        calibration: from ``arkv_fx.calibrate``; None: what that kept for these weights and options,
+            if anything, as for ``transform``; False: none.
         out_dir: a folder that does not exist or is empty. It appears when everything is written.
         target: a name in ``TARGETS``.
         config: budget, formats and ranking; the default one if None.
@@ -102,6 +104,7 @@ def export(
         )
     if type(batch) is not int or batch < 1:
         raise ExportError(f"batch={batch!r}: must be a whole number >= 1")
+    plain, calibration = calibration is False, None if calibration is False else calibration
     for name, value, kind, wanted in (
         ("model", model, nn.Module, "a torch.nn.Module"),
         ("calibration", calibration, Calibration | None, CALIBRATION),
@@ -117,6 +120,8 @@ def export(
         identity = fingerprint(model)
         if calibration is not None:
             calibration.check(identity)
+        elif not plain:
+            calibration = find(model, config)
         progress("capture the model")
         programs = make_programs(model, config, calibration, batch, insert_cache, chosen.portable)
         saved = "tokenizer" if tokenizer is not None else None
