@@ -33,7 +33,7 @@ COMMANDS = {
     ),
     "calibrate": Entry(
         "calibrate_report", "calibrate",
-        "Measure each layer on sample texts: its OQ ratio and its share of the budget.",
+        "Try budgets on each layer, on sample texts: its OQ ratio and its share of the budget.",
     ),
     "report": Entry(
         "calibrate_report", "report",

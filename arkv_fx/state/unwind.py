@@ -39,7 +39,9 @@ def unwind(state: LayerState, tokens: int) -> None:
             for parts in zip(*((s.k[0], s.v[0]) for s in _alike(held)), strict=True)
         )
         valid = pos[:, 0] >= 0
-        sums = {name: torch.zeros_like(total) for name, total in held.layer.items()}
+        # Not the channels' numbers: what is held was divided by them.
+        names = [field.name for field in policy.layer_fields(held.plan.k_dim)]
+        sums = {name: torch.zeros_like(held.layer[name]) for name in names}
         policy.arrive(keys, values, valid, sums)
         for name, total in sums.items():
             held.layer[name].copy_(total)
