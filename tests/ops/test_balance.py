@@ -17,6 +17,7 @@ from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops import balance
 from arkv_fx.ops.balance import channel_scales
 from arkv_fx.plan import LayerPlan, Tier, plan_layer
+from arkv_fx.state.unwind import unwind
 
 HEADS, GROUPS, DIM = 2, 2, 16
 KNOBS = Knobs(DIM**-0.5)
@@ -134,6 +135,16 @@ def test_the_first_tokens_decide() -> None:
     assert torch.equal(ran(plan, history)[1].state.view().layer["scale"], before)
     single = ran(plan, [tuple(x[:, :, :1] for x in first)])[1]
     assert (single.state.view().layer["scale"] == 1).all(), "one token says nothing"
+
+
+def test_tokens_taken_back_leave_the_numbers_alone() -> None:
+    plan = replace(plan_of((Tier("int8", 8),)), window=30)
+    q, k, v = tokens(20, 0)
+    layer = ran(plan, [(*outlying(q, k), v)])[1]
+    before = layer.state.view().layer["scale"].clone()
+    unwind(layer.state, 3)
+    assert torch.equal(layer.state.view().layer["scale"], before) and not (before == 1).all()
+    assert int(layer.state.view().seen) == 17
 
 
 def test_the_option() -> None:
