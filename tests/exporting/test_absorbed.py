@@ -133,7 +133,7 @@ class Caller:
         return logits
 
 
-SLOW = ("flex", "einsum")
+SLOW = ("flex", "einsum", "gpt_fast", "x_transformers")
 
 
 @pytest.mark.parametrize(
@@ -163,10 +163,8 @@ def layers() -> list[LayerState]:
 
 
 OFTEN = {
-    ("gpt_fast", "int8"),
     ("static", "native"),
     ("x_transformers", "int8"),
-    ("growing", "int4"),
 }
 EVICTING = [
     pytest.param(kind, tier, marks=[] if (kind, tier) in OFTEN else [pytest.mark.slow])
@@ -210,6 +208,7 @@ def test_evicting_graphs_do_what_the_compiled_model_does(
         assert any((x != held[name]).any() for name, x in session.state().items())
 
 
+@pytest.mark.slow
 def test_texts_end_where_the_buffers_do_which_are_not_exported(tmp_path: Path) -> None:
     session = OnnxSession(arkv_fx.export(fast(1), None, tmp_path / "e", config=WHOLE))
     for graph in ("prefill.onnx", "decode.onnx"):
@@ -222,7 +221,8 @@ def test_texts_end_where_the_buffers_do_which_are_not_exported(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param("gpt_fast", marks=pytest.mark.slow), "static", "x_transformers"]
+    "kind",
+    [*(pytest.param(k, marks=pytest.mark.slow) for k in ("gpt_fast", "static")), "x_transformers"],
 )
 def test_engines_take_the_position_as_an_input(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")

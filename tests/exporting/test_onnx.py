@@ -14,7 +14,9 @@ from engine_cases import CASES, STEPS
 from arkv_fx import ArkvCache
 from arkv_fx.runtime import OnnxSession
 
-ARCHS = tuple(CASES)
+# The formats of the others are exported one by one in test_exported_formats.py, too.
+OFTEN = ("llama", "mistral")
+ARCHS = [pytest.param(a, marks=[] if a in OFTEN else [pytest.mark.slow]) for a in CASES]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -188,7 +188,9 @@ def test_states_of_layers_that_are_no_attention_have_no_way_back() -> None:
 
 
 @pytest.mark.parametrize("config", [TIGHT, ArkvConfig(budget=120, window=8, tiers=("native",))])
-@pytest.mark.parametrize("how", ["lookup", "assistant", "transformed assistant"])
+@pytest.mark.parametrize(
+    "how", ["lookup", "assistant", pytest.param("transformed assistant", marks=pytest.mark.slow)]
+)
 def test_drafts_change_no_token(config: ArkvConfig, how: str) -> None:
     model, draft = random_model("llama"), random_model("llama", seed=5, num_hidden_layers=1)
     transform(model, config, compile="eager")

@@ -242,7 +242,7 @@ def test_it_says_that_it_cannot_be_cropped() -> None:
     assert arkv_fx.ArkvCache(model).is_croppable is False
 
 
-@pytest.mark.parametrize("compile", ["eager", "inductor"])
+@pytest.mark.parametrize("compile", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_hooks_that_come_later_run(compile: str) -> None:
     model = arkv_fx.transform(random_model("llama"), CONFIG, compile=compile)
     before = generate(model).sequences

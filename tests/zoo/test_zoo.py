@@ -22,8 +22,7 @@ from arkv_fx.zoo.run import _Worker, run, summary
 
 EXPECTED = Path(__file__).parent / "expected.json"
 SAMPLE = (
-    "bert", "bloom", "deepseek_v32", "gemma2", "gpt_oss", "llama", "mamba", "qwen3_5_text",
-    "t5:seq2seq",
+    "bert", "bloom", "gemma2", "gpt_oss", "llama", "mamba", "t5:seq2seq",
 )  # fmt: skip
 
 
