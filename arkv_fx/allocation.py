@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Budgets that a layer may have, in units of the configured one: few, so that layers share shapes.
 """
+
+KINDS = 8
+"""Layers have no more shapes than this."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,24 @@ def allocate(costs: Costs) -> dict[int, Option]:
     # Of equal costs the fewest bytes.
     _, chosen = min((cost, spent, of) for spent, (cost, of) in reached.items())[1:]
     return dict(zip(layers, chosen, strict=True))
+
+
+def allocate_few(costs: Costs, most: int = KINDS) -> dict[int, Option]:
+    """``allocate`` among ``most`` options at most: layers of one shape are compiled once.
+
+    Those that most layers would take, and the smallest of all, so that the rest can have theirs.
+    """
+    chosen = allocate(costs)
+    taken = Counter(chosen.values())
+    if len(taken) <= most:
+        return chosen
+    least = min(taken, key=lambda option: (option.share, -taken[option]))
+    kept = {least, *(option for option, _ in taken.most_common(most - 1))}
+    few = {
+        layer: {option: cost for option, cost in of.items() if option in kept} or of
+        for layer, of in costs.items()
+    }
+    return allocate(few)
 
 
 def options(tried: Tried, size: float) -> dict[Option, float]:

@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arkv_fx.allocation import SHARES, allocate, options
+from arkv_fx.allocation import SHARES, allocate_few, options
 from arkv_fx.errors import CalibrationError
 from arkv_fx.files import write_text
 from arkv_fx.options import require_type
@@ -215,7 +215,7 @@ def _solved(found: Calibration, size: float) -> Calibration:
     costs = {row.layer: options(row.costs, size) for row in found.layers if row.costs}
     if not costs:
         return found
-    chosen, rows = allocate(costs), []
+    chosen, rows = allocate_few(costs), []
     for row in found.layers:
         if (option := chosen.get(row.layer)) is not None:
             cost = costs[row.layer][option]

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from arkv_fx.allocation import SHARES, Costs, Option, allocate, options
+from arkv_fx.allocation import KINDS, SHARES, Costs, Option, allocate, allocate_few, options
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -25,6 +25,28 @@ def test_allocation_is_the_best_there_is(seed: int) -> None:
     chosen = allocate(costs)
     assert sum(place.share for place in chosen.values()) <= len(costs)
     assert sum(costs[layer][place] for layer, place in chosen.items()) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_few_options_are_few_and_keep_the_budget(seed: int) -> None:
+    chance = random.Random(seed)
+    ratios = (0.0, 0.1, 0.2, 0.4)
+    costs: Costs = {}
+    for layer in range(30):
+        scale, best = 10 ** chance.uniform(-3, 0), chance.choice(ratios)
+        costs[layer] = {
+            Option(share, ratio): scale * share**-2 * (1 + abs(ratio - best))
+            for share in SHARES
+            for ratio in ratios
+        }
+    free, few = allocate(costs), allocate_few(costs)
+    assert len(set(few.values())) <= KINDS < len(set(free.values()))
+    assert sum(option.share for option in few.values()) <= len(costs)
+
+    def lost(chosen: dict[int, Option]) -> float:
+        return sum(costs[layer][option] for layer, option in chosen.items())
+
+    assert lost(free) <= lost(few) <= 1.25 * lost(free)
 
 
 def test_bytes_that_help_nobody_are_left() -> None:
