@@ -102,6 +102,7 @@ def test_an_error_is_that_of_the_real_cache(arch: str, pad: int) -> None:
         plan = plan_layer(
             sized(CONFIG, shape, size, BEFORE), heads=shape.heads, k_dim=shape.k_dim,
             v_dim=shape.v_dim, dtype=shape.dtype, oq_ratio=ratio,
+            calibrated=True,
         )  # fmt: skip
         assert plan.nbytes() <= size * shape.full_nbytes(BEFORE, dtype=torch.bfloat16)
         assert error == pytest.approx(by_hand(given, plan, CONFIG), rel=2e-3, abs=1e-7)
@@ -142,6 +143,7 @@ def test_costs_are_solved_for_the_budget_that_uses_them() -> None:
             expected = plan_layer(
                 config, heads=2, k_dim=16, v_dim=16, dtype=torch.float32, share=row.share,
                 oq_ratio=row.oq_ratio, shares=solved.shares(()),
+                calibrated=True,
             )  # fmt: skip
             assert site["slots"] == expected.slots
         arkv_fx.restore(model)
