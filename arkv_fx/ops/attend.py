@@ -93,10 +93,11 @@ def look(
     # The cache is not differentiated: a graph through it would keep every step alive.
     q, k, v = q.detach(), k.detach(), v.detach()
     plan = held.plan
+    new, query_pos = _arrivals(k, v, mask, held)
     layer = dict(held.layer)
     if plan.balanced:
-        q, k, layer[SCALE] = balance(q, k, _valid(mask, k.shape[0], k.shape[2], k.device), held)
-    new, query_pos = _arrivals(k, v, mask, held)
+        q, k, layer[SCALE] = balance(q, k, new.valid, held)
+        new.k = k
     extremes = [f((1, 2, 3)) for x in (k, v) for f in (x.amax, x.amin)]  # NaN passes through both
     finite = torch.isfinite(torch.stack(extremes)).all(0)
     new.stats = plan.policy().arrive(k, v, new.valid, layer)
@@ -139,10 +140,9 @@ def peek(
     Without a mask a single one sees all others, and more than one must be all.
     """
     held, asking = view(plan, state), q.shape[2]
-    if plan.balanced:
-        valid = _valid(mask if asking == k.shape[2] else None, k.shape[0], k.shape[2], k.device)
-        q, k, _ = balance(q, k, valid, held)
     new, query_pos = _arrivals(k, v, mask if asking == k.shape[2] else None, held)
+    if plan.balanced:
+        q, new.k, _ = balance(q, k, new.valid, held)
     query_pos = query_pos[:, query_pos.shape[1] - asking :]
     alone = fresh and k.shape[2] != 1
     out, _ = _run(q, new, mask, held, knobs, query_pos, alone, kernel, computed)
