@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -61,6 +62,15 @@ def keep(calibration: Calibration, model: nn.Module, config: ArkvConfig) -> Path
     return path
 
 
+def options_of(config: ArkvConfig) -> dict[str, Any]:
+    """The options that a calibration hangs on: one by "output" is solved for any budget."""
+    options = config.to_dict()
+    if config.calibration == "output":
+        options = {name: value for name, value in options.items() if name not in SIZES}
+        options["unit"] = "bytes" if config.budget is None else "tokens"
+    return options
+
+
 def _folder() -> Path:
     return cache_folder() / "calibrations"
 
@@ -71,10 +81,7 @@ def _path(model: nn.Module, config: ArkvConfig, whose: str) -> Path:
 
 def _kind(model: nn.Module, config: ArkvConfig) -> str:
     """A digest of what can be told without reading weights: their shapes, and the options."""
-    options = config.to_dict()
-    if config.calibration == "output":  # solved for any budget of its unit
-        options = {name: value for name, value in options.items() if name not in SIZES}
-        options["unit"] = "bytes" if config.budget is None else "tokens"
+    options = options_of(config)
     shapes = sorted((name, tuple(p.shape)) for name, p in model.named_parameters())
     text = json.dumps([SCHEMA_VERSION, options, type(model).__name__, shapes])
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -209,4 +209,6 @@ def restore(model: nn.Module) -> nn.Module:
     for name in (*put, *CONTINUOUS):
         state.model.__dict__.pop(name, None)
     state.model.__dict__.update(state.replaced)
+    for handle in state.watching:
+        handle.remove()
     return model

@@ -93,7 +93,8 @@ Context = Annotated[
 ]
 Preset = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
 CalibrationFile = Annotated[
-    Path | None, typer.Option("--calibration", help="OQ ratios from `arkv calibrate`.")
+    Path | None,
+    typer.Option("--calibration", help="A file of `arkv calibrate`; else as `transform` does."),
 ]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import EvaluationError
+from arkv_fx.evaluation.calibrations import calibrations
 from arkv_fx.evaluation.methods import FullCache, Setting, get_method, make_config
 from arkv_fx.evaluation.results import Row
 from arkv_fx.evaluation.shared_prefill import Contest
@@ -76,7 +77,8 @@ def fidelity(
     Args:
         model: a causal language model that is not transformed, in eval mode.
         texts: token ids by name, each [T] int64 with T > context + steps.
-        calibration: used by the methods that take one.
+        calibration: used by the methods that take one; None: they are calibrated as
+            ``transform(model)`` does it by itself, on the prompts.
         compressions: bytes of a bf16 cache at ``context`` tokens divided by those allowed.
         name: what the rows call the model.
         progress: called with what is done next.
@@ -99,10 +101,10 @@ def fidelity(
     progress(f"full cache: {ids.shape[0]} x {context + steps} tokens")
     reference = _reference(model, ids[:, :-1], steps)
     rows: list[Row] = []
-    calibrations = {
-        e.name: calibration if get_method(e.method).calibrated else None for e in chosen
-    }
-    with Contest(model, configs, calibrations, compile=compile) as contest:
+    by_entry = calibrations(
+        model, ids[:, :context], configs, {e.name: e.method for e in chosen}, calibration
+    )
+    with Contest(model, configs, by_entry, compile=compile) as contest:
         progress(f"prefill: {ids.shape[0]} x {context} tokens, {len(chosen)} caches")
         _, caches = contest.prefill(ids[:, :context])
         for entry in chosen:

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from arkv_fx import texts
 from arkv_fx.calibration import Calibration
 from arkv_fx.errors import EvaluationError
-from arkv_fx.evaluation.methods import FullCache, Setting, get_method, make_config
+from arkv_fx.evaluation.calibrations import calibrations
+from arkv_fx.evaluation.methods import FullCache, Setting, make_config
 from arkv_fx.evaluation.results import Row
 from arkv_fx.evaluation.shared_prefill import Contest
 
@@ -103,7 +104,8 @@ def passkey(
         contexts: prompt lengths in tokens, question included.
         prompts: prompts for each filler, question and context.
         compression: bytes of a bf16 cache at the context divided by those allowed.
-        calibration: used by the methods that take one.
+        calibration: used by the methods that take one; None: they are calibrated as
+            ``transform(model)`` does it by itself, on the first prompts.
         batch: prompts that run at a time.
 
     Returns:
@@ -124,13 +126,13 @@ def passkey(
         for context in contexts
         for method in methods
     }
-    calibrations = {
-        f"{method}@{context}": calibration if get_method(method).calibrated else None
-        for context in contexts
-        for method in methods
-    }
+    first = [make_prompt(tokenizer, fillers[0], QUESTIONS[0], contexts[0], i) for i in range(batch)]
+    by_entry = calibrations(
+        model, torch.stack([p.ids for p in first]).to(device), configs,
+        {entry: entry.rpartition("@")[0] for entry in configs}, calibration,
+    )  # fmt: skip
     rows: list[Row] = []
-    with Contest(model, configs, calibrations, compile=compile) as contest:
+    with Contest(model, configs, by_entry, compile=compile) as contest:
         for context in contexts:
             names = [f"{method}@{context}" for method in methods]
             for filler in fillers:

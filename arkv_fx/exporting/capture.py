@@ -104,6 +104,11 @@ class _Tracer:
     def trace(self) -> tuple[Captured, Captured]:
         cache = new_cache(self.model)
         sliding = max(windows(cached_layers(self.model)), default=0)
+        if 0 < sliding < PROMPT + 2:
+            raise ExportError(
+                f"{self.name}: its attention window of {sliding} tokens is shorter than the sample "
+                f"of {PROMPT + 2} whose graphs are exported"
+            )
         # A prompt that is longer than every attention window must take the same graph.
         self._prompt(new_cache(self.model), PROMPT)
         prefill = self._prompt(new_cache(self.model), sliding + PROMPT) if sliding else None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
+
+from torch.utils.hooks import RemovableHandle
 
 from arkv_fx.errors import TransformError
 
 
 class Bound:
     """What cannot leave the model that it was made for."""
+
+    watching: Sequence[RemovableHandle] = ()  # hooks, which ``restore`` removes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise TransformError(

@@ -14,6 +14,7 @@ import torch
 from arkv_fx import kept
 from arkv_fx.calibration import fingerprint
 from arkv_fx.compile.backend import ArkvBackend
+from arkv_fx.config import ArkvConfig
 from arkv_fx.costs.output_errors import calibrated
 from arkv_fx.costs.waiting import Waiting
 from arkv_fx.errors import CalibrationError
@@ -29,14 +30,17 @@ LEAST, MOST = 256, 16384
 """Tokens of a prompt that calibrates: fewer say little, of more the full cache may not fit."""
 
 
+def calibrates(config: ArkvConfig, tokens: int) -> bool:
+    """Whether a prompt of so many tokens tells what layers need: some are evicted, others not."""
+    room = config.budget or config.context / (config.compression or config.context)
+    return config.calibration == "output" and max(LEAST, room + 1) <= tokens <= MOST
+
+
 def wanted(owner: Transformed, cache: ArkvCache, tokens: int) -> bool:
     """Whether a call is the beginning of a sequence that can calibrate the model."""
-    config = owner.config
-    room = config.budget or config.context / (config.compression or config.context)
     return (
-        config.calibration == "output"
+        calibrates(owner.config, tokens)
         and cache.seen == 0
-        and max(LEAST, room + 1) <= tokens <= MOST
         and cache.session.journal is None
         and not is_encoder_decoder(owner.model)
         # Each rank would find a plan of its own.

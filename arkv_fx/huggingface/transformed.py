@@ -22,6 +22,7 @@ from arkv_fx.huggingface.bound import Bound
 from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.huggingface.compiled import CompiledForward
 from arkv_fx.huggingface.gradients import is_differentiated, without_backward
+from arkv_fx.huggingface.inner import watch
 from arkv_fx.huggingface.layers import cached_layers, kept_whole, text_config, windows
 from arkv_fx.huggingface.model_caches import (
     CACHE_NAMES,
@@ -75,6 +76,7 @@ class Transformed(Bound):
         names = ("forward", "_prepare_cache_for_generation", *CONTINUOUS)
         self.replaced = {n: model.__dict__[n] for n in names if n in model.__dict__}
         self.compiled = self.compiled_by(self.backend)
+        self.watching = watch(model)
         self.model = model
         self.mask_name = "decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask"
         self.positions_name = self.mask_name.replace("attention_mask", "position_ids")

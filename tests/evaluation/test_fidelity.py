@@ -1,11 +1,15 @@
 """Fidelity rows on a tiny model."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from arkv_fx import ArkvConfig, calibrate
+from arkv_fx import ArkvConfig, calibrate, restore, transform
 from arkv_fx.errors import EvaluationError, UnknownOptionError
-from arkv_fx.evaluation.fidelity import entries, fidelity, means
+from arkv_fx.evaluation.calibrations import calibrations
+from arkv_fx.evaluation.fidelity import Entry, entries, fidelity, make_configs, means
+from arkv_fx.evaluation.methods import FullCache
 from arkv_fx.evaluation.results import Row
 from arkv_fx.models import load, random_model
 
@@ -50,6 +54,32 @@ def test_the_full_method_agrees_with_the_full_cache(rows: list[Row]) -> None:
 def test_a_paper_budget_beyond_the_context_keeps_all_but_the_fp8_error(rows: list[Row]) -> None:
     for row in pick(rows, "paper"):
         assert 0 < row["kl_mean"] < 0.1
+
+
+def test_what_is_measured_is_what_transform_gives(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without a calibration that is given the default's is that of the first prompt."""
+    monkeypatch.setattr("arkv_fx.huggingface.first_prompt.LEAST", 256)
+    monkeypatch.setenv("ARKV_CACHE", str(tmp_path))
+    model = random_model("llama")
+    chosen = [Entry(method, 4) for method in ("default", "uncalibrated", "default:window=8")]
+    configs = make_configs(chosen, FullCache.of(model), 400, 6)
+    methods = {entry.name: entry.method for entry in chosen}
+    prompts = torch.stack([ids[:400] for ids in TEXTS.values()])
+    found = calibrations(model, prompts, configs, methods, None)
+    assert found["uncalibrated@4"] is None
+    for name in ("default@4", "default:window=8@4"):
+        transform(model, configs[name], compile="eager")
+        with torch.no_grad():
+            model(prompts)
+        assert found[name] == model.arkv.calibration is not None
+        restore(model)
+    assert found["default@4"] != found["default:window=8@4"]
+    given = found["default@4"]
+    again = calibrations(model, prompts, configs, methods, given)
+    assert again == {**dict.fromkeys(configs, given), "uncalibrated@4": None}
+    assert calibrations(model, prompts[:, :200], configs, methods, None)["default@4"] is None
 
 
 def test_eviction_differs_and_more_so_with_fewer_bytes(rows: list[Row]) -> None:

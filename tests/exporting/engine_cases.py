@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -43,9 +45,14 @@ def model(arch: str) -> PreTrainedModel:
 
 @lru_cache
 def folder(arch: str) -> Path:
-    """An exported model, for ONNX Runtime."""
-    out = Path(tempfile.mkdtemp()) / arch
-    return arkv_fx.export(model(arch), None, out, config=config(arch), batch=BATCH)
+    """An exported model, for ONNX Runtime; processes of one test run make it once."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"process-{os.getpid()}")
+    out = Path(tempfile.gettempdir()) / f"arkv-cases-{run}" / arch
+    out.parent.mkdir(exist_ok=True)
+    with FileLock(out.with_suffix(".lock")):
+        if not out.exists():
+            arkv_fx.export(model(arch), None, out, config=config(arch), batch=BATCH)
+    return out
 
 
 @lru_cache

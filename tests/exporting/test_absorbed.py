@@ -222,7 +222,7 @@ def test_texts_end_where_the_buffers_do_which_are_not_exported(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "kind",
-    [*(pytest.param(k, marks=pytest.mark.slow) for k in ("gpt_fast", "static")), "x_transformers"],
+    [pytest.param(k, marks=pytest.mark.slow) for k in ("gpt_fast", "static", "x_transformers")],
 )
 def test_engines_take_the_position_as_an_input(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")

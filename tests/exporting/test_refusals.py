@@ -57,6 +57,15 @@ def test_a_bias_that_grows_with_the_text_is_refused(tmp_path: Path) -> None:
     refuses(model, tmp_path, ExportError, "position_ids")
 
 
+def test_a_window_shorter_than_the_sample_is_refused(tmp_path: Path) -> None:
+    """Its steps would have a mask already in the sample, where the graph is to know no length."""
+    model = other(
+        "mistral", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16,
+        num_key_value_heads=1, intermediate_size=32, sliding_window=8,
+    )  # fmt: skip
+    refuses(model, tmp_path, ExportError, "attention window of 8 tokens is shorter than the sample")
+
+
 def test_a_graph_break_is_refused(tmp_path: Path) -> None:
     model = random_model("llama")
     layer = model.model.layers[1].mlp

@@ -113,12 +113,14 @@ def test_no_kernel_writes_a_dequantized_cache(folder: Path, tmp_path: Path) -> N
     assert other["largest"] >= tier_numbers(sidecar)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES[1:])
 def test_other_architectures(arch: str, tmp_path: Path) -> None:
     sidecar = engines(arch, tmp_path / "e", ("int8", "int4"), EVERY, graphs=["decode"])
     assert [e["capability"] for e in sidecar["engines"]] == EVERY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_fp8(arch: str, tmp_path: Path) -> None:
     sidecar = engines(arch, tmp_path / "e", ("fp8",), ["SM89", "SM120"], graphs=["decode"])

@@ -208,6 +208,7 @@ def test_drafts_change_no_token(config: ArkvConfig, how: str) -> None:
     assert out.past_key_values.get_seq_length() == want.shape[1] - 1
 
 
+@pytest.mark.slow
 def test_drafts_under_inductor() -> None:
     """The compiled step is left for the operator while steps are written down."""
     model = transform(random_model("llama", num_hidden_layers=1), TIGHT)

@@ -301,3 +301,17 @@ def test_chunks_that_would_cut_an_encoders_mask_are_refused() -> None:
     assert torch.equal(model.generate(text, prefill_chunk_size=5, **settings), want)
     with pytest.raises(CacheError, match=r"prefill_chunk_size.*padding"):
         model.generate(text, attention_mask=padded, prefill_chunk_size=5, **settings)
+
+
+def test_a_part_called_by_itself_says_what_it_keeps(recwarn: pytest.WarningsRecorder) -> None:
+    """The model without its head, as loops of one's own and embedding scripts call it."""
+    model: Any = arkv_fx.transform(random_model("llama"), CONFIG, compile="eager")
+    generate(model)
+    model.model(ids(), use_cache=False)
+    assert not [w for w in recwarn if "called by itself" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"model \(LlamaModel\) .* itself and keeps a DynamicC"):
+        assert isinstance(model.model(ids()).past_key_values, DynamicCache)
+    arkv_fx.restore(model)
+    assert not model.model._forward_hooks
+    model.model(ids())
+    assert len([w for w in recwarn if "called by itself" in str(w.message)]) == 0

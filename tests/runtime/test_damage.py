@@ -126,7 +126,7 @@ def test_a_damaged_sidecar(folder: Path, text: str) -> None:
 
 
 def test_a_sidecar_of_another_model(folder: Path) -> None:
-    shutil.copy(cases.folder("gemma3") / "arkv.json", folder)
+    shutil.copy(cases.folder("mistral") / "arkv.json", folder)
     weights = folder / "weights.data"
     edit(folder, lambda c: c["files"].update({weights.name: said_of(weights)}))
     refuses(folder, "arkv.json is of another export: they differ in .*model")
