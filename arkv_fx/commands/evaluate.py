@@ -95,6 +95,10 @@ def passkey(
         list[str] | None, typer.Option(help="repeated or prose (both). May be repeated.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts that run at a time.")] = 5,
+    keys: Annotated[int, typer.Option(min=1, help="Pass keys in a text; one is asked for.")] = 1,
+    after: Annotated[
+        bool, typer.Option("--after", help="Ask when the text is in the cache already.")
+    ] = False,
     calibration: CalibrationFile = None,
     dtype: DTypeOption = DType.float32,
     device: Device = "cpu",
@@ -114,6 +118,8 @@ def passkey(
             fillers=filler or passkey_.FILLERS,
             calibration=load_calibration(calibration),
             batch=batch,
+            keys=keys,
+            after=after,
             name=model,
             compile=compile,
             progress=progress,

@@ -1,4 +1,4 @@
-"""Passkey retrieval: five digits hidden in a long text, asked for at its end."""
+"""Passkey retrieval: five digits hidden in a long text, asked for at its end or behind it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ FILLERS = ("repeated", "prose")
 SENTENCES = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 )
-NEEDLE = " The pass key is {key}. Remember it. {key} is the pass key. "
-END = "\n\nThe pass key is"
+NEEDLE = " The pass key{of} is {key}. Remember it. {key} is the pass key{of}. "
+END = "\n\nThe pass key{of} is"
 # 6 and 34 tokens for SmolLM2's tokenizer; the longer one fills a window of 32 queries.
 QUESTIONS = (
     END,
     "\n\nYou have now read the whole text. Somewhere in it a pass key was given. "
     "Say which one, in digits only." + END,
 )
+PLACES = ("Oslo", "Lima", "Cairo", "Delhi", "Tokyo", "Paris", "Quito", "Dakar")
+"""Whose pass keys they are, where a text has several."""
 DEPTHS = tuple(range(10, 100, 10))
 STEPS = 7
 """Tokens generated after the first, which comes from the prefill: a space and digits."""
@@ -39,38 +41,53 @@ STEPS = 7
 
 @dataclass(frozen=True)
 class Prompt:
-    """``ids`` [T] int64 ending in a question, and the five digits that answer it."""
+    """``ids`` [T] int64 ending in a question of ``asked`` tokens, and the digits that answer it."""
 
     ids: Tensor
     key: str
+    asked: int
 
 
 def make_prompt(
-    tokenizer: PreTrainedTokenizerBase, filler: str, question: str, context: int, index: int
-) -> Prompt:
-    """Prompt number ``index`` of exactly ``context`` tokens; depths and texts cycle.
+    tokenizer: PreTrainedTokenizerBase, filler: str, question: str, context: int, index: int,
+    keys: int = 1,
+) -> Prompt:  # fmt: skip
+    """Prompt number ``index`` of exactly ``context`` tokens; depths, texts and keys cycle.
 
     Raises:
-        EvaluationError: if the context does not hold the question and the key.
+        EvaluationError: if the context does not hold the question and the keys, or there are more
+            keys than places to name them by.
     """
+    if not 1 <= keys <= len(PLACES):
+        raise EvaluationError(f"keys={keys}: a text holds 1 to {len(PLACES)}")
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
-    key = str(random.Random(index).randint(10000, 99999))
+    chance = random.Random(index)
+    digits = [str(chance.randint(10000, 99999)) for _ in range(keys)]
+    of = [f" of {place}" for place in PLACES[:keys]] if keys > 1 else [""]
     start = [] if tokenizer.bos_token_id is None else tokenizer("a").input_ids[:1]
     start = [token for token in start if token == tokenizer.bos_token_id]
-    needle, end = encode(NEEDLE.format(key=key)), encode(question)
-    room = context - len(start) - len(needle) - len(end)
+    needles = [
+        encode(NEEDLE.format(key=key, of=whose)) for key, whose in zip(digits, of, strict=True)
+    ]
+    wanted = index % keys
+    end = encode(question.format(of=of[wanted]))
+    room = context - len(start) - sum(map(len, needles)) - len(end)
     if room < 32:
         raise EvaluationError(f"context={context} leaves no room for a text around the pass key")
     hay = encode(_haystack(filler, index))
     hay = (hay * (room // len(hay) + 1))[:room]
-    # The key goes behind the next end of a sentence.
+    # Each key goes behind the next end of a sentence, those of a text in turn to all depths.
     stop = encode("The end.")[-1]
-    depth = room * DEPTHS[index % len(DEPTHS)] // 100
-    cut = hay.index(stop, depth) + 1 if stop in hay[depth:] else depth
-    return Prompt(torch.tensor([*start, *hay[:cut], *needle, *hay[cut:], *end]), key)
+    step = len(DEPTHS) / keys
+    depths = [DEPTHS[int(index + step * i) % len(DEPTHS)] for i in range(keys)]
+    for depth, needle in sorted(zip(depths, needles, strict=True), reverse=True):
+        cut = room * depth // 100
+        cut = hay.index(stop, cut) + 1 if stop in hay[cut:] else cut
+        hay[cut:cut] = needle
+    return Prompt(torch.tensor([*start, *hay, *end]), digits[wanted], len(end))
 
 
 def _haystack(filler: str, index: int) -> str:
@@ -93,6 +110,8 @@ def passkey(
     fillers: Sequence[str] = FILLERS,
     calibration: Calibration | None = None,
     batch: int = 5,
+    keys: int = 1,
+    after: bool = False,
     name: str = "",
     compile: str = "eager",
     progress: Callable[[str], None] = lambda message: None,
@@ -107,10 +126,12 @@ def passkey(
         calibration: used by the methods that take one; None: they are calibrated as
             ``transform(model)`` does it by itself, on the first prompts.
         batch: prompts that run at a time.
+        keys: pass keys in a text, of as many places; a prompt asks for one of them.
+        after: the question comes when the text is in the cache: what is kept was chosen without it.
 
     Returns:
-        One row per filler, question (its length in tokens), context and method with ``correct``
-        of ``total`` prompts.
+        One row per filler, question (its length in tokens with one key), context and method with
+        ``correct`` of ``total`` prompts.
 
     Raises:
         EvaluationError: for a context that is too short or a filler that does not exist.
@@ -126,7 +147,9 @@ def passkey(
         for context in contexts
         for method in methods
     }
-    first = [make_prompt(tokenizer, fillers[0], QUESTIONS[0], contexts[0], i) for i in range(batch)]
+    first = [
+        make_prompt(tokenizer, fillers[0], QUESTIONS[0], contexts[0], i, keys) for i in range(batch)
+    ]
     by_entry = calibrations(
         model, torch.stack([p.ids for p in first]).to(device), configs,
         {entry: entry.rpartition("@")[0] for entry in configs}, calibration,
@@ -138,9 +161,11 @@ def passkey(
             for filler in fillers:
                 for question in QUESTIONS:
                     made = [
-                        make_prompt(tokenizer, filler, question, context, i) for i in range(prompts)
+                        make_prompt(tokenizer, filler, question, context, i, keys)
+                        for i in range(prompts)
                     ]
-                    asked = len(tokenizer(question, add_special_tokens=False).input_ids)
+                    plain = question.format(of="")
+                    asked = len(tokenizer(plain, add_special_tokens=False).input_ids)
                     hits = dict.fromkeys(names, 0)
                     for start in range(0, prompts, batch):
                         progress(
@@ -148,7 +173,8 @@ def passkey(
                             f"prompts {start + 1} to {min(start + batch, prompts)}"
                         )
                         part = made[start : start + batch]
-                        for method, hit in _answer(contest, names, part, batch, tokenizer, device):
+                        found = _answer(contest, names, part, batch, tokenizer, device, after)
+                        for method, hit in found:
                             hits[method] += hit
                     for method, key in zip(methods, names, strict=True):
                         rows.append(
@@ -156,6 +182,8 @@ def passkey(
                                 "model": name,
                                 "filler": filler,
                                 "question": asked,
+                                "keys": keys,
+                                "after": after,
                                 "context": context,
                                 "method": method,
                                 "compression": compression,
@@ -173,16 +201,21 @@ def _answer(
     batch: int,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
+    after: bool,
 ) -> list[tuple[str, int]]:
     """(method, hits) over ``prompts``, which are filled up to ``batch`` with the last one.
 
     A graph is made for one batch size, so a smaller last batch would be traced anew.
     """
     filled = [*prompts, *[prompts[-1]] * (batch - len(prompts))]
-    logits, caches = contest.prefill(torch.stack([p.ids for p in filled]).to(device), names)
+    ids = torch.stack([p.ids for p in filled]).to(device)
+    whole = ids.shape[1] - (_shared_end(filled) if after else 0)
+    logits, caches = contest.prefill(ids[:, :whole], names)
     out = []
     for name in names:
         cache = caches.pop(name)
+        if after:
+            logits = contest.step(name, ids[:, whole:], cache)
         tokens = [logits.argmax(-1, keepdim=True)]
         for _ in range(STEPS):
             tokens.append(contest.step(name, tokens[-1], cache).argmax(-1, keepdim=True))
@@ -190,6 +223,11 @@ def _answer(
         hit = [is_hit(text, p.key) for text, p in zip(answers, prompts, strict=True)]
         out.append((name, sum(hit)))
     return out
+
+
+def _shared_end(prompts: Sequence[Prompt]) -> int:
+    """Tokens at the end of each that ask; a place may be one token or more."""
+    return min(prompt.asked for prompt in prompts)
 
 
 def is_hit(answer: str, key: str) -> bool:
