@@ -53,7 +53,8 @@ class ArkvConfig:
         window_format: "native", or "bf16" to hold window and sinks of a float32 model in two bytes.
         sinks: first tokens of a sequence, always in the model's dtype.
         oq_ratio: share of Originals where no calibration gives one per layer: a share of tokens
-            under ``budget``, of bytes under the other two.
+            under ``budget``, of bytes under the other two, where they are more if ``context``
+            tokens would leave slots empty.
         eviction_share: part of the last format's slots whose tokens compete in the score's order of
             eviction; in the others it is the order of precision. Attention knows what the text is
             about and forgets what nobody asked for yet, so most slots go by it and some do not.

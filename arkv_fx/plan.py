@@ -227,14 +227,18 @@ def plan_layer(
         # So short a window is not worth its bookkeeping: keep all of it as it is.
         return replace(empty, window=sliding) if sliding else empty
     counts = []
+    sizes = [
+        build([int(i == n) for i in range(len(parts))]).nbytes() - least for n in range(len(parts))
+    ]
+    beyond = max(0, (sliding or config.context) - empty.ring)
+    if oq_ratio is None:
+        parts = [enough(left, sizes, beyond + config.round_to, parts[0]), 1.0][-len(parts) :]
     for index, part in enumerate(parts):
-        per_slot = build([int(i == index) for i in range(len(parts))]).nbytes() - least
-        room = (left if index == len(parts) - 1 else int(left * part)) // per_slot
+        room = (left if index == len(parts) - 1 else int(left * part)) // sizes[index]
         count = room // config.round_to * config.round_to
         counts.append(count)
-        left -= count * per_slot
+        left -= count * sizes[index]
     if sliding:  # no more slots than the layer can ever see
-        beyond = max(0, sliding - empty.ring)
         counts = [min(c, beyond) for c in counts]
         counts[-1] = min(counts[-1], beyond - sum(counts[:-1]))
     elif not sum(counts) and room and config.round_to > ROUND_TO:
@@ -244,6 +248,24 @@ def plan_layer(
             stacklevel=2,
         )
     return build(counts)
+
+
+def enough(left: int, sizes: Sequence[int], tokens: int, ratio: float) -> float:
+    """The share of ``left`` bytes for Originals: ``ratio``, more where slots would stay empty.
+
+    Where every one of ``tokens`` has a slot anyway, what is left over buys precision.
+
+    Args:
+        sizes: bytes of a slot, the Originals' first.
+
+    >>> [enough(left, (3, 2), 100, 0.15) for left in (200, 240, 300)]
+    [0.15, 0.5, 1.0]
+    """
+    original, quantized = sizes[0], sizes[-1]
+    spare = left - tokens * quantized
+    if original <= quantized or spare <= 0:
+        return ratio
+    return max(ratio, min(1.0, spare // (original - quantized) * original / left))
 
 
 EVICTION_SHARE = 0.2

@@ -15,7 +15,6 @@ from arkv_fx.compile.pieces import Compiled
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ConfigError
 from arkv_fx.huggingface.cache import ArkvCache
-from arkv_fx.huggingface.compiled import CompiledForward
 from arkv_fx.huggingface.transformed import Transformed
 from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.attend import attend
@@ -63,10 +62,7 @@ class Contest:
         transform(model, self.configs[self.active], False, compile=compile)
         self._arkv: Transformed = model.arkv  # type: ignore[assignment]
         self.windows = self._arkv.windows
-        self._arkv.backend = _Switch(self, compile)
-        self._arkv.compiled = CompiledForward(
-            self._arkv.original, self._arkv.backend, self._arkv.name
-        )
+        self._arkv.compiled = self._arkv.compiled_by(_Switch(self, compile))
 
     def __enter__(self) -> Contest:
         return self

@@ -92,7 +92,6 @@ class _Tracer:
         self.recorder = _Recorder(
             config, calibration, compile="eager", sliding=old.sliding, whole=old.whole
         )
-        state.backend = self.recorder
         state.compiled = CompiledForward(state.original, self.recorder, state.name, fullgraph=True)
         if "position_ids" not in state.parameters:
             raise ExportError(f"{self.name}: its forward takes no position_ids")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, NoReturn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from arkv_fx.errors import CacheError
+from arkv_fx.huggingface.compiled import CompiledForward
 from arkv_fx.huggingface.layers import (
     CompressedLayer,
     cached_layers,
@@ -75,8 +76,7 @@ class ArkvCache(Cache):
         self.handle = self.session.handle
         self.sliding = [window > 0 for window in windows(layers)]
         self.linear = only_linear(layers)
-        # The backend and the forward that its sequence began with.
-        self.graphs: tuple[Any, Callable[..., Any]] | None = None
+        self.compiled: CompiledForward | None = None  # what its sequence began with
         # Tokens before the step at hand, those that it brings, and how far it has come.
         self.seen, self.coming, self.last_layer = 0, 0, -1
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as modules
 
+from arkv_fx.compile.backend import ArkvBackend
 from arkv_fx.errors import ArkvError, TransformError
 
 # Each batch size, a mask or none, one token or many: a model in real use needs more graphs than
@@ -26,13 +27,13 @@ class CompiledForward:
 
     Args:
         forward: bound, as the model had it.
-        backend: takes a graph and example inputs.
+        backend: what compiles its graphs.
         name: what errors call the model.
         options: of ``torch.compile``.
     """
 
     def __init__(
-        self, forward: Callable[..., Any], backend: Callable[..., Any], name: str, **options: Any
+        self, forward: Callable[..., Any], backend: ArkvBackend, name: str, **options: Any
     ) -> None:
         self.forward, self.backend, self.name, self.options = forward, backend, name, options
         self.kinds: dict[tuple[bool, ...], Callable[..., Any]] = {}

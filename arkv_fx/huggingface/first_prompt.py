@@ -76,12 +76,12 @@ def serve(owner: Transformed, cache: ArkvCache, kwargs: dict[str, Any], tokens: 
     kept.keep(calibration, owner.model, owner.config)
     log.info("%s is calibrated on a prompt of %d tokens", owner.name, tokens)
     owner.calibration = calibration
-    owner.backend = ArkvBackend(
+    new = ArkvBackend(
         owner.config, calibration, compile=owner.lowering, sliding=owner.windows, whole=old.whole
     )
     # What was left alone there stays so.
     alone = [[s for s in sites if s.source and s.reason] for sites in (*old.sites, *backend.sites)]
-    owner.backend.sites = [sites for sites in alone if sites]
-    owner.backend.calls = 1
-    owner.compiled = owner.compiled_by(owner.backend)
+    new.sites = [sites for sites in alone if sites]
+    new.calls = 1
+    owner.compiled = owner.compiled_by(new)
     return out

@@ -67,7 +67,7 @@ class Transformed(Bound):
         self.open_attention = OpenAttention(self.text_config)
         layers = cached_layers(model)
         self.windows = windows(layers)
-        self.backend = ArkvBackend(
+        backend = ArkvBackend(
             config, calibration, compile=compile, sliding=self.windows, probe=probe,
             stand_in=stand_in, whole=kept_whole(layers),
         )  # fmt: skip
@@ -75,7 +75,7 @@ class Transformed(Bound):
         # Attributes of the instance that restore puts back (hooks set forward there).
         names = ("forward", "_prepare_cache_for_generation", *CONTINUOUS)
         self.replaced = {n: model.__dict__[n] for n in names if n in model.__dict__}
-        self.compiled = self.compiled_by(self.backend)
+        self.compiled = self.compiled_by(backend)
         self.watching = watch(model)
         self.model = model
         self.mask_name = "decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask"
@@ -94,6 +94,11 @@ class Transformed(Bound):
         self.cache_names = CACHE_NAMES if isinstance(model, PreTrainedModel) else CACHE_NAMES[:1]
         known = [name for name in self.cache_names if name in self.parameters]
         self.cache_name = known[0] if known else self.cache_names[-1]
+
+    @property
+    def backend(self) -> ArkvBackend:
+        """What compiles the graphs of sequences that begin."""
+        return self.compiled.backend
 
     def report(self) -> Report:
         """Every attention site seen so far: fused or not and why, slots and bytes.
@@ -124,14 +129,13 @@ class Transformed(Bound):
         if self.learns and first_prompt.wanted(self, cache, tokens):
             self.learns = False
             if (out := first_prompt.serve(self, cache, kwargs, tokens)) is not None:
-                cache.graphs = self.backend, self.compiled
+                cache.compiled = self.compiled
                 return out
-        if cache.seen == 0 or cache.graphs is None:
-            cache.graphs = self.backend, self.compiled
-        backend, compiled = cache.graphs
-        calls = backend.calls
-        out = compiled(**kwargs)
-        if backend.calls == calls:
+        if cache.seen == 0 or cache.compiled is None:
+            cache.compiled = self.compiled
+        calls = cache.compiled.backend.calls
+        out = cache.compiled(**kwargs)
+        if cache.compiled.backend.calls == calls:
             raise CacheError(
                 "the model ran without its compiled graphs, so nothing was compressed: "
                 "compilation is switched off, or another torch.compile reached Dynamo's "

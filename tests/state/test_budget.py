@@ -248,3 +248,36 @@ def test_nothing_grows_and_nothing_moves_while_decoding() -> None:
     assert layer.state.view().count.tolist() == [340, 340]
     for segment in layer.state.view().segments:
         assert (segment.pos >= 0).all(), "all slots are in use"
+
+
+@given(
+    compression=st.floats(1.2, 6), context=st.sampled_from([700, 4096]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]), sliding=st.sampled_from([0, 512]),
+)  # fmt: skip
+def test_what_the_context_leaves_over_buys_precision(
+    compression: float, context: int, dtype: torch.dtype, sliding: int
+) -> None:
+    """No calibration says more: no slot stays empty while a token sits in a worse format."""
+    config = ArkvConfig(compression=compression, context=context)
+    found = plan(config, dtype=dtype, sliding=sliding)
+    size = plan(config.replace(tiers=("k4v3",)), dtype=dtype, sliding=sliding)
+    tokens = sliding or context
+    originals, quantized = (tier.slots for tier in found.tiers)
+    if size.slots < tokens:  # nothing to spare even in the smallest format
+        assert found == plan(config, dtype=dtype, sliding=sliding, oq_ratio=config.oq_ratio)
+        return
+    assert found.slots >= tokens - config.round_to
+    if quantized > config.round_to:  # a few more Originals, and some token would have no slot
+        assert found.slots < tokens + 3 * config.round_to
+    assert found.nbytes() <= allowance(config, found)
+    best = plan(config.replace(tiers=("k8v4",)), dtype=dtype, sliding=sliding)
+    if abs(best.slots - tokens) > 3 * config.round_to:
+        assert (quantized <= config.round_to) == (best.slots >= tokens)
+
+
+def test_at_twice_the_compression_of_16_bits_all_are_in_the_better_format() -> None:
+    """Where the untouched ratio left a third of the bytes to slots that never fill."""
+    found = plan(ArkvConfig(), dtype=torch.float32)
+    originals, quantized = (tier.slots for tier in found.tiers)
+    assert originals > 4096 and quantized <= 8
+    assert [tier.slots > 0 for tier in plan(ArkvConfig()).tiers] == [True, True]
