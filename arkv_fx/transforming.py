@@ -101,15 +101,13 @@ def transform(
     require_type("compile", compile, str, "'inductor', 'eager' or 'reduce-overhead'")
     require_type("insert_cache", insert_cache, bool, "True or False")
     config = config or ArkvConfig()
-    if insert_cache:
-        if calibration:
-            calibration.check(fingerprint(model))
-        return insert(model, config, calibration or None, compile, sample)
-    part = generating_part(model)
+    part = model if insert_cache else generating_part(model)
     found = find(part, config) if calibration is None else calibration or None
+    learns = calibration is None and found is None
     if calibration:
         calibration.check(fingerprint(part), len(cached_layers(part)) or None)
-    learns = calibration is None and found is None
+    if insert_cache:
+        return insert(model, config, found, compile, sample, learns)
     return _transform(model, config, found, compile=compile, learns=learns)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from arkv_fx.errors import CacheError
-from arkv_fx.huggingface.compiled import CompiledForward
 from arkv_fx.huggingface.layers import (
     CompressedLayer,
     cached_layers,
@@ -76,7 +75,7 @@ class ArkvCache(Cache):
         self.handle = self.session.handle
         self.sliding = [window > 0 for window in windows(layers)]
         self.linear = only_linear(layers)
-        self.compiled: CompiledForward | None = None  # what its sequence began with
+        self.compiled: Any = None  # the forward, or programs, that its sequence began with
         # Tokens before the step at hand, those that it brings, and how far it has come.
         self.seen, self.coming, self.last_layer = 0, 0, -1
 

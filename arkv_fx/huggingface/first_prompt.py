@@ -7,12 +7,14 @@ noted in passing (``costs.output_errors``), and its keys and values wait for the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from arkv_fx import kept
-from arkv_fx.calibration import fingerprint
+from arkv_fx.calibration import Calibration, fingerprint
 from arkv_fx.compile.backend import ArkvBackend
 from arkv_fx.config import ArkvConfig
 from arkv_fx.costs.output_errors import calibrated
@@ -36,16 +38,41 @@ def calibrates(config: ArkvConfig, tokens: int) -> bool:
     return config.calibration == "output" and max(LEAST, room + 1) <= tokens <= MOST
 
 
-def wanted(owner: Transformed, cache: ArkvCache, tokens: int) -> bool:
-    """Whether a call is the beginning of a sequence that can calibrate the model."""
+def begins(config: ArkvConfig, cache: ArkvCache, tokens: int) -> bool:
+    """Whether such a prompt begins a sequence."""
     return (
-        calibrates(owner.config, tokens)
+        calibrates(config, tokens)
         and cache.seen == 0
         and cache.session.journal is None
-        and not is_encoder_decoder(owner.model)
         # Each rank would find a plan of its own.
         and not (torch.distributed.is_available() and torch.distributed.is_initialized())
     )
+
+
+def wanted(owner: Transformed, cache: ArkvCache, tokens: int) -> bool:
+    """Whether a call is the beginning of a sequence that can calibrate the model."""
+    return begins(owner.config, cache, tokens) and not is_encoder_decoder(owner.model)
+
+
+def concluded(
+    waiting: Waiting, cache: ArkvCache, model: nn.Module, tokens: int, windows: Sequence[int] = ()
+) -> Calibration:
+    """What a prompt told, kept for the next process; the cache is given the states that follow.
+
+    Args:
+        waiting: what the prompt's attention was handed to.
+        windows: the layers' attention windows, 0 for full attention.
+
+    Raises:
+        CalibrationError: if it told nothing.
+    """
+    if not waiting.seen:
+        raise CalibrationError("it has no attention that could be rewritten")
+    calibration = calibrated(fingerprint(model), [waiting.found], [tokens], waiting.config)
+    cache.session.layers.update(waiting.states(calibration, windows))
+    kept.keep(calibration, model, waiting.config)
+    log.info("%s is calibrated on a prompt of %d tokens", type(model).__name__, tokens)
+    return calibration
 
 
 def serve(owner: Transformed, cache: ArkvCache, kwargs: dict[str, Any], tokens: int) -> Any:
@@ -61,20 +88,12 @@ def serve(owner: Transformed, cache: ArkvCache, kwargs: dict[str, Any], tokens: 
     )  # fmt: skip
     try:
         out = owner.compiled_by(backend)(**kwargs)
-        if not waiting.seen:
-            raise CalibrationError("it has no attention that could be rewritten")
-        whose = fingerprint(owner.model)
-        calibration = calibrated(whose, [waiting.found], [tokens], owner.config)
-        states = waiting.states(calibration, owner.windows)
+        calibration = concluded(waiting, cache, owner.model, tokens, owner.windows)
     except CalibrationError as error:
         log.info("%s is not calibrated on its first prompt: %s", owner.name, error)
         cache.reset()
         cache.session.mask = mask
         return None
-    for layer, state in states.items():
-        cache.session.layers[layer] = state
-    kept.keep(calibration, owner.model, owner.config)
-    log.info("%s is calibrated on a prompt of %d tokens", owner.name, tokens)
     owner.calibration = calibration
     new = ArkvBackend(
         owner.config, calibration, compile=owner.lowering, sliding=owner.windows, whole=old.whole

@@ -21,16 +21,28 @@ from arkv_fx.compile.backend import LOWERINGS
 from arkv_fx.compile.pieces import slower_kernels
 from arkv_fx.compile.replay import notes
 from arkv_fx.config import ArkvConfig
-from arkv_fx.errors import CacheError, TransformError, UnknownOptionError
+from arkv_fx.costs.waiting import Waiting
+from arkv_fx.errors import CacheError, CalibrationError, TransformError, UnknownOptionError
+from arkv_fx.huggingface import first_prompt
 from arkv_fx.huggingface.bound import Bound
 from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.insert.program import Program, build
 from arkv_fx.insert.self_check import ROOMY, SAMPLE, self_check, stretched
 from arkv_fx.insert.tracing import Captured, capture
+from arkv_fx.logs import get_logger
 from arkv_fx.report import Report
 
+log = get_logger("calibration")
 FEWEST_COLUMNS = 256
 """Room for so many tokens in a bias by position, at first."""
+
+
+class Programs(dict[tuple[int, bool, bool, int], Program]):
+    """Programs under one calibration: a cache goes on with those that it began with."""
+
+    def __init__(self, calibration: Calibration | None) -> None:
+        super().__init__()
+        self.calibration = calibration
 
 
 class Inserted(Bound):
@@ -43,23 +55,30 @@ class Inserted(Bound):
         calibration: Calibration | None,
         compile: str,
         sample: tuple[Any, ...] | None,
+        learns: bool = False,
     ) -> None:
         self.name = f"{type(model).__name__}#{id(model):x}"
-        self.model, self.config, self.calibration, self.lowering = (
-            model, config, calibration, compile,
-        )  # fmt: skip
+        self.model, self.config, self.lowering = model, config, compile
+        self.learns = learns  # from the first long prompt
         self.original: Callable[..., Any] = model.forward
         self.replaced = {"forward": self.original} if "forward" in model.__dict__ else {}
         # Each with the symbol of its number of tokens, and whether it has biases by position.
         self.captured: list[tuple[Captured, Any, bool]] = []
-        self.programs: dict[tuple[int, bool, bool, int], Program] = {}
+        self.programs = Programs(calibration)
         if sample is not None:
             self._capture(*tree_flatten((sample, {})))
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """That of sequences that begin."""
+        return self.programs.calibration
 
     def report(self) -> Report:
         """Every attention site seen so far: fused or not and why, slots and bytes."""
         found = [p.sites for p in self.programs.values()]
-        found += [self._program(i, True, False, 0).sites for i in range(len(self.captured))]
+        found += [
+            self._program(self.programs, i, True, False, 0).sites for i in range(len(self.captured))
+        ]
         replays = [p.replay for p in self.programs.values() if p.replay is not None]
         said = notes(replays)
         if self.lowering != "eager":
@@ -83,9 +102,17 @@ class Inserted(Bound):
                 f"the cache holds {cache.seen} tokens and {length} more came, but {self.name} "
                 f"knows positions for {bound} only (its tables or an assertion end there)"
             )
-        program = self._program(index, cache.seen == 0, length == 1, cache.seen + length)
+        inputs, out = graph.inputs(leaves), None
+        if self.learns and first_prompt.begins(self.config, cache, length):
+            self.learns = False
+            out = self._learn(graph, inputs, cache, length)
+        if cache.seen == 0 or cache.compiled is None:
+            cache.compiled = self.programs
         cache.session.tokens = -1  # in doubt until the whole step is done
-        out = program(graph.inputs(leaves), cache.session, cache.seen)
+        if out is None:
+            after = cache.seen + length
+            program = self._program(cache.compiled, index, cache.seen == 0, length == 1, after)
+            out = program(inputs, cache.session, cache.seen)
         cache.seen += length
         cache.session.tokens = cache.seen
         return graph.output(out)
@@ -122,7 +149,22 @@ class Inserted(Bound):
         self_check(self.name, self.original, graph, (first, later), leaves)
         self.captured.append((graph, first.tokens, first.biased))
 
-    def _program(self, index: int, fresh: bool, one: bool, total: int) -> Program:
+    def _learn(self, graph: Captured, inputs: list[Any], cache: ArkvCache, length: int) -> Any:
+        """The answer to a prompt that calibrates; None if it cannot, which is logged."""
+        waiting = Waiting(self.config)
+        try:
+            program = build(graph, self.config, None, "eager", fresh=True, stand_in=waiting.attend)
+            out = program(inputs, cache.session, 0)
+            self.programs = Programs(first_prompt.concluded(waiting, cache, self.model, length))
+        except CalibrationError as error:
+            log.info("%s is not calibrated on its first prompt: %s", self.name, error)
+            cache.reset()
+            return None
+        return out
+
+    def _program(
+        self, programs: Programs, index: int, fresh: bool, one: bool, total: int
+    ) -> Program:
         graph, tokens, biased = self.captured[index]
         columns = 0
         if biased and not fresh:  # one more program each time that the text has doubled
@@ -130,12 +172,12 @@ class Inserted(Bound):
             columns += columns == graph.traced(tokens)  # equal extents would be taken for the same
         # What is run as it is does not care whether one token comes or many.
         key = (index, fresh, one and self.lowering != "eager", columns)
-        if key not in self.programs:
-            self.programs[key] = build(
-                graph, self.config, self.calibration, self.lowering,
+        if key not in programs:
+            programs[key] = build(
+                graph, self.config, programs.calibration, self.lowering,
                 fresh=fresh, one=key[2], columns=columns,
             )  # fmt: skip
-        return self.programs[key]
+        return programs[key]
 
 
 def insert(
@@ -144,6 +186,7 @@ def insert(
     calibration: Calibration | None,
     compile: str,
     sample: Any,
+    learns: bool = False,
 ) -> nn.Module:
     """``transform(model, ..., insert_cache=True)``; see there."""
     if compile not in LOWERINGS:
@@ -157,7 +200,7 @@ def insert(
         sample = _random_sample(model)
     elif not isinstance(sample, tuple):
         sample = (sample,)
-    state = Inserted(model, config, calibration, compile, sample)
+    state = Inserted(model, config, calibration, compile, sample, learns)
     # An outer torch.compile stops here.
     run: Callable[..., Any] = torch._dynamo.disable(state.run)
 

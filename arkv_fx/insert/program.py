@@ -19,7 +19,7 @@ from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import TransformError
 from arkv_fx.insert.tracing import Captured
 from arkv_fx.passes import pipeline
-from arkv_fx.passes.context import Context, Insertion
+from arkv_fx.passes.context import Context, Insertion, StandIn
 from arkv_fx.passes.fold import size_at
 from arkv_fx.passes.nodes import example
 from arkv_fx.passes.roles import added_in_order, kept
@@ -89,6 +89,7 @@ def build(
     fresh: bool,
     one: bool = False,
     columns: int = 0,
+    stand_in: StandIn | None = None,
 ) -> Program:
     """Run the passes on a copy of the captured graph and lower what they made.
 
@@ -97,12 +98,13 @@ def build(
         fresh: for the first call of a sequence.
         one: for one new token: all extents are then numbers.
         columns: the most tokens that biases by position must reach over, if there are any.
+        stand_in: what is called in place of ``arkv::attend``.
 
     Raises:
         TransformError: if no causal self-attention is found, or one cannot be rewritten.
     """
     insertion = Insertion(captured.constants(), captured.bounds, fresh, columns)
-    context = Context(config, calibration, insertion=insertion)
+    context = Context(config, calibration, stand_in=stand_in, insertion=insertion)
     work = pipeline.apply(captured.graph, context)
     refused = [s for s in context.sites if s.source and not s.fused]
     if refused or not context.fused:
