@@ -1,6 +1,7 @@
 """Calibrations that are kept for the next process, in the cache folder (``ARKV_CACHE``).
 
 A file is of a model's weights and of all options but the budget, for which it is solved again.
+Those of ``SHIPPED``, which come with the package, are found like those of one's own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from arkv_fx.files import cache_folder
 from arkv_fx.logs import get_logger
 
 log = get_logger("calibration")
+SHIPPED = Path(__file__).parent / "shipped"
 SIZES = ("compression", "context", "budget", "bytes")
 
 
@@ -30,14 +32,17 @@ def find(model: nn.Module, config: ArkvConfig) -> Calibration | None:
     """
     if any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters()):
         return None
-    if not any(_folder().glob(f"{_kind(model, config)}-*.json")):
+    kind = _kind(model, config)
+    if not any(any(folder.glob(f"{kind}-*.json")) for folder in (_folder(), SHIPPED)):
         return None
-    path = _path(model, config, fingerprint(model))
-    if not path.exists():
+    whose = fingerprint(model)
+    paths = [folder / f"{kind}-{whose}.json" for folder in (_folder(), SHIPPED)]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
         return None
     try:
         found = Calibration.load(path)
-        found.check(path.stem.removeprefix(f"{_kind(model, config)}-"))
+        found.check(whose)
     except CalibrationError as error:
         log.warning("a kept calibration is left out, delete it: %s", error)
         return None
@@ -47,7 +52,7 @@ def find(model: nn.Module, config: ArkvConfig) -> Calibration | None:
 
 def keep(calibration: Calibration, model: nn.Module, config: ArkvConfig) -> Path | None:
     """Keep a calibration of ``model`` under ``config``: its file, None if it cannot be written."""
-    path = _path(model, config, calibration.fingerprint)
+    path = _folder() / f"{_kind(model, config)}-{calibration.fingerprint}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         calibration.save(path)
@@ -73,10 +78,6 @@ def options_of(config: ArkvConfig) -> dict[str, Any]:
 
 def _folder() -> Path:
     return cache_folder() / "calibrations"
-
-
-def _path(model: nn.Module, config: ArkvConfig, whose: str) -> Path:
-    return _folder() / f"{_kind(model, config)}-{whose}.json"
 
 
 def _kind(model: nn.Module, config: ArkvConfig) -> str:

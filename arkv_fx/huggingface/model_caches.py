@@ -85,6 +85,8 @@ def prepare_cache(
     if cache is None:
         cache = new_cache(model)
     else:
+        if is_encoder_decoder(model):
+            _refuse_unmasked_prompt(our_cache(cache, model), model_kwargs)
         leave_last_open(
             our_cache(cache, model), _prompt_length(model, generation_config, model_kwargs)
         )
@@ -117,6 +119,20 @@ def _refuse_cut_mask(model: nn.Module, generation_config: Any, model_kwargs: Any
             "prefill_chunk_size cuts the encoder's padding mask to the decoder's chunks, so the "
             "prompt would attend to padding (transformers does it without a word): leave it out, "
             "or call with texts of one length"
+        )
+
+
+def _refuse_unmasked_prompt(cache: ArkvCache, model_kwargs: dict[str, Any]) -> None:
+    """Refuse to go on from a cache where transformers would read a decoder's whole prompt again.
+
+    See docs/findings.md: it tells the new tokens from those held by the mask alone.
+    """
+    if cache.seen and model_kwargs.get("decoder_attention_mask") is None:
+        raise CacheError(
+            f"the cache holds {cache.seen} tokens of the decoder, and without their mask "
+            "generate() would read its prompt once more behind them: pass "
+            "decoder_attention_mask=torch.ones_like(decoder_input_ids) with the whole text, or a "
+            "new cache"
         )
 
 

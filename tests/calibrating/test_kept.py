@@ -12,10 +12,10 @@ from tiny_model import tokenizer
 
 import arkv_fx
 from arkv_fx import kept
-from arkv_fx.calibration import Calibration
+from arkv_fx.calibration import Calibration, fingerprint
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import CalibrationError, ConfigError
-from arkv_fx.models import random_model
+from arkv_fx.models import load, random_model
 
 CONFIG = ArkvConfig(compression=4.0, context=192, window=8, round_to=1)
 
@@ -91,6 +91,28 @@ def test_a_folder_that_cannot_be_written_is_named(
     folder.write_text("in the way")
     found = arkv_fx.calibrate(model(), config=CONFIG, tokenizer=tokenizer())
     assert found.layers and "set ARKV_CACHE" in caplog.text
+
+
+def test_what_is_shipped_is_found_where_nothing_of_ones_own_is(
+    calibrated: Calibration, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file,) = folder.iterdir()
+    monkeypatch.setattr(kept, "SHIPPED", tmp_path / "shipped")
+    kept.SHIPPED.mkdir()
+    file.rename(kept.SHIPPED / file.name)
+    assert given(model(), CONFIG) == calibrated
+    own = arkv_fx.calibrate(model(), torch.ones(1, 99, dtype=torch.long), CONFIG)
+    own.save(file)
+    assert given(model(), CONFIG) == own != calibrated
+
+
+@pytest.mark.parametrize("name", ["smollm2", pytest.param("gemma3-270m", marks=pytest.mark.slow)])
+def test_packaged_models_have_one_for_the_default_options(name: str) -> None:
+    """Options that change their files' names want new files."""
+    network, _ = load(name)
+    found = kept.find(network, ArkvConfig())
+    assert found is not None and found.samples[0] > 1000
+    found.check(fingerprint(network), network.config.num_hidden_layers)
 
 
 def test_prompts_or_a_tokenizer() -> None:

@@ -152,7 +152,8 @@ def _turns(group: Group, rng: Random) -> tuple[Turn, ...]:
         kinds += ["select"]
     if group.kind == "identity":
         kinds += ["generate"]
-        if group.batch > 1 and group.padding == "none":
+        # transformers narrows no cache of an encoder-decoder.
+        if group.batch > 1 and group.padding == "none" and group.architecture not in ENCODERS:
             kinds += ["narrow"]
     total = turns[0].size
     for _ in range(rng.randint(1, 4)):

@@ -20,6 +20,7 @@ from arkv_fx.zoo.shrink import shrink
 HEADS = ((1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (5, 5), (6, 2), (6, 3))  # of queries, of keys
 DIMS = (8, 16, 24, 32, 40, 64, 80, 96)
 SOURCE, HIDDEN = 12, 64  # tokens of an encoder's answer, and its width
+WIDTH = 120  # some models want a width that their heads divide, others one in eights
 
 Settings = dict[str, Any]
 
@@ -28,7 +29,7 @@ def _grouped(rng: Random) -> Settings:
     """A width of the heads' own, and queries that share keys."""
     heads, kv_heads = rng.choice(HEADS)
     return {
-        "hidden_size": HIDDEN, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "hidden_size": WIDTH, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
         "head_dim": rng.choice(DIMS),
     }  # fmt: skip
 
@@ -102,12 +103,17 @@ ARCHITECTURES: dict[str, Callable[[Random], Settings]] = {
     "bloom": _split("hidden_size", "n_head"),
     "deepseek_v3": _latent,
     "t5": _t5,
-    "bart": _split("d_model", "decoder_attention_heads", encoder_attention_heads=1),
+    "bart": lambda rng: {
+        "d_model": HIDDEN,
+        "decoder_attention_heads": rng.choice((1, 2, 4)),
+        "encoder_attention_heads": 1,
+    },
 }
 """Settings by model type; others than these are those of ``arkv zoo``."""
 
-NO_SDPA = ("gptj", "gpt_neo", "gpt_oss")
+NO_SDPA = ("bloom", "gptj", "gpt_neo", "gpt_oss")
 ENCODERS = ("t5", "bart")  # those with an encoder, whose answer is made up
+START = 1  # with which their decoders begin: generate() puts it in front of other texts
 
 
 def build(
@@ -129,6 +135,6 @@ def build(
     for name, parameter in model.named_parameters():
         if name.endswith(("q_norm.weight", "q_layernorm.weight")):
             parameter.data += 2.0  # normed queries ignore the size of the weights
-    model.generation_config.update(eos_token_id=None, pad_token_id=0, decoder_start_token_id=1)
+    model.generation_config.update(eos_token_id=None, pad_token_id=0, decoder_start_token_id=START)
     ready: PreTrainedModel = model.to(dtype).eval()
     return ready

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from fuzz_cases import Case, Group, Turn
-from fuzz_models import ENCODERS, HIDDEN, SOURCE
+from fuzz_models import ENCODERS, HIDDEN, SOURCE, START
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -150,7 +150,10 @@ class Play:
         return (~holes).long()
 
     def _read(self, size: int, first: bool = False) -> None:
-        self._call(self._tokens(size), self._mask(size, first))
+        ids, mask = self._tokens(size), self._mask(size, first)
+        if first and self.case.group.architecture in ENCODERS:
+            ids[:, 0] = START
+        self._call(ids, mask)
 
     def _steps(self, size: int) -> None:
         for _ in range(size):
@@ -168,17 +171,21 @@ class Play:
 
     def _select(self, rows: Tensor) -> None:
         self.cache.reorder_cache(rows)
-        self.text = self.text.rows(rows.tolist())
-        self.rows = rows.tolist()
+        self._follow(rows.tolist())
+
+    def _follow(self, rows: list[int]) -> None:
+        """The sequences are now these; perhaps others were chosen since the last call already."""
+        self.text = self.text.rows(rows)
+        self.rows = self.rows and [self.rows[row] for row in rows]
 
     def _narrow(self, turn: Turn) -> None:
         batch = len(self.text.ids)
         row = int(torch.randint(batch, (), generator=self.random))
         self.cache.batch_select_indices(torch.tensor([row]))
-        self.text, self.rows = self.text.rows([row]), [row]
+        self._follow([row])
         self._steps(turn.size)
         self.cache.batch_repeat_interleave(batch)
-        self.text, self.rows = self.text.rows([0] * batch), [0] * batch
+        self._follow([0] * batch)
 
     def _fork(self, turn: Turn) -> None:
         before = self.cache, self.text, self.rows, self.calls
@@ -192,11 +199,15 @@ class Play:
         group = self.case.group
         if group.padding != "none" and not group.positions:
             return self._steps(turn.size)  # generate() gives positions
+        if group.architecture in ENCODERS and not bool((self.text.ids[:, 0] == START).any()):
+            return self._steps(turn.size)
         ids = self._tokens(turn.ahead)
         text = self.text.add(ids, torch.ones_like(ids))
         inputs: dict[str, Any] = {"input_ids": text.ids, "attention_mask": text.mask}
         if group.architecture in ENCODERS:
-            inputs = {**_source(text), "decoder_input_ids": text.ids}
+            inputs = {
+                **_source(text), "decoder_input_ids": text.ids, "decoder_attention_mask": text.mask
+            }  # fmt: skip
         call: Any = self.model.generate
         out = call(
             **inputs, past_key_values=self.cache, max_new_tokens=turn.size, do_sample=False,

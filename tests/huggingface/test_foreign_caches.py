@@ -12,10 +12,17 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import arkv_fx
 from arkv_fx.errors import CacheError, TransformError
+from arkv_fx.huggingface.model_caches import new_cache
 from arkv_fx.models import random_model
 from arkv_fx.zoo.configs import tiny_model
 
@@ -315,3 +322,29 @@ def test_a_part_called_by_itself_says_what_it_keeps(recwarn: pytest.WarningsReco
     assert not model.model._forward_hooks
     model.model(ids())
     assert len([w for w in recwarn if "called by itself" in str(w.message)]) == 0
+
+
+def test_a_decoders_text_is_read_once_or_refused() -> None:
+    """Without its mask transformers reads what the cache of an encoder-decoder holds once more."""
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1}
+    plain: Any = T5ForConditionalGeneration(
+        T5Config(**sizes, num_heads=2, decoder_start_token_id=0)
+    )
+    source, text = torch.randint(2, 64, (1, 9)), torch.randint(2, 64, (1, 10))
+    text[0, 0] = 0
+    options = {"decoder_input_ids": text, "max_new_tokens": 3, "do_sample": False}
+    expected = plain.eval().generate(source, **options)
+    model: Any = arkv_fx.transform(
+        plain, arkv_fx.ArkvConfig(budget=64, tiers=("native",)), compile="eager"
+    )
+    for mask in (None, torch.ones_like(text)):
+        cache = new_cache(model)
+        with torch.no_grad():
+            model(input_ids=source, decoder_input_ids=text[:, :9], past_key_values=cache)
+        options = {**options, "past_key_values": cache, "decoder_attention_mask": mask}
+        if mask is None:
+            with pytest.raises(CacheError, match=r"holds 9 tokens of the decoder.*ones_like"):
+                model.generate(source, **options)
+        else:
+            assert torch.equal(model.generate(source, **options), expected)
+            assert cache.get_seq_length() == 12
