@@ -54,8 +54,8 @@ def allocate(costs: Costs) -> dict[int, Option]:
                 if total + rest <= budget and cost < after.get(total, (math.inf, ()))[0]:
                     after[total] = cost, (*chosen, option)
         reached = after
-    # Of equal costs the fewest bytes.
-    _, chosen = min((cost, spent, of) for spent, (cost, of) in reached.items())[1:]
+    # Of equal costs the most bytes: those that were asked for, also where nothing tells what for.
+    _, _, chosen = min((cost, -spent, of) for spent, (cost, of) in reached.items())
     return dict(zip(layers, chosen, strict=True))
 
 
@@ -88,7 +88,9 @@ def options(tried: Tried, size: float) -> dict[Option, float]:
     sizes = sorted({s for s, _ in known})
     ratios = sorted({ratio for _, ratio in known})
     found: dict[Option, float] = {}
-    for share in SHARES:
+    for index, share in enumerate(SHARES):
+        if index and size * SHARES[index - 1] >= sizes[-1]:
+            break  # the last one holds every token in full quality already
         at = min(round(size * share, 9), sizes[-1])
         place = bisect_left(sizes, at)
         exact = sizes[place] == at or len(sizes) == 1

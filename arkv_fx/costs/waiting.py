@@ -12,6 +12,7 @@ from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.costs.output_errors import OutputErrors
 from arkv_fx.errors import CalibrationError
+from arkv_fx.ops.as_given import as_given
 from arkv_fx.ops.attend import Seen, look, settle
 from arkv_fx.ops.signatures import AttendArguments
 from arkv_fx.plan import LayerPlan, plan_calibrated
@@ -31,6 +32,10 @@ class Waiting(OutputErrors):
         given: AttendArguments[Tensor] = AttendArguments(*args, **kwargs)
         if layer in self.seen or given.computed:
             raise CalibrationError(f"layer {layer} computes keys from its cache, or shares it")
+        with as_given(given.q):
+            return self._attend(layer, given)
+
+    def _attend(self, layer: int, given: AttendArguments[Tensor]) -> Tensor:
         seen: list[Seen] = []
 
         def first_half(q: Tensor, k: Tensor, v: Tensor, mask: Any, state: Any, plan: LayerPlan,
@@ -57,7 +62,8 @@ class Waiting(OutputErrors):
                 v_dim=shape.v_dim, dtype=shape.dtype, sliding=shape.sliding,
             )  # fmt: skip
             state = LayerState(plan, len(seen.new.k), seen.new.k.device)
-            settle(state.view(), seen, fresh=True)
+            with as_given(seen.new.k):
+                settle(state.view(), seen, fresh=True)
             found[layer] = state
         self.seen.clear()
         check_finite(found.items())

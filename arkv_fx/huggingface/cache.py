@@ -23,7 +23,7 @@ from arkv_fx.huggingface.layers import (
     windows,
 )
 from arkv_fx.huggingface.saved import read, write
-from arkv_fx.options import short
+from arkv_fx.options import require_type, short
 from arkv_fx.state.journal import Journal
 from arkv_fx.state.rollback import take_back
 from arkv_fx.state.session import Session, check_finite
@@ -106,7 +106,9 @@ class ArkvCache(Cache):
         Raises:
             CacheError: if the model is gone or has layers that keep a state of their own (linear
                 attention), or the file cannot be written.
+            ConfigError: if ``path`` is none.
         """
+        require_type("path", path, (str, PathLike), "the path of a file")
         owner = self.owner()
         if owner is None or self._own_layers():
             what = "its model is gone" if owner is None else "recurrent states are not"
@@ -121,7 +123,9 @@ class ArkvCache(Cache):
         Raises:
             CacheError: if it was saved for another model, dtype or configuration, by another
                 version, or is damaged.
+            ConfigError: if ``path`` is none.
         """
+        require_type("path", path, (str, PathLike), "the path of a file that save wrote")
         cache = cls(model)
         owner = cache.owner()
         read(path, cache.session, owner)

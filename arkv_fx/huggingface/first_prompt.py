@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from arkv_fx import kept
 from arkv_fx.calibration import Calibration, fingerprint
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 log = get_logger("calibration")
 LEAST, MOST = 256, 16384
 """Tokens of a prompt that calibrates: fewer say little, of more the full cache may not fit."""
+PHRASE, NEW = 8, 0.5
+"""Of its phrases of so many tokens, each beginning at another token, so large a part differs."""
 
 
 def calibrates(config: ArkvConfig, tokens: int) -> bool:
@@ -38,20 +40,41 @@ def calibrates(config: ArkvConfig, tokens: int) -> bool:
     return config.calibration == "output" and max(LEAST, room + 1) <= tokens <= MOST
 
 
-def begins(config: ArkvConfig, cache: ArkvCache, tokens: int) -> bool:
-    """Whether such a prompt begins a sequence."""
+def tells(config: ArkvConfig, ids: Tensor, mask: Tensor | None = None) -> bool:
+    """Whether each row of a prompt [B, T] has enough real tokens, and is no warm-up that repeats
+    itself.
+    """
+    windows = ids.unfold(1, PHRASE, 1) if ids.shape[1] >= PHRASE else ids[:, :0, None]
+    for row, tokens in enumerate(windows):
+        real = ids.shape[1]
+        if mask is not None:
+            real = int(mask[row].sum())
+            tokens = tokens[mask[row].bool().unfold(0, PHRASE, 1).all(-1)]
+        new = len(tokens.unique(dim=0))
+        if not calibrates(config, real) or new < len(tokens) * NEW:
+            return False
+    return True
+
+
+def begins(
+    config: ArkvConfig, cache: ArkvCache, ids: Tensor | None, mask: Tensor | None = None
+) -> bool:
+    """Whether a prompt [B, T] that tells something begins a sequence; ``mask`` is 0 at padding."""
     return (
-        calibrates(config, tokens)
-        and cache.seen == 0
+        cache.seen == 0
         and cache.session.journal is None
         # Each rank would find a plan of its own.
         and not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        and ids is not None
+        and tells(config, ids, mask)
     )
 
 
-def wanted(owner: Transformed, cache: ArkvCache, tokens: int) -> bool:
+def wanted(owner: Transformed, cache: ArkvCache, ids: Tensor) -> bool:
     """Whether a call is the beginning of a sequence that can calibrate the model."""
-    return begins(owner.config, cache, tokens) and not is_encoder_decoder(owner.model)
+    mask = cache.session.mask
+    mask = mask if mask is not None and mask.shape == ids.shape else None
+    return begins(owner.config, cache, ids, mask) and not is_encoder_decoder(owner.model)
 
 
 def concluded(

@@ -31,7 +31,8 @@ def _warn(whole: str, path: str, part: nn.Module, args: Any, out: Any) -> None:
     """A forward hook."""
     if torch.compiler.is_compiling():  # in the graph of the whole, which has its own cache
         return
-    cache = next(filter(None, (getattr(out, name, None) for name in CACHE_NAMES)), None)
+    parts = out if isinstance(out, tuple) else [getattr(out, name, None) for name in CACHE_NAMES]
+    cache = next((part for part in parts if isinstance(part, Cache)), None)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     if isinstance(cache, Cache) and not isinstance(cache, ArkvCache):

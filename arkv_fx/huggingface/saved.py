@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from os import PathLike
 from pathlib import Path
@@ -18,8 +19,10 @@ from arkv_fx.files import instead_of
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.session import LayerState, PlainLayer, Session
 
-VERSION = 1
+VERSION = 2
 KEY = "arkv_cache"
+NO_MATTER = ("transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
+"""What a model's config says of how it is stored or called, not of what it computes."""
 
 
 def write(path: str | PathLike[str], session: Session, owner: Any) -> None:
@@ -76,7 +79,18 @@ def _of_model(owner: Any) -> dict[str, Any]:
     """What must be the same of a model for its caches to be."""
     dtype = str(next(owner.model.parameters()).dtype).removeprefix("torch.")
     config = json.loads(json.dumps(owner.config.to_dict()))  # as it comes back from a file
-    return {"model": fingerprint(owner.model), "dtype": dtype, "config": config}
+    digest = hashlib.sha256(_settings(owner.model).encode()).hexdigest()[:16]
+    return {
+        "model": fingerprint(owner.model), "settings": digest, "dtype": dtype, "config": config
+    }  # fmt: skip
+
+
+def _settings(model: Any) -> str:
+    """What a model computes beside its weights (the base of its rotations, say), as it tells it."""
+    whole: Any = getattr(model, "config", None)
+    said = whole.to_dict() if hasattr(whole, "to_dict") else {}
+    told = {name: value for name, value in said.items() if name not in NO_MATTER and name[0] != "_"}
+    return json.dumps(told, sort_keys=True, default=str)
 
 
 def _check(path: str | PathLike[str], said: dict[str, Any], owner: Any) -> None:
@@ -86,7 +100,11 @@ def _check(path: str | PathLike[str], said: dict[str, Any], owner: Any) -> None:
             "it again"
         )
     here = _of_model(owner)
-    for name, what in (("model", "another model or other weights"), ("dtype", "another dtype")):
+    for name, what in (
+        ("model", "another model or other weights"),
+        ("settings", "a model of another config (of its positions, say)"),
+        ("dtype", "another dtype"),
+    ):
         if said[name] != here[name]:
             raise CacheError(
                 f"{path}: the cache was saved for {what} ({said[name]!r}, this is {here[name]!r})"

@@ -124,11 +124,16 @@ class Transformed(Bound):
 
     def _answer(self, cache: ArkvCache, kwargs: dict[str, Any]) -> Any:
         """A call with a cache: by the graphs that its sequence began with, or the newest."""
-        ids = kwargs.get("input_ids")
-        tokens = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else 0
-        if self.learns and first_prompt.wanted(self, cache, tokens):
-            self.learns = False
-            if (out := first_prompt.serve(self, cache, kwargs, tokens)) is not None:
+        ids: Any = kwargs.get("input_ids")
+        known = isinstance(ids, Tensor) and ids.dim() == 2
+        if self.learns and known and first_prompt.wanted(self, cache, ids):
+            self.learns = False  # another thread need not
+            try:
+                out = first_prompt.serve(self, cache, kwargs, ids.shape[1])
+            except BaseException:
+                self.learns = True
+                raise
+            if out is not None:
                 cache.compiled = self.compiled
                 return out
         if cache.seen == 0 or cache.compiled is None:

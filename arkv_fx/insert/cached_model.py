@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,6 +66,8 @@ class Inserted(Bound):
         # Each with the symbol of its number of tokens, and whether it has biases by position.
         self.captured: list[tuple[Captured, Any, bool]] = []
         self.programs = Programs(calibration)
+        self.lock = threading.RLock()  # of whoever captures or compiles
+        self.parts: list[Any] = []
         if sample is not None:
             self._capture(*tree_flatten((sample, {})))
 
@@ -90,10 +93,15 @@ class Inserted(Bound):
         if cache is None:
             return self.original(*args, **kwargs)
         self._check(cache)
+        with cache.turn():
+            return self._step(cache, args, kwargs)
+
+    def _step(self, cache: ArkvCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         # Compiled graphs take the strides that they were traced with.
         leaves = [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
-        index = self._find(leaves, spec)
+        with self.lock:
+            index = self._find(leaves, spec)
         graph, tokens, _ = self.captured[index]
         length = _token_count(graph, tokens, leaves)
         bound = graph.bounds.get(tokens)
@@ -103,15 +111,18 @@ class Inserted(Bound):
                 f"knows positions for {bound} only (its tables or an assertion end there)"
             )
         inputs, out = graph.inputs(leaves), None
-        if self.learns and first_prompt.begins(self.config, cache, length):
-            self.learns = False
-            out = self._learn(graph, inputs, cache, length)
+        ids = _ids(graph, tokens, leaves)
+        with self.lock:
+            if self.learns and first_prompt.begins(self.config, cache, ids):
+                out = self._learn(graph, inputs, cache, length)
+                self.learns = False
         if cache.seen == 0 or cache.compiled is None:
             cache.compiled = self.programs
         cache.session.tokens = -1  # in doubt until the whole step is done
         if out is None:
             after = cache.seen + length
-            program = self._program(cache.compiled, index, cache.seen == 0, length == 1, after)
+            with self.lock:
+                program = self._program(cache.compiled, index, cache.seen == 0, length == 1, after)
             out = program(inputs, cache.session, cache.seen)
         cache.seen += length
         cache.session.tokens = cache.seen
@@ -126,6 +137,13 @@ class Inserted(Bound):
         cache.require(self)
         if self.model.training:
             raise CacheError("the cache is not differentiated: call model.eval() or pass no cache")
+        if self.captured and _parts(self.model) != self.parts:
+            raise TransformError(
+                f"{self.name}: its modules or their hooks are not those that it had when its cache "
+                "was inserted, and what was captured then knows nothing of them: call "
+                "arkv_fx.restore(model) and transform it again. (A hook that takes something down "
+                "runs without cache= only)"
+            )
 
     def _find(self, leaves: list[Any], spec: TreeSpec) -> int:
         """The graph for a call, captured if it is the first of its kind."""
@@ -144,6 +162,7 @@ class Inserted(Bound):
         if self.model.training:
             raise TransformError("call model.eval() first: a cache is for inference")
         graph = capture(self.model, self.original, args, kwargs)
+        self.parts = _parts(self.model)
         first = build(graph, ROOMY, None, "eager", fresh=True)
         later = build(graph, ROOMY, None, "eager", fresh=False, columns=2 * SAMPLE)
         self_check(self.name, self.original, graph, (first, later), leaves)
@@ -232,6 +251,23 @@ def random_ids(model: nn.Module, batch: int = 1) -> Tensor | None:
     generator = torch.Generator().manual_seed(0)
     most = min(t.shape[0] for t in tables)
     return torch.randint(0, most, (batch, SAMPLE), generator=generator).to(tables[0].device)
+
+
+def _parts(model: nn.Module) -> list[Any]:
+    """Every module, by its place, and its hooks."""
+    return [
+        (name, id(module), *module._forward_pre_hooks, *module._forward_hooks)
+        for name, module in model.named_modules()
+    ]
+
+
+def _ids(graph: Captured, tokens: Any, leaves: Sequence[Any]) -> Tensor | None:
+    """The token ids [B, T] among the arguments; None if the model takes embeddings."""
+    for leaf, dims in graph.token_dims(tokens).items():
+        x = leaves[leaf]
+        if dims[0] == 1 and x.dim() == 2 and not x.is_floating_point():
+            return x  # type: ignore[no-any-return]
+    return None
 
 
 def _token_count(graph: Captured, tokens: Any, leaves: Sequence[Any]) -> int:

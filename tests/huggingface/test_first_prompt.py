@@ -110,3 +110,44 @@ def test_what_cannot_be_calibrated_is_served_all_the_same(
         ours, _ = play(transformed(), IDS)
     assert "is not calibrated on its first prompt: for once" in caplog.text
     torch.testing.assert_close(ours, play(transformed(False), IDS)[0])
+
+
+@pytest.mark.parametrize("kind", ["padding", "blank", "repeated"])
+def test_a_prompt_that_says_nothing_calibrates_nothing(kind: str, as_it_comes: Path) -> None:
+    """A warm-up, or a batch that is mostly padding: what it told would be kept for good."""
+    ids, mask = IDS[:1].clone(), torch.ones_like(IDS[:1])
+    if kind == "padding":
+        mask[:, :100] = 0
+    elif kind == "blank":
+        ids[:] = 0
+    else:
+        ids[:] = ids[:, :20].repeat(1, 15)
+    model = transformed()
+    play(model, ids, mask)
+    assert model.arkv.calibration is None and not as_it_comes.exists()
+    play(model, IDS)
+    assert model.arkv.calibration is not None
+
+
+def test_a_prompt_that_fails_leaves_it_to_the_next() -> None:
+    model = transformed()
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        play(model, IDS)
+    handle.remove()
+    play(model, IDS)
+    assert model.arkv.calibration is not None
+
+
+@torch.no_grad()
+def test_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        model = transformed()
+        first, _ = play(model, IDS)
+        again, _ = play(model, IDS)
+    assert model.arkv.calibration is not None
+    torch.testing.assert_close(first, again, rtol=0.05, atol=0.05)

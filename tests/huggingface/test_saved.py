@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from arkv_fx import ArkvCache, ArkvConfig, restore, transform
-from arkv_fx.errors import CacheError
+from arkv_fx.errors import CacheError, ConfigError
 from arkv_fx.formats import FORMATS
 from arkv_fx.huggingface.saved import KEY
 from arkv_fx.models import random_model
@@ -24,6 +24,7 @@ SMALL = ArkvConfig(budget=32, window=8)
 PREFIX = torch.randint(1, 128, (2, 60), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(PREFIX)
 MASK[1, :7] = 0
+ROTATED = {"rope_type": "default", "rope_theta": 5e5}
 LATER = torch.randint(1, 128, (2, 5), generator=torch.Generator().manual_seed(1))
 
 
@@ -98,6 +99,7 @@ def test_another_model_or_configuration_is_refused(model: Any, saved: Path) -> N
         (random_model("llama", seed=3), SMALL, "another model or other weights"),
         (random_model("llama").to(torch.bfloat16), SMALL, "another dtype"),
         (random_model("llama"), ArkvConfig(budget=32, window=9), "another configuration.*window"),
+        (random_model("llama", rope_parameters=ROTATED), SMALL, "a model of another config"),
     ]
     for other, config, said in others:
         transform(other, config, compile="eager")
@@ -105,6 +107,9 @@ def test_another_model_or_configuration_is_refused(model: Any, saved: Path) -> N
             ArkvCache.load(saved, other)
     with pytest.raises(CacheError, match="not transformed"):
         ArkvCache.load(saved, random_model("llama"))
+    for path in (3, None):
+        with pytest.raises(ConfigError, match="the path of a file that save wrote"):
+            ArkvCache.load(path, random_model("llama"))  # type: ignore[arg-type]
 
 
 def test_damaged_files_are_refused(model: Any, saved: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from models_outside.sample import random_weights
 
 import arkv_fx
 from arkv_fx import ArkvCache, ArkvConfig, kept
+from arkv_fx.errors import TransformError
 from arkv_fx.huggingface import first_prompt
 
 CONFIG = ArkvConfig(compression=4.0, context=300, window=8, sinks=2, round_to=1)
@@ -67,3 +69,30 @@ def test_a_cache_that_lives_goes_on_under_its_plan() -> None:
     assert model.arkv.calibration is not None
     later = [model(IDS[:, i : i + 1], cache=cache)[0][:, -1] for i in range(2)]
     torch.testing.assert_close([first, *later], expected)
+
+
+def test_threads_on_a_cold_model() -> None:
+    """Whoever comes first captures and calibrates; all are answered as if they were alone."""
+    alone = inserted(False)
+    expected = play(alone, ArkvCache(alone), IDS[:, :200])
+    model = inserted(False)
+    with ThreadPoolExecutor(4) as pool:
+        turns = [pool.submit(play, model, ArkvCache(model), IDS[:, :200]) for _ in range(4)]
+        for turn in turns:
+            torch.testing.assert_close(turn.result(), expected)
+
+
+@pytest.mark.parametrize("change", ["hook", "module"])
+def test_what_was_captured_is_not_used_for_another_model(change: str) -> None:
+    model = inserted(False)
+    play(model, ArkvCache(model), IDS[:, :50])
+    if change == "hook":
+        model.lm_head.register_forward_hook(lambda module, args, out: out + 1)
+    else:
+        model.lm_head = torch.nn.Linear(*reversed(model.lm_head.weight.shape), bias=False)
+    with pytest.raises(TransformError, match="not those that it had when its cache was inserted"):
+        play(model, ArkvCache(model), IDS[:, :50])
+    arkv_fx.restore(model)
+    arkv_fx.transform(model, CONFIG, False, compile="eager", insert_cache=True)
+    whole = model(IDS[:, :50])[0][:, -1]
+    torch.testing.assert_close(model(IDS[:, :50], cache=ArkvCache(model))[0][:, -1], whole)
