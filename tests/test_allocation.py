@@ -75,5 +75,6 @@ def test_between_two_sizes_a_cost_is_a_power_of_the_size() -> None:
 
 def test_beyond_all_sizes() -> None:
     assert options(TRIED, 0.0625)[Option(0.5, 0.0)] == pytest.approx(0.08 * 16, rel=1e-6)
-    assert options(TRIED, 1.0) == {Option(share, 1.0): 0.001 for share in SHARES}
+    # The least share holds every token in full quality: more would buy nothing.
+    assert options(TRIED, 1.0) == {Option(0.5, 1.0): 0.001}
     assert options(TRIED[:1], 0.01) == {Option(share, 0.0): 0.08 for share in SHARES}

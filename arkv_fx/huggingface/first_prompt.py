@@ -44,14 +44,13 @@ def tells(config: ArkvConfig, ids: Tensor, mask: Tensor | None = None) -> bool:
     """Whether each row of a prompt [B, T] has enough real tokens, and is no warm-up that repeats
     itself.
     """
-    windows = ids.unfold(1, PHRASE, 1) if ids.shape[1] >= PHRASE else ids[:, :0, None]
-    for row, tokens in enumerate(windows):
-        real = ids.shape[1]
+    for row, tokens in enumerate(ids):
         if mask is not None:
-            real = int(mask[row].sum())
-            tokens = tokens[mask[row].bool().unfold(0, PHRASE, 1).all(-1)]
-        new = len(tokens.unique(dim=0))
-        if not calibrates(config, real) or new < len(tokens) * NEW:
+            tokens = tokens[mask[row].bool()]
+        if not calibrates(config, len(tokens)):
+            return False
+        phrases = tokens.unfold(0, PHRASE, 1)
+        if len(phrases.unique(dim=0)) < NEW * len(phrases):
             return False
     return True
 

@@ -136,5 +136,6 @@ def build(
         if name.endswith(("q_norm.weight", "q_layernorm.weight")):
             parameter.data += 2.0  # normed queries ignore the size of the weights
     model.generation_config.update(eos_token_id=None, pad_token_id=0, decoder_start_token_id=START)
+    model.generation_config.update(forced_bos_token_id=None, forced_eos_token_id=None)
     ready: PreTrainedModel = model.to(dtype).eval()
     return ready
