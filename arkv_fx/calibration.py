@@ -128,10 +128,14 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write JSON; a file that is there is replaced when the new one is complete."""
+        write_text(path, self.to_json())
+
+    def to_json(self) -> str:
+        """What ``save`` writes."""
         data = {"schema": SCHEMA_VERSION, "count": len(self.layers), **asdict(self)}
         rows = [json.dumps(row) for row in data.pop("layers")]
         text = json.dumps(data, indent=1).removesuffix("\n}")
-        write_text(path, f'{text},\n "layers": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n")
+        return f'{text},\n "layers": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n"
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -147,8 +151,16 @@ class Calibration:
         )
         try:
             text = Path(path).read_text()
+        except (OSError, ValueError) as error:
+            raise CalibrationError(f"{path}: cannot be read as a calibration: {error}") from error
+        return cls.from_json(text, path)
+
+    @classmethod
+    def from_json(cls, text: str, path: str | Path) -> Calibration:
+        """What ``to_json`` wrote, found in the file ``path``; errors as of ``load``."""
+        try:
             data: dict[str, Any] = json.loads(text, object_pairs_hook=_without_repeats)
-        except (OSError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{path}: cannot be read as a calibration: {error}") from error
         if not isinstance(data, dict) or data.get("schema") not in READABLE:
             found = data.get("schema") if isinstance(data, dict) else None

@@ -114,7 +114,8 @@ class ArkvCache(Cache):
             what = "its model is gone" if owner is None else "recurrent states are not"
             raise CacheError(f"the cache cannot be saved: {what}")
         self.require(owner)
-        write(path, self.session, owner)
+        began = owner.under(owner.calibration) if self.compiled is None else self.compiled
+        write(path, self.session, owner, began.calibration)
 
     @classmethod
     def load(cls, path: str | PathLike[str], model: nn.Module) -> ArkvCache:
@@ -127,8 +128,8 @@ class ArkvCache(Cache):
         """
         require_type("path", path, (str, PathLike), "the path of a file that save wrote")
         cache = cls(model)
-        owner = cache.owner()
-        read(path, cache.session, owner)
+        owner: Any = cache.owner()
+        cache.compiled = owner.under(read(path, cache.session, owner))
         cache.seen = cache.session.tokens
         return cache
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as modules
 
+from arkv_fx.calibration import Calibration
 from arkv_fx.compile.backend import ArkvBackend
 from arkv_fx.errors import ArkvError, TransformError
 
@@ -37,6 +38,11 @@ class CompiledForward:
     ) -> None:
         self.forward, self.backend, self.name, self.options = forward, backend, name, options
         self.kinds: dict[tuple[bool, ...], Callable[..., Any]] = {}
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """That of its plans."""
+        return self.backend.calibration
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What ``forward`` answers.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
@@ -86,7 +87,7 @@ def prepare_cache(
         cache = new_cache(model)
     else:
         if is_encoder_decoder(model):
-            _refuse_unmasked_prompt(our_cache(cache, model), model_kwargs)
+            _warn_of_unmasked_prompt(our_cache(cache, model), model_kwargs)
         leave_last_open(
             our_cache(cache, model), _prompt_length(model, generation_config, model_kwargs)
         )
@@ -122,17 +123,19 @@ def _refuse_cut_mask(model: nn.Module, generation_config: Any, model_kwargs: Any
         )
 
 
-def _refuse_unmasked_prompt(cache: ArkvCache, model_kwargs: dict[str, Any]) -> None:
-    """Refuse to go on from a cache where transformers would read a decoder's whole prompt again.
+def _warn_of_unmasked_prompt(cache: ArkvCache, model_kwargs: dict[str, Any]) -> None:
+    """Say that transformers reads a decoder's whole prompt again behind what the cache holds of it.
 
-    See docs/findings.md: it tells the new tokens from those held by the mask alone.
+    See docs/findings.md: it tells new tokens from those that are held by the mask alone.
     """
     if cache.seen and model_kwargs.get("decoder_attention_mask") is None:
-        raise CacheError(
-            f"the cache holds {cache.seen} tokens of the decoder, and without their mask "
-            "generate() would read its prompt once more behind them: pass "
-            "decoder_attention_mask=torch.ones_like(decoder_input_ids) with the whole text, or a "
-            "new cache"
+        warnings.warn(
+            f"the cache holds {cache.seen} tokens of the decoder, and without a mask generate() "
+            "reads all of decoder_input_ids behind them, also what is held (transformers does so "
+            "with any cache): pass decoder_attention_mask=torch.ones_like(decoder_input_ids) with "
+            "the whole text, or a new cache",
+            UserWarning,
+            stacklevel=3,
         )
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from arkv_fx.calibration import fingerprint
+from arkv_fx.calibration import Calibration, fingerprint
 from arkv_fx.errors import ArkvError, CacheError
 from arkv_fx.files import instead_of
 from arkv_fx.plan import LayerPlan
@@ -25,8 +25,12 @@ NO_MATTER = ("transformers_version", "dtype", "torch_dtype", "use_cache", "archi
 """What a model's config says of how it is stored or called, not of what it computes."""
 
 
-def write(path: str | PathLike[str], session: Session, owner: Any) -> None:
+def write(
+    path: str | PathLike[str], session: Session, owner: Any, calibration: Calibration | None
+) -> None:
     """Save the states of all layers; ``owner`` is the ``model.arkv`` that they are of.
+
+    Their plans are by ``calibration``, which the model need not have when they are read.
 
     Raises:
         CacheError: if the file cannot be written.
@@ -39,6 +43,7 @@ def write(path: str | PathLike[str], session: Session, owner: Any) -> None:
     said = {
         "version": VERSION,
         **_of_model(owner),
+        "calibration": None if calibration is None else calibration.to_json(),
         "tokens": session.tokens,
         "plans": {index: state.plan.to_json() for index, state in session.layers.items()},
         "plain": list(session.plain),
@@ -51,8 +56,8 @@ def write(path: str | PathLike[str], session: Session, owner: Any) -> None:
         raise CacheError(f"{path}: the cache cannot be written: {error}") from error
 
 
-def read(path: str | PathLike[str], session: Session, owner: Any) -> None:
-    """Fill an empty session with what ``write`` saved.
+def read(path: str | PathLike[str], session: Session, owner: Any) -> Calibration | None:
+    """Fill an empty session with what ``write`` saved; the calibration that its plans are by.
 
     Raises:
         CacheError: if the file is damaged, of another version, or was saved for another model,
@@ -69,6 +74,8 @@ def read(path: str | PathLike[str], session: Session, owner: Any) -> None:
             _check(path, said, owner)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         _fill(session, said, tensors, next(owner.model.parameters()).device)
+        given = said["calibration"]
+        return None if given is None else Calibration.from_json(given, Path(path))
     except CacheError:
         raise
     except (ArkvError, SafetensorError, OSError, ValueError, TypeError, KeyError) as error:

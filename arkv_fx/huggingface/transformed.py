@@ -76,6 +76,7 @@ class Transformed(Bound):
         names = ("forward", "_prepare_cache_for_generation", *CONTINUOUS)
         self.replaced = {n: model.__dict__[n] for n in names if n in model.__dict__}
         self.compiled = self.compiled_by(backend)
+        self.others: list[CompiledForward] = []  # of sequences from files
         self.watching = watch(model)
         self.model = model
         self.mask_name = "decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask"
@@ -121,6 +122,18 @@ class Transformed(Bound):
     def compiled_by(self, backend: ArkvBackend) -> CompiledForward:
         """The model's forward, compiled."""
         return CompiledForward(self.original, backend, self.name)
+
+    def under(self, calibration: Calibration | None) -> CompiledForward:
+        """The compiled forward of sequences whose plans are by ``calibration``."""
+        for known in (self.compiled, *self.others):
+            if known.calibration == calibration:
+                return known
+        backend = ArkvBackend(
+            self.config, calibration, compile=self.lowering, sliding=self.windows,
+            whole=self.backend.whole,
+        )  # fmt: skip
+        self.others.append(self.compiled_by(backend))
+        return self.others[-1]
 
     def _answer(self, cache: ArkvCache, kwargs: dict[str, Any]) -> Any:
         """A call with a cache: by the graphs that its sequence began with, or the newest."""

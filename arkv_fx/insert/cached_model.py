@@ -76,6 +76,10 @@ class Inserted(Bound):
         """That of sequences that begin."""
         return self.programs.calibration
 
+    def under(self, calibration: Calibration | None) -> Programs:
+        """Programs for sequences whose plans are by ``calibration``."""
+        return self.programs if calibration == self.calibration else Programs(calibration)
+
     def report(self) -> Report:
         """Every attention site seen so far: fused or not and why, slots and bytes."""
         found = [p.sites for p in self.programs.values()]

@@ -151,3 +151,21 @@ def test_under_autocast() -> None:
         again, _ = play(model, IDS)
     assert model.arkv.calibration is not None
     torch.testing.assert_close(first, again, rtol=0.05, atol=0.05)
+
+
+def test_a_saved_cache_goes_on_under_the_plan_that_it_began_with(tmp_path: Path) -> None:
+    """Whatever the model was calibrated on since, here or where it is loaded."""
+    path, model = tmp_path / "a.safetensors", transformed()
+    cache = ArkvCache(model)
+    with torch.no_grad():
+        model(IDS[:, :200], past_key_values=cache)  # too short to calibrate
+        cache.save(path)
+        expected = model(NEXT[:, :1], past_key_values=cache).logits
+        play(model, IDS)
+        assert model.arkv.calibration is not None
+        for other in (model, transformed(False), transformed()):
+            again = ArkvCache.load(path, other)
+            found = other(NEXT[:, :1], past_key_values=again).logits
+            torch.testing.assert_close(found, expected)
+        again.save(path)
+        ArkvCache.load(path, other)
