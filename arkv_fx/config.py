@@ -217,6 +217,8 @@ def _pairs(options: Any) -> tuple[tuple[str, float], ...]:
         number = int(value) if isinstance(value, bool) else value  # switches are 0 and 1
         read = Real().read(f"score_options {name}", number)
         found.append((name, number if isinstance(number, int) else read))
+    if len(dict(found)) < len(found):
+        refuse("score_options", options, f"{allowed}, each name once")
     return tuple(sorted(found))
 
 

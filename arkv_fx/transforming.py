@@ -11,7 +11,7 @@ from torch import nn
 
 from arkv_fx.calibration import Calibration, fingerprint
 from arkv_fx.config import ArkvConfig
-from arkv_fx.errors import TransformError
+from arkv_fx.errors import ConfigError, TransformError
 from arkv_fx.formats import get_format
 from arkv_fx.huggingface.layers import cached_layers, head_dims
 from arkv_fx.huggingface.model_caches import (
@@ -80,8 +80,8 @@ def transform(
         TransformError: if it is transformed already; with ``insert_cache``, if it has no causal
             self-attention or answers otherwise with a cache.
         CalibrationError: if the calibration is of another model.
-        ConfigError: for an argument of another type, or a head dimension that a format of
-            ``config`` cannot store.
+        ConfigError: for an argument of another type, ``sample`` without ``insert_cache``, or a head
+            dimension that a format of ``config`` cannot store.
 
     Example:
         >>> import torch, arkv_fx
@@ -100,6 +100,10 @@ def transform(
         require_type("calibration", calibration, (Calibration, type(None)), CALIBRATION)
     require_type("compile", compile, str, "'inductor', 'eager' or 'reduce-overhead'")
     require_type("insert_cache", insert_cache, bool, "True or False")
+    if sample is not None and not insert_cache:
+        raise ConfigError(
+            "sample: it says how to call a model with insert_cache=True, and that is off"
+        )
     config = config or ArkvConfig()
     part = model if insert_cache else generating_part(model)
     found = find(part, config) if calibration is None else calibration or None

@@ -78,6 +78,7 @@ def test_scalars_of_other_libraries_are_whole_numbers(name: str, number: Any) ->
         ({"taus": (1, 2, "x")}, r"taus=\(1, 2, 'x'\): must be three numbers > 0"),
         ({"score_options": {"decay": "x"}}, "score_options decay='x': must be a finite number"),
         ({"score_options": ["decay"]}, r"score_options=\['decay'\]: must be numbers by name"),
+        ({"score_options": [("decay", 0.9), ("decay", 0.5)]}, "score_options=.*each name once"),
         ({"score": ["mass"]}, r"score=\['mass'\] is of type list: give one of combined, mass"),
         ({"calibration": None}, "calibration=None: choose 'output'"),
         ({"budget": 64, "round_to": 100}, "round_to=100: must be no more than budget=64"),
@@ -116,6 +117,7 @@ def test_round_to_that_leaves_nothing_is_said() -> None:
         ({"calibration": "c.json"}, r"calibration='c.json' is of type str: .*Calibration\.load"),
         ({"compile": None}, "compile=None is of type NoneType: give 'inductor'"),
         ({"insert_cache": "no"}, "insert_cache='no' is of type str: give True or False"),
+        ({"sample": 3}, "sample: it says how to call a model with insert_cache=True"),
     ],
 )
 def test_transform_names_an_argument_of_another_type(
@@ -157,6 +159,14 @@ def test_a_sample_that_is_no_prompt_of_the_model_is_refused(
     with pytest.raises(CalibrationError, match=message):
         arkv_fx.calibrate(model, prompts, attention_mask=mask)
     assert not hasattr(model, "arkv")
+
+
+def test_a_sample_beyond_a_table_of_positions_is_refused() -> None:
+    model = random_model("gpt2", num_hidden_layers=1, max_position_embeddings=64)
+    long = IDS.repeat(1, 9)
+    with pytest.raises(CalibrationError, match="72 tokens, and the model has positions for 64"):
+        arkv_fx.calibrate(model, long)
+    read_samples(random_model("llama", max_position_embeddings=64), long, None)  # it rotates
 
 
 def test_what_a_sample_may_be() -> None:

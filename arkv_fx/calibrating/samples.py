@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from arkv_fx import texts
 from arkv_fx.errors import CalibrationError
-from arkv_fx.huggingface.layers import text_config
+from arkv_fx.huggingface.layers import most_positions, text_config
 from arkv_fx.options import short
 
 
@@ -83,6 +83,12 @@ def _check_prompt(model: nn.Module, which: str, prompt: Any) -> None:
         )
     if prompt.dtype not in (torch.int64, torch.int32):
         raise CalibrationError(f"{which} is {prompt.dtype}: token ids are torch.int64 or int32")
+    positions = most_positions(model)
+    if positions is not None and prompt.shape[1] > positions:
+        raise CalibrationError(
+            f"{which} has {prompt.shape[1]} tokens, and the model has positions for {positions}: "
+            "give a shorter prompt"
+        )
     table = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(table, "weight", None)
     if not isinstance(weight, Tensor):

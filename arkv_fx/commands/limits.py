@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ConfigError, EvaluationError
 from arkv_fx.evaluation.methods import FullCache
-from arkv_fx.huggingface.layers import text_config
+from arkv_fx.huggingface.layers import most_positions
 
 LARGE = 1 << 17
 """Tokens in a cache from which on it is asked whether memory holds them."""
@@ -22,10 +22,8 @@ def require_positions(model: PreTrainedModel, tokens: int) -> None:
     Raises:
         EvaluationError: saying how many there are.
     """
-    most = getattr(text_config(model), "max_position_embeddings", None)
-    tables = {m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    # Some tables begin with a row or two for padding. The last token is never fed.
-    if isinstance(most, int) and tokens - 1 > most and tables & {most, most + 1, most + 2}:
+    most = most_positions(model)
+    if most is not None and tokens - 1 > most:  # the last token is never fed
         raise EvaluationError(
             f"prompt and new tokens are {tokens}, and the model has positions for {most}: give a "
             "shorter prompt or a smaller --max-new-tokens"

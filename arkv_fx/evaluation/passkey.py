@@ -137,6 +137,8 @@ def passkey(
         EvaluationError: for a context that is too short or a filler that does not exist.
         ConfigError: for a method or size that cannot work.
     """
+    for filler in fillers:
+        _haystack(filler, 0)
     full = FullCache.of(model)
     device = next(model.parameters()).device
     methods, batch = list(dict.fromkeys(methods)), min(batch, prompts)

@@ -231,6 +231,15 @@ def only_linear(layers: list[Any]) -> list[bool]:
     ]
 
 
+def most_positions(model: nn.Module) -> int | None:
+    """How many positions a model with a table of them knows; None if it has none."""
+    most = getattr(text_config(model), "max_position_embeddings", None)
+    tables = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    # Some tables begin with a row or two for padding.
+    found = isinstance(most, int) and bool(tables & {most, most + 1, most + 2})
+    return most if found else None
+
+
 def tensors_of(layer: Any) -> list[Tensor]:
     """All tensors of a layer of transformers."""
     if isinstance(layer, CompressedLayer):
