@@ -10,7 +10,7 @@ from arkv_fx.calibrating import calibrate
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.evaluation.methods import get_method
-from arkv_fx.huggingface.first_prompt import calibrates
+from arkv_fx.huggingface.first_prompt import tells
 from arkv_fx.kept import options_of
 
 
@@ -29,13 +29,11 @@ def calibrations(
     Args:
         methods: name of the method by entry.
     """
-    made: dict[str, Calibration | None] = {}
+    made: dict[str, Calibration | None] = dict.fromkeys(configs)
     alike: dict[str, Calibration] = {}  # by the options that a calibration hangs on
-    for entry, config in configs.items():
-        made[entry] = given if get_method(methods[entry]).calibrated else None
-        if made[entry] is not None or not get_method(methods[entry]).calibrated:
-            continue
-        if calibrates(config, prompts.shape[1]):
+    for entry in (e for e in configs if get_method(methods[e]).calibrated):
+        made[entry], config = given, configs[entry]
+        if given is None and tells(config, prompts):
             kind = str(options_of(config))
             if kind not in alike:
                 alike[kind] = calibrate(model, prompts, config)

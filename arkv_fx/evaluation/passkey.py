@@ -124,7 +124,7 @@ def passkey(
         prompts: prompts for each filler, question and context.
         compression: bytes of a bf16 cache at the context divided by those allowed.
         calibration: used by the methods that take one; None: they are calibrated as
-            ``transform(model)`` does it by itself, on the first prompts.
+            ``transform(model)`` does it by itself, on the first prompts of prose.
         batch: prompts that run at a time.
         keys: pass keys in a text, of as many places; a prompt asks for one of them.
         after: the question comes when the text is in the cache: what is kept was chosen without it.
@@ -149,8 +149,9 @@ def passkey(
         for context in contexts
         for method in methods
     }
+    filler = "prose" if "prose" in fillers else fillers[0]  # what repeats itself tells nothing
     first = [
-        make_prompt(tokenizer, fillers[0], QUESTIONS[0], contexts[0], i, keys) for i in range(batch)
+        make_prompt(tokenizer, filler, QUESTIONS[0], contexts[0], i, keys) for i in range(batch)
     ]
     by_entry = calibrations(
         model, torch.stack([p.ids for p in first]).to(device), configs,
