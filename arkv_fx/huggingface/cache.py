@@ -71,7 +71,7 @@ class ArkvCache(Cache):
         super().__init__(layers=own_state(layers))
         self.claim_layers()
         self.session = Session(owner=transformed.name)
-        self.model_id, self.owner = id(transformed), weakref.ref(transformed)
+        self.owner = weakref.ref(transformed)
         self.handle = self.session.handle
         self.sliding = [window > 0 for window in windows(layers)]
         self.linear = only_linear(layers)
@@ -181,7 +181,7 @@ class ArkvCache(Cache):
             CacheError: saying which.
             NonFiniteError: if that is what stopped the step.
         """
-        if self.model_id != id(owner):
+        if self.owner() is not owner:
             raise CacheError(
                 f"this ArkvCache belongs to {self.session.owner}, not to {owner.name}: keys of one "
                 "model mean nothing to another; make one with ArkvCache(model)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -352,3 +353,16 @@ def test_a_decoders_text_that_is_read_twice_is_warned_of() -> None:
             assert len(found) == 1 and "holds 9 tokens" in found[0] and "ones_like" in found[0]
         else:
             assert not found and torch.equal(out, expected)
+
+
+def test_a_cache_from_before_a_second_transform_is_refused() -> None:
+    """The first transform is gone, and what came after may lie where it lay."""
+    model: Any = random_model("llama")
+    for _ in range(4):
+        cache = generate(arkv_fx.transform(model, CONFIG, compile="eager")).past_key_values
+        arkv_fx.restore(model)
+        gc.collect()
+        arkv_fx.transform(model, CONFIG, compile="eager")
+        with pytest.raises(CacheError, match="belongs to"), torch.no_grad():
+            model(ids()[:, :1], past_key_values=cache)
+        arkv_fx.restore(model)
