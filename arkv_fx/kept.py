@@ -33,11 +33,11 @@ def find(model: nn.Module, config: ArkvConfig) -> Calibration | None:
     if any(p.is_meta or isinstance(p, FakeTensor) for p in model.parameters()):
         return None
     kind = _kind(model, config)
-    if not any(any(folder.glob(f"{kind}-*.json")) for folder in (_folder(), SHIPPED)):
+    there = [path for folder in (_folder(), SHIPPED) for path in folder.glob(f"{kind}-*.json")]
+    if not there:
         return None
     whose = fingerprint(model)
-    paths = [folder / f"{kind}-{whose}.json" for folder in (_folder(), SHIPPED)]
-    path = next((path for path in paths if path.exists()), None)
+    path = next((path for path in there if path.name == f"{kind}-{whose}.json"), None)
     if path is None:
         return None
     try:

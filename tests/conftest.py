@@ -39,6 +39,17 @@ def plans_as_asked_for() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Prompts calibrate after all, and what they told is found; where it is kept."""
+    from arkv_fx import kept
+
+    monkeypatch.setenv("ARKV_CACHE", str(tmp_path))
+    monkeypatch.setattr("arkv_fx.transforming.find", kept.find)
+    monkeypatch.setattr("arkv_fx.huggingface.first_prompt.LEAST", 256)
+    return tmp_path / "calibrations"
+
+
 @pytest.fixture(autouse=True, scope="module")
 def no_graphs_left_over() -> Iterator[None]:
     """Dynamo counts recompilations per code object, and all transformers models share theirs."""

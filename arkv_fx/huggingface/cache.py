@@ -114,7 +114,7 @@ class ArkvCache(Cache):
             what = "its model is gone" if owner is None else "recurrent states are not"
             raise CacheError(f"the cache cannot be saved: {what}")
         self.require(owner)
-        began = owner.under(owner.calibration) if self.compiled is None else self.compiled
+        began = owner if self.compiled is None else self.compiled
         write(path, self.session, owner, began.calibration)
 
     @classmethod

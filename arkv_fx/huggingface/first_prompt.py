@@ -34,20 +34,17 @@ PHRASE, NEW = 8, 0.5
 """Of its phrases of so many tokens, each beginning at another token, so large a part differs."""
 
 
-def calibrates(config: ArkvConfig, tokens: int) -> bool:
-    """Whether a prompt of so many tokens tells what layers need: some are evicted, others not."""
-    room = config.budget or config.context / (config.compression or config.context)
-    return config.calibration == "output" and max(LEAST, room + 1) <= tokens <= MOST
-
-
 def tells(config: ArkvConfig, ids: Tensor, mask: Tensor | None = None) -> bool:
-    """Whether each row of a prompt [B, T] has enough real tokens, and is no warm-up that repeats
-    itself.
+    """Whether each row of a prompt [B, T] has so many real tokens that some are evicted, and is no
+    warm-up that repeats itself.
     """
+    room = config.budget or config.context / (config.compression or config.context)
+    if config.calibration != "output":
+        return False
     for row, tokens in enumerate(ids):
         if mask is not None:
             tokens = tokens[mask[row].bool()]
-        if not calibrates(config, len(tokens)):
+        if not max(LEAST, room + 1) <= len(tokens) <= MOST:
             return False
         phrases = tokens.unfold(0, PHRASE, 1)
         if len(phrases.unique(dim=0)) < NEW * len(phrases):
@@ -116,10 +113,7 @@ def serve(owner: Transformed, cache: ArkvCache, kwargs: dict[str, Any], tokens: 
         cache.reset()
         cache.session.mask = mask
         return None
-    owner.calibration = calibration
-    new = ArkvBackend(
-        owner.config, calibration, compile=owner.lowering, sliding=owner.windows, whole=old.whole
-    )
+    new = owner.another_backend(calibration)
     # What was left alone there stays so.
     alone = [[s for s in sites if s.source and s.reason] for sites in (*old.sites, *backend.sites)]
     new.sites = [sites for sites in alone if sites]

@@ -61,7 +61,7 @@ class Transformed(Bound):
         learns: bool = False,
     ) -> None:
         self.name = f"{type(model).__name__}#{id(model):x}"
-        self.config, self.calibration, self.lowering = config, calibration, compile
+        self.config, self.lowering = config, compile
         self.learns = learns  # from the first long prompt
         self.text_config = text_config(model)
         self.open_attention = OpenAttention(self.text_config)
@@ -101,6 +101,11 @@ class Transformed(Bound):
         """What compiles the graphs of sequences that begin."""
         return self.compiled.backend
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """That of sequences that begin."""
+        return self.compiled.calibration
+
     def report(self) -> Report:
         """Every attention site seen so far: fused or not and why, slots and bytes.
 
@@ -128,12 +133,15 @@ class Transformed(Bound):
         for known in (self.compiled, *self.others):
             if known.calibration == calibration:
                 return known
-        backend = ArkvBackend(
+        self.others.append(self.compiled_by(self.another_backend(calibration)))
+        return self.others[-1]
+
+    def another_backend(self, calibration: Calibration | None) -> ArkvBackend:
+        """One like ``backend``, with plans by ``calibration``."""
+        return ArkvBackend(
             self.config, calibration, compile=self.lowering, sliding=self.windows,
             whole=self.backend.whole,
         )  # fmt: skip
-        self.others.append(self.compiled_by(backend))
-        return self.others[-1]
 
     def _answer(self, cache: ArkvCache, kwargs: dict[str, Any]) -> Any:
         """A call with a cache: by the graphs that its sequence began with, or the newest."""

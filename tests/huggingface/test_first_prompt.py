@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import arkv_fx
-from arkv_fx import ArkvCache, kept
+from arkv_fx import ArkvCache
 from arkv_fx.calibration import Calibration
 from arkv_fx.config import ArkvConfig
 from arkv_fx.huggingface import first_prompt
@@ -21,12 +21,7 @@ IDS = torch.randint(1, 128, (2, 300), generator=torch.Generator().manual_seed(0)
 NEXT = torch.randint(1, 128, (2, 3), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(autouse=True)
-def as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ARKV_CACHE", str(tmp_path))
-    monkeypatch.setattr("arkv_fx.transforming.find", kept.find)
-    monkeypatch.setattr(first_prompt, "LEAST", 256)
-    return tmp_path / "calibrations"
+pytestmark = pytest.mark.usefixtures("as_it_comes")
 
 
 def transformed(calibration: Any = None, arch: str = "llama") -> Any:

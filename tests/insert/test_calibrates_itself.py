@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,19 +12,13 @@ from models_outside.nano_gpt import GPT, GPTConfig
 from models_outside.sample import random_weights
 
 import arkv_fx
-from arkv_fx import ArkvCache, ArkvConfig, kept
+from arkv_fx import ArkvCache, ArkvConfig
 from arkv_fx.errors import TransformError
-from arkv_fx.huggingface import first_prompt
 
 CONFIG = ArkvConfig(compression=4.0, context=300, window=8, sinks=2, round_to=1)
 IDS = torch.randint(0, 64, (1, 300), generator=torch.Generator().manual_seed(0))
 
-
-@pytest.fixture(autouse=True)
-def as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ARKV_CACHE", str(tmp_path))
-    monkeypatch.setattr("arkv_fx.transforming.find", kept.find)
-    monkeypatch.setattr(first_prompt, "LEAST", 256)
+pytestmark = pytest.mark.usefixtures("as_it_comes")
 
 
 def inserted(calibration: Any = None, compile: str = "eager") -> Any:
