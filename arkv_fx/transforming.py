@@ -60,7 +60,8 @@ def transform(
             uncompressed), which is kept, too; the logger "arkv_fx" says which. False, and until
             then: all layers have equal budgets, and ``config.oq_ratio``.
         compile: "inductor" to compile the rewritten graph, once for all layers of one shape;
-            "eager" to run it as it is, with the reference operators; "reduce-overhead" for
+            "eager" to run it as it is, with the fastest kernel of the device; "reference" for
+            that with plain torch operators, which define the result; "reduce-overhead" for
             "inductor" with decode steps replayed from a CUDA graph, as in torch.compile: from a
             sequence's second decoded token on. The memory of a sequence that has ended is kept for
             the next. Where steps cannot be recorded ``model.arkv.report()`` says why.

@@ -189,18 +189,20 @@ def test_a_lost_token_or_a_wrong_value_is_noticed() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", ["single", "padded"])
 def test_lowerings_agree_while_evicting(batch: str) -> None:
-    """Generated code quantizes, ranks and evicts as the reference does, token by token."""
+    """Kernels and generated code quantize, rank and evict as the reference, token by token."""
     config = ArkvConfig(budget=28, window=4, sinks=2)
     ids, mask = prompts()[batch]
     answers, held = [], []
-    for compile in ("eager", "inductor"):
+    for compile in ("reference", "eager", "inductor"):
         model = models.random_model("llama", num_hidden_layers=1, tie_word_embeddings=False)
         transform(model, config, compile=compile)
         cache = ArkvCache(model)
         answers.append(loop(model, ids, mask, cache))
         held.append([s.pos.sort(-1).values for s in cache.session.layers[0].view().segments])
-    compare(answers[1], answers[0])
-    assert all(torch.equal(a, b) for a, b in zip(*held, strict=True)), "other tokens are held"
+    for answer, tokens in zip(answers[1:], held[1:], strict=True):
+        compare(answer, answers[0])
+        pairs = zip(tokens, held[0], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), "other tokens are held"
     full = models.random_model("llama", num_hidden_layers=1, tie_word_embeddings=False)
     with pytest.raises(AssertionError):  # else nothing was evicted
         compare(answers[0], loop(full, ids, mask, DynamicCache(config=full.config)))

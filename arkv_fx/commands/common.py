@@ -38,6 +38,7 @@ class Lowering(StrEnum):
     eager = "eager"
     inductor = "inductor"
     reduce_overhead = "reduce-overhead"
+    reference = "reference"
 
 
 def writable(path: Path | None) -> Path | None:

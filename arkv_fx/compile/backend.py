@@ -17,6 +17,7 @@ from arkv_fx.calibration import Calibration
 from arkv_fx.compile.pieces import Compiled, compile_graph, compile_pieces, slower_kernels
 from arkv_fx.compile.replay import Replay, notes
 from arkv_fx.compile.replay_inputs import numbers_as_tensors
+from arkv_fx.compile.uncompiled import UNCOMPILED, run_as_it_is
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import UnknownOptionError
 from arkv_fx.options import require_type
@@ -29,7 +30,7 @@ from arkv_fx.state.anchors import Anchors
 from arkv_fx.state.buffers import Buffers, first_position
 from arkv_fx.state.session import LayerState, Session, check_finite, find_session
 
-LOWERINGS = ("inductor", "eager", "reduce-overhead")
+LOWERINGS = ("inductor", *UNCOMPILED, "reduce-overhead")
 """``reduce-overhead`` is ``inductor`` with decode steps replayed from CUDA graphs, on a GPU."""
 
 
@@ -105,7 +106,7 @@ class ArkvBackend:
     def notes(self) -> list[str]:
         """What the report says beside the sites: steps not replayed, kernels that lack a format."""
         found = notes(self.replays)
-        if self.lowering == "inductor":
+        if self.lowering != "reference":
             found += slower_kernels(site for sites in self.sites for site in sites)
         return found
 
@@ -119,8 +120,8 @@ class ArkvBackend:
         return run
 
     def _lower(self, graph: GraphModule, inputs: list[Any], fused: bool) -> Compiled:
-        if self.lowering == "eager" or self.stand_in is not None:
-            return graph.forward
+        if self.lowering in UNCOMPILED or self.stand_in is not None:
+            return run_as_it_is(graph, self.lowering)
         if not fused:
             return compile_graph(graph, inputs)
         return compile_pieces(graph, inputs, self.probe)

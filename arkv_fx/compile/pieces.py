@@ -30,6 +30,7 @@ from torch.fx.passes.split_module import split_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
+from arkv_fx.compile.uncompiled import ATTENTIONS
 from arkv_fx.formats import FORMATS
 from arkv_fx.kernels import KERNELS, get_direct_step, missing_forms, usable
 from arkv_fx.kernels.softmax import Knobs
@@ -43,7 +44,6 @@ from arkv_fx.state.journal import current
 
 Compiled = Callable[..., Any]
 ATTEND = torch.ops.arkv.attend.default
-ATTENTIONS = (ATTEND, torch.ops.arkv.peek.default)
 
 # Moving a tensor's reads behind its update makes Inductor copy the tensor: all of a tier's codes.
 # A product and its sum are one instruction, with one rounding, where the compiler may join them.

@@ -59,7 +59,7 @@ def capture(
     """
     check_model(model)
     _check_kind(model)
-    transform(model, config, calibration or False, compile="eager")
+    transform(model, config, calibration or False, compile="reference")
     try:
         return _Tracer(model, config, calibration, batch).trace()
     finally:
@@ -90,7 +90,7 @@ class _Tracer:
         state: Transformed = model.arkv  # type: ignore[assignment]
         old = state.backend
         self.recorder = _Recorder(
-            config, calibration, compile="eager", sliding=old.sliding, whole=old.whole
+            config, calibration, compile="reference", sliding=old.sliding, whole=old.whole
         )
         state.compiled = CompiledForward(state.original, self.recorder, state.name, fullgraph=True)
         if "position_ids" not in state.parameters:

@@ -29,7 +29,7 @@ def capture_inserted(
             position to its logits, which reach over the whole text.
         TransformError: if no cache can be inserted.
     """
-    insert(model, config, calibration, "eager", sample_ids(model, batch))
+    insert(model, config, calibration, "reference", sample_ids(model, batch))
     try:
         state: Inserted = model.arkv  # type: ignore[assignment]
         graph, _, biased = state.captured[0]
@@ -44,7 +44,7 @@ def capture_inserted(
             raise ExportError(f"{state.name}: its forward takes more than token ids")
         names = names_of(model)
         first, later = (
-            build(graph, config, calibration, "eager", fresh=fresh) for fresh in (True, False)
+            build(graph, config, calibration, "reference", fresh=fresh) for fresh in (True, False)
         )
         held = {name: where[key] for name, (where, key) in graph.held.items()}
         bound = graph.bounds.get(first.tokens)

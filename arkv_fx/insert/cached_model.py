@@ -21,6 +21,7 @@ from arkv_fx.calibration import Calibration
 from arkv_fx.compile.backend import LOWERINGS
 from arkv_fx.compile.pieces import slower_kernels
 from arkv_fx.compile.replay import notes
+from arkv_fx.compile.uncompiled import UNCOMPILED
 from arkv_fx.config import ArkvConfig
 from arkv_fx.costs.waiting import Waiting
 from arkv_fx.errors import CacheError, CalibrationError, TransformError, UnknownOptionError
@@ -88,7 +89,7 @@ class Inserted(Bound):
         ]
         replays = [p.replay for p in self.programs.values() if p.replay is not None]
         said = notes(replays)
-        if self.lowering != "eager":
+        if self.lowering != "reference":
             said += slower_kernels(site for sites in found for site in sites)
         return Report.of(found, self.config, said)
 
@@ -167,8 +168,8 @@ class Inserted(Bound):
             raise TransformError("call model.eval() first: a cache is for inference")
         graph = capture(self.model, self.original, args, kwargs)
         self.parts = _parts(self.model)
-        first = build(graph, ROOMY, None, "eager", fresh=True)
-        later = build(graph, ROOMY, None, "eager", fresh=False, columns=2 * SAMPLE)
+        first = build(graph, ROOMY, None, "reference", fresh=True)
+        later = build(graph, ROOMY, None, "reference", fresh=False, columns=2 * SAMPLE)
         self_check(self.name, self.original, graph, (first, later), leaves)
         self.captured.append((graph, first.tokens, first.biased))
 
@@ -194,7 +195,7 @@ class Inserted(Bound):
             columns = max(FEWEST_COLUMNS, 1 << (total - 1).bit_length())
             columns += columns == graph.traced(tokens)  # equal extents would be taken for the same
         # What is run as it is does not care whether one token comes or many.
-        key = (index, fresh, one and self.lowering != "eager", columns)
+        key = (index, fresh, one and self.lowering not in UNCOMPILED, columns)
         if key not in programs:
             programs[key] = build(
                 graph, self.config, programs.calibration, self.lowering,

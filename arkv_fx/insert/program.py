@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 from arkv_fx.calibration import Calibration
 from arkv_fx.compile.pieces import Compiled, compile_pieces
 from arkv_fx.compile.replay import Replay
+from arkv_fx.compile.uncompiled import UNCOMPILED, run_as_it_is
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import TransformError
 from arkv_fx.insert.tracing import Captured
@@ -114,8 +115,8 @@ def build(
         lines = [f"  {s.name}: {s.reason}" for s in refused or context.sites]
         lines = lines or ["  it has no attention that the passes know"]
         raise TransformError(f"{what}; the model is left as it was\n" + "\n".join(lines))
-    if lowering == "eager":
-        return Program(work, work.forward, context, insertion)
+    if lowering in UNCOMPILED:
+        return Program(work, run_as_it_is(work, lowering), context, insertion)
     inputs = _fakes(work, insertion.tokens, one)
     if one:
         _fix_extents(work, insertion.tokens)

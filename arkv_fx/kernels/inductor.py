@@ -94,4 +94,4 @@ def written(x: Tensor) -> Tensor:
     return x.as_strided(x.size(), x.stride())
 
 
-KERNEL = Kernel("inductor", attend_one, priority=10)
+KERNEL = Kernel("inductor", attend_one, priority=10, for_inductor=True)

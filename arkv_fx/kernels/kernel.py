@@ -108,6 +108,7 @@ class Kernel:
     What is None is done as the reference does it. ``obstacle`` says why the kernel cannot run on a
     device, "" if it can; ``lacks`` names the codecs of a plan that it has no form of. Of those that
     can run, the one of the highest ``priority`` is taken; without one it must be asked for.
+    ``for_inductor``: it is written to be compiled, and slower than the reference if it is not.
     ``encode`` makes the codes of a prompt, ``writer`` stores one token, ``step`` makes whole steps.
     """
 
@@ -119,3 +120,4 @@ class Kernel:
     encode: Encoder | None = None
     writer: Writer | None = None
     step: WholeStep | None = None
+    for_inductor: bool = False

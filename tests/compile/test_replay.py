@@ -44,7 +44,7 @@ def recorded(model: PreTrainedModel, config: ArkvConfig = SMALL) -> list[Replay]
     """Transform so that steps are recorded as torch runs them; the list fills as graphs come."""
     transform(model, config, compile="reduce-overhead")
     backend: ArkvBackend = model.arkv.backend
-    backend.lowering = "eager"
+    backend.lowering = "reference"
     return backend.replays
 
 
@@ -71,7 +71,7 @@ CALLS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def expected() -> dict[str, list[list[int]]]:
     model = models.random_model("llama")
-    transform(model, SMALL, compile="eager")
+    transform(model, SMALL, compile="reference")
     return {name: generate(model, **call) for name, call in CALLS.items()}
 
 
@@ -132,7 +132,7 @@ def decode(model: PreTrainedModel, cache: ArkvCache, steps: int, length: int = 6
 
 def test_sequences_in_turn_have_recordings_of_their_own() -> None:
     model = models.random_model("llama")
-    transform(model, SMALL, compile="eager")
+    transform(model, SMALL, compile="reference")
     alone = [decode(model, ArkvCache(model), NEW, length) for length in (60, 40)]
     restore(model)
     replays = recorded(model)
@@ -184,7 +184,7 @@ def test_moved_weights_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mask_that_grows_is_named() -> None:
     """Bloom's biases are made of the mask, which has a column for every token."""
     model = tiny_model("bloom")
-    transform(model, SMALL, compile="eager")
+    transform(model, SMALL, compile="reference")
     want = generate(model, **CALLS["padding"])
     restore(model)
     recorded(model)
@@ -196,7 +196,7 @@ def test_a_mask_that_grows_is_named() -> None:
 def test_a_cache_that_is_written_in_place_is_named() -> None:
     """Linear attention has its own state, which the graph writes to."""
     model = tiny_model("qwen3_next")
-    transform(model, SMALL, compile="eager")
+    transform(model, SMALL, compile="reference")
     want = generate(model, prompt())
     restore(model)
     recorded(model)
@@ -246,7 +246,7 @@ def test_static_buffers() -> None:
     with torch.no_grad():
         full = model(tokens, positions)
         backend = ArkvBackend(ROOMY, compile="reduce-overhead")
-        backend.lowering = "eager"
+        backend.lowering = "reference"
         compiled = torch.compile(model, backend=backend)
         found = [compiled(tokens[:, :10].contiguous(), positions[:10])]
         for i in range(10, TOTAL):

@@ -38,7 +38,7 @@ class Subject:
         self.unstable: list[int] = []
         torch._dynamo.reset()
         self.plain = build(group.architecture, group.settings, group.dtype, group.attention)
-        self.model = transform(copy.deepcopy(self.plain), group.config, compile="eager")
+        self.model = transform(copy.deepcopy(self.plain), group.config, compile="reference")
         if group.kind == "lowered":
             self.lowered = transform(copy.deepcopy(self.plain), group.config, compile="inductor")
 
