@@ -13,6 +13,7 @@ from arkv_fx.calibration import Calibration, fingerprint
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ConfigError, TransformError
 from arkv_fx.formats import get_format
+from arkv_fx.huggingface.first_prompt import unsettled
 from arkv_fx.huggingface.layers import cached_layers, head_dims
 from arkv_fx.huggingface.model_caches import (
     CONTINUOUS,
@@ -56,9 +57,9 @@ def transform(
         config: budget, formats and ranking; the default is a quarter of the bytes at 4096 tokens.
         calibration: what each layer is given, from ``arkv_fx.calibrate``. None: what
             ``calibrate(model, tokenizer=...)`` kept for these weights and options, else what the
-            first prompt tells that is long enough (256 tokens, and more than the budget holds
-            uncompressed), which is kept, too; the logger "arkv_fx" says which. False, and until
-            then: all layers have equal budgets, and ``config.oq_ratio``.
+            first prompt tells that is long enough (512 tokens; once more the first of 2048), which
+            is kept, too; the logger "arkv_fx" says which. False, and until then: all layers have
+            equal budgets, and ``config.oq_ratio``.
         compile: "inductor" to compile the rewritten graph, once for all layers of one shape;
             "eager" to run it as it is, with the fastest kernel of the device; "reference" for
             that with plain torch operators, which define the result; "reduce-overhead" for
@@ -108,7 +109,7 @@ def transform(
     config = config or ArkvConfig()
     part = model if insert_cache else generating_part(model)
     found = find(part, config) if calibration is None else calibration or None
-    learns = calibration is None and found is None
+    learns = calibration is None and unsettled(found)
     if calibration:
         calibration.check(fingerprint(part), len(cached_layers(part)) or None)
     if insert_cache:

@@ -28,23 +28,32 @@ if TYPE_CHECKING:
     from arkv_fx.huggingface.transformed import Transformed
 
 log = get_logger("calibration")
-LEAST, MOST = 256, 16384
+LEAST, MOST = 512, 16384
 """Tokens of a prompt that calibrates: fewer say little, of more the full cache may not fit."""
+ENOUGH = 2048
+"""What fewer tokens told is replaced by what the first prompt of so many tells."""
 PHRASE, NEW = 8, 0.5
 """Of its phrases of so many tokens, each beginning at another token, so large a part differs."""
 
 
-def tells(config: ArkvConfig, ids: Tensor, mask: Tensor | None = None) -> bool:
-    """Whether each row of a prompt [B, T] has so many real tokens that some are evicted, and is no
-    warm-up that repeats itself.
+def unsettled(calibration: Calibration | None) -> bool:
+    """Whether a longer prompt would tell more than those of a calibration, if there is one."""
+    return calibration is None or sum(calibration.samples) < ENOUGH
+
+
+def tells(
+    config: ArkvConfig, ids: Tensor, mask: Tensor | None = None, known: Calibration | None = None
+) -> bool:
+    """Whether each row of a prompt [B, T] has enough real tokens, and is no warm-up that repeats
+    itself; ``known`` is what the model is calibrated by.
     """
-    room = config.budget or config.context / (config.compression or config.context)
-    if config.calibration != "output":
+    least = LEAST if known is None else max(LEAST, ENOUGH)
+    if config.calibration != "output" or not unsettled(known):
         return False
     for row, tokens in enumerate(ids):
         if mask is not None:
             tokens = tokens[mask[row].bool()]
-        if not max(LEAST, room + 1) <= len(tokens) <= MOST:
+        if not least <= len(tokens) <= MOST:
             return False
         phrases = tokens.unfold(0, PHRASE, 1)
         if len(phrases.unique(dim=0)) < NEW * len(phrases):
@@ -53,8 +62,9 @@ def tells(config: ArkvConfig, ids: Tensor, mask: Tensor | None = None) -> bool:
 
 
 def begins(
-    config: ArkvConfig, cache: ArkvCache, ids: Tensor | None, mask: Tensor | None = None
-) -> bool:
+    config: ArkvConfig, cache: ArkvCache, ids: Tensor | None, mask: Tensor | None = None,
+    known: Calibration | None = None,
+) -> bool:  # fmt: skip
     """Whether a prompt [B, T] that tells something begins a sequence; ``mask`` is 0 at padding."""
     return (
         cache.seen == 0
@@ -62,7 +72,7 @@ def begins(
         # Each rank would find a plan of its own.
         and not (torch.distributed.is_available() and torch.distributed.is_initialized())
         and ids is not None
-        and tells(config, ids, mask)
+        and tells(config, ids, mask, known)
     )
 
 
@@ -70,7 +80,8 @@ def wanted(owner: Transformed, cache: ArkvCache, ids: Tensor) -> bool:
     """Whether a call is the beginning of a sequence that can calibrate the model."""
     mask = cache.session.mask
     mask = mask if mask is not None and mask.shape == ids.shape else None
-    return begins(owner.config, cache, ids, mask) and not is_encoder_decoder(owner.model)
+    known = owner.compiled.calibration
+    return begins(owner.config, cache, ids, mask, known) and not is_encoder_decoder(owner.model)
 
 
 def concluded(

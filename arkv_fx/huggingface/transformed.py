@@ -155,6 +155,7 @@ class Transformed(Bound):
                 self.learns = True
                 raise
             if out is not None:
+                self.learns = first_prompt.unsettled(self.compiled.calibration)
                 cache.compiled = self.compiled
                 return out
         if cache.seen == 0 or cache.compiled is None:

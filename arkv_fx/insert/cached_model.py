@@ -118,9 +118,10 @@ class Inserted(Bound):
         inputs, out = graph.inputs(leaves), None
         ids = _ids(graph, tokens, leaves)
         with self.lock:
-            if self.learns and first_prompt.begins(self.config, cache, ids):
+            known = self.programs.calibration
+            if self.learns and first_prompt.begins(self.config, cache, ids, known=known):
                 out = self._learn(graph, inputs, cache, length)
-                self.learns = False
+                self.learns = out is not None and first_prompt.unsettled(self.calibration)
         if cache.seen == 0 or cache.compiled is None:
             cache.compiled = self.programs
         cache.session.tokens = -1  # in doubt until the whole step is done

@@ -24,8 +24,8 @@ NEXT = torch.randint(1, 128, (2, 3), generator=torch.Generator().manual_seed(1))
 pytestmark = pytest.mark.usefixtures("as_it_comes")
 
 
-def transformed(calibration: Any = None, arch: str = "llama") -> Any:
-    return arkv_fx.transform(random_model(arch), CONFIG, calibration, compile="eager")
+def transformed(calibration: Any = None, arch: str = "llama", **changes: Any) -> Any:
+    return arkv_fx.transform(random_model(arch, **changes), CONFIG, calibration, compile="eager")
 
 
 @torch.no_grad()
@@ -79,6 +79,28 @@ def test_a_cache_that_lives_goes_on_under_its_plan() -> None:
         assert model.arkv.calibration is not None
         out += [model(NEXT[:, i, None], past_key_values=cache).logits for i in range(3)]
     torch.testing.assert_close(torch.cat(out, 1), plain)
+
+
+def test_a_longer_prompt_tells_more(as_it_comes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What few tokens told is replaced once, in the model and in what is kept."""
+    monkeypatch.setattr(first_prompt, "LEAST", 100)
+    monkeypatch.setattr(first_prompt, "ENOUGH", 250)
+    model, other = transformed(num_hidden_layers=1), IDS.flip(0)
+    samples = []
+    for ids in (IDS[:, :120], other[:, :120], IDS, other):
+        with torch.no_grad():
+            model(ids)
+        (file,) = as_it_comes.iterdir()
+        assert Calibration.load(file) == model.arkv.calibration
+        samples.append(model.arkv.calibration.samples)
+    assert samples == [(120,), (120,), (300,), (300,)]
+    settled = model.arkv.calibration
+    monkeypatch.setattr(first_prompt, "ENOUGH", 301)
+    again = transformed(num_hidden_layers=1)
+    assert again.arkv.calibration == settled
+    with torch.no_grad():
+        again(torch.cat([other, IDS[:, :1]], 1))
+    assert again.arkv.calibration.samples == (301,), "nor is what was found the last word"
 
 
 def test_the_plain_plan_stays_plain(as_it_comes: Path) -> None:
