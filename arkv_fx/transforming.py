@@ -57,7 +57,7 @@ def transform(
         config: budget, formats and ranking; the default is a quarter of the bytes at 4096 tokens.
         calibration: what each layer is given, from ``arkv_fx.calibrate``. None: what
             ``calibrate(model, tokenizer=...)`` kept for these weights and options, else what the
-            first prompt tells that is long enough (512 tokens; once more the first of 2048), which
+            first prompt tells that is long enough (1024 tokens; once more the first of 2048), which
             is kept, too; the logger "arkv_fx" says which. False, and until then: all layers have
             equal budgets, and ``config.oq_ratio``.
         compile: "inductor" to compile the rewritten graph, once for all layers of one shape;

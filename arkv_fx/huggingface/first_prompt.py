@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from arkv_fx.huggingface.transformed import Transformed
 
 log = get_logger("calibration")
-LEAST, MOST = 512, 16384
+LEAST, MOST = 1024, 16384
 """Tokens of a prompt that calibrates: fewer say little, of more the full cache may not fit."""
 ENOUGH = 2048
 """What fewer tokens told is replaced by what the first prompt of so many tells."""
