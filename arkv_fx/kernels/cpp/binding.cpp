@@ -142,7 +142,8 @@ void balance(Call& call, const float* scale) {
 void run_step(Call& call, Addresses state, const int64_t* codecs, int64_t n,
               const int64_t* options, const double* weights) {
   Score score{};
-  score.has_mass = options[3], score.has_norm = options[4], score.has_novelty = options[5];
+  score.has_mass = options[3], score.mass = options[3] == 2 ? F32 : F16;
+  score.has_norm = options[4], score.has_novelty = options[5];
   score.use_age = options[6], score.log2_decay = weights[0], score.margin = weights[1];
   State held{};
   held.count = (int32_t*)*state++, held.seen = (int32_t*)*state++, held.bad = (int32_t*)*state++;
@@ -150,9 +151,9 @@ void run_step(Call& call, Addresses state, const int64_t* codecs, int64_t n,
   if (options[7]) balance(call, (const float*)*state++);
   if (options[2]) call.centre = (float*)*state++;
   held.pos = (int32_t*)*state++;
-  if (score.has_mass) held.stats.mass = (float*)*state++;
+  if (score.has_mass) held.stats.mass = *state++;
   if (score.has_norm) held.stats.norm = (uint16_t*)*state++;
-  if (score.has_novelty) held.stats.novelty = (int16_t*)*state++;
+  if (score.has_novelty) held.stats.novelty = (int8_t*)*state++;
   add_segments(call, codecs, n, held.pos, state);
   call.position = held.seen, call.sliding = options[1], call.out_dtype = call.dtype;
   Step(call, held, score, options[0]).run();
