@@ -9,7 +9,7 @@
 struct State {
   int32_t *count, *seen, *bad;  // [B]
   float* key_sum;               // [B, H, Dk], null without novelty
-  int32_t* pos;                 // [B, H, N]
+  Positions pos;                // [B, H, N]
   Stats stats;                  // likewise
 };
 
@@ -167,7 +167,8 @@ class Step {
   // Position and statistics go in at slot `at` of all, what was there into `gone`.
   void exchange(int64_t at, const Token& token, Token& gone) {
     const Stats& stats = state.stats;
-    gone.pos = std::exchange(state.pos[at], token.pos);
+    gone.pos = state.pos[at];
+    state.pos.set(at, token.pos);
     if (score.has_mass) {
       const int64_t bytes = width(score.mass, 1);
       std::memcpy(gone.mass, stats.mass + at * bytes, bytes);
@@ -182,7 +183,7 @@ class Step {
     const Stats& stats = state.stats;
     c.count = n + 1;
     const int64_t end = whole(c.count, Candidates::STEP);
-    std::copy(state.pos + start, state.pos + start + n, c.pos);
+    state.pos.read(start, n, c.pos);
     std::fill(c.pos + n, c.pos + end, -1);
     c.pos[n] = token.pos;
     auto fill = [&](bool has, int64_t codec, const void* from, const void* own, float* to) {

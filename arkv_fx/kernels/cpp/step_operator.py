@@ -23,8 +23,8 @@ class Constants(NamedTuple):
     """What a plan fixes of the operator's arguments.
 
     ``options`` are sinks, sliding window, and 0 or 1 each for: a centre, the statistics mass (2 in
-    float32), norm and novelty, masses normalised for age, balanced channels; ``weights`` the binary
-    logarithm of the decay and the margin.
+    float32), norm and novelty, masses normalised for age, balanced channels, positions in int16;
+    ``weights`` the binary logarithm of the decay and the margin.
     """
 
     codecs: list[int]
@@ -40,7 +40,8 @@ def constants_of(plan: LayerPlan) -> Constants | None:
         return None
     held = {f.name: f.dtype for f in policy.slot_fields}
     has = [STATISTICS[n].index(held[n]) + 1 if n in held else 0 for n in STATISTICS]
-    options = [plan.sinks, plan.sliding, int(plan.centred), *has, int(rank.age), int(plan.balanced)]
+    flags = [rank.age, plan.balanced, plan.short_positions]
+    options = [plan.sinks, plan.sliding, int(plan.centred), *has, *map(int, flags)]
     return Constants(numbers, options, [log2_of(rank.decay), rank.margin])
 
 
