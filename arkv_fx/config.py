@@ -41,7 +41,9 @@ class ArkvConfig:
     Args:
         compression: bytes of the full cache in the model's dtype at ``context`` tokens, divided
             by the bytes that our cache may hold (its scales, scores and positions included).
-        context: tokens at which ``compression`` is meant, and at which a calibration is solved.
+        context: tokens at which ``compression`` is meant, and at which a calibration is solved. For
+            texts of 32768 tokens and more it has to be as large, or the model's
+            ``max_position_embeddings`` is: below, positions are kept in two bytes.
         budget: tokens kept per kv head and layer, sinks and window included (the paper's budget).
         bytes: bytes kept per layer and sequence.
         tiers: storage formats of the tiers beyond the window, most precise first: ``(Original,

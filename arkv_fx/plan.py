@@ -18,6 +18,14 @@ from arkv_fx.formats import Field, Format, get_format
 from arkv_fx.registry import forgets
 from arkv_fx.scores import Score, make_score
 
+SHORT = 2**15
+"""So many tokens of a sequence, their positions from 0 on, int16 can number."""
+
+
+def limit_of(positions: int | None) -> int | None:
+    """``SHORT`` where sequences are meant to have fewer tokens, None where more or nobody knows."""
+    return SHORT if positions is not None and positions < SHORT else None
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -56,7 +64,8 @@ class LayerPlan:
     without it: less their ``centre``, the mean key of the first tokens, fixed when the first token
     leaves the ring (KIVI, arXiv 2402.02750, reaches the same by quantizing keys by channel).
     ``balanced``: keys are divided, queries multiplied by a number for each channel, see
-    ``arkv_fx.ops.balance``.
+    ``arkv_fx.ops.balance``. ``short_positions``: a slot's position is int16 and not int32, so that
+    no sequence may have more tokens than ``limit``; who runs a model sees to that.
     """
 
     heads: int
@@ -71,6 +80,7 @@ class LayerPlan:
     score_options: tuple[tuple[str, float], ...] = ()
     window_format: str = "native"
     balanced: bool = False
+    short_positions: bool = False
 
     @property
     def ring(self) -> int:
@@ -81,6 +91,16 @@ class LayerPlan:
     def slots(self) -> int:
         """All slots of one kv head."""
         return self.ring + sum(t.slots for t in self.tiers)
+
+    @property
+    def limit(self) -> int | None:
+        """How many tokens a sequence may have, padding included; None: any number."""
+        return SHORT if self.short_positions else None
+
+    @property
+    def positions(self) -> int | None:
+        """What to tell ``plan_layer`` for positions of the same kind."""
+        return 0 if self.short_positions else None
 
     def policy(self) -> Score:
         """The score that ranks this layer's slots."""
@@ -112,7 +132,8 @@ class LayerPlan:
         if self.centred:
             out.append(TensorSpec("centre", (self.heads, self.k_dim), torch.float32))
         # One tensor for the slots of all segments: a step updates each with one sweep.
-        out.append(TensorSpec("pos", (self.heads, self.slots), torch.int32, fill=-1))
+        numbers = torch.int16 if self.short_positions else torch.int32
+        out.append(TensorSpec("pos", (self.heads, self.slots), numbers, fill=-1))
         for stat in policy.slot_fields:
             out.append(TensorSpec(stat.name, (self.heads, self.slots), stat.dtype))
         for (_, slots), sides in zip(self.segments(), self.stored, strict=True):
@@ -178,6 +199,7 @@ def plan_layer(
     share: float = 1.0,
     shares: Sequence[float] = (),
     calibrated: bool = False,
+    positions: int | None = None,
 ) -> LayerPlan:
     """Slots of one layer under the configured budget and what its calibration says.
 
@@ -189,6 +211,8 @@ def plan_layer(
         share: this layer's budget in units of the configured one.
         shares: those of all layers that share the budget out, see ``lifted``.
         calibrated: share and ratio are by what the layer loses, see ``parted``.
+        positions: tokens that sequences are meant to have at most, None if nobody knows; see
+            ``limit_of``.
 
     Raises:
         UnsupportedFormatError: if a format cannot store these head dims.
@@ -207,6 +231,7 @@ def plan_layer(
         return LayerPlan(
             heads, k_dim, v_dim, dtype, window, sinks, sliding, parted(config, tiers, calibrated),
             config.score, config.score_options, config.window_format, balanced,
+            limit_of(positions) is not None,
         )  # fmt: skip
 
     empty = build([0] * len(config.tiers))
@@ -338,12 +363,15 @@ def size_of(config: ArkvConfig, layer: LayerPlan) -> float:
 def plan_calibrated(
     config: ArkvConfig, calibration: Calibration | None, layer: int, windows: Sequence[int],
     *, heads: int, k_dim: int, v_dim: int, dtype: torch.dtype, sliding: int = 0,
+    positions: int | None = None,
 ) -> LayerPlan:  # fmt: skip
     """``plan_layer`` of what a calibration, solved for this budget, gives the layer.
 
     ``windows`` are the attention windows of all layers, 0 for those that share the budget out.
     """
-    plan = partial(plan_layer, config, heads=heads, k_dim=k_dim, v_dim=v_dim, dtype=dtype)
+    plan = partial(
+        plan_layer, config, heads=heads, k_dim=k_dim, v_dim=v_dim, dtype=dtype, positions=positions
+    )
     if calibration is None or calibration.row(layer) is None:
         return plan(sliding=sliding)
     unit = "bytes" if config.budget is None else "tokens"

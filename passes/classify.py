@@ -14,7 +14,7 @@ from arkv_fx.passes.context import Context
 from arkv_fx.passes.contract import Pass
 from arkv_fx.passes.heads import mask_reason
 from arkv_fx.passes.nodes import example, sizes_of
-from arkv_fx.passes.sites import Cache, Cat, Inserted, Planned, Site
+from arkv_fx.passes.sites import Cache, Cat, Inserted, Marker, Planned, Site
 from torch.fx import GraphModule
 
 from arkv_fx.plan import plan_calibrated
@@ -101,6 +101,8 @@ def _decide(site: Site, context: Context) -> None:
         v_dim=int(v[3]) * folded,
         dtype=attended(site, cache),
         sliding=sliding,
+        # A model's own cache goes on whatever we say of its length.
+        positions=context.positions if isinstance(cache, Marker) else None,
     )
     site.planned = Planned(site, cache, plan, layer, batch, heads)
 

@@ -50,7 +50,8 @@ class Context:
     if given, is called at run time with (layer, q, k, v, mask, scale) of every fused site, and
     ``stand_in`` in place of ``arkv::attend``, with the layer before the operator's arguments;
     ``left_alone`` names the caches (source, layer) that an earlier graph kept out of our state,
-    ``whole`` the layers that must stay in full precision, with the reason;
+    ``whole`` the layers that must stay in full precision, with the reason; ``positions`` how many
+    tokens a sequence has at most whose cache's owner counts them, None if that is not known;
     ``insertion``, if given, asks for a state where the model has no cache of its own;
     ``first`` says that the model's own buffers are empty. ``trace`` has an entry for each pass that
     ran; what the passes find is new in every ``dataclasses.replace``.
@@ -65,6 +66,7 @@ class Context:
     whole: Mapping[int, str] = field(default_factory=dict)
     insertion: Insertion | None = None
     first: bool = False
+    positions: int | None = None
     sites: list[Site] = field(default_factory=list, init=False)
     state_inputs: list[list[Node]] = field(default_factory=list, init=False)
     trace: list[Applied] = field(default_factory=list, init=False)

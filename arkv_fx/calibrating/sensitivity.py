@@ -93,7 +93,7 @@ def options(config: ArkvConfig, shape: LayerPlan, tokens: int) -> dict[Option, L
     def plan(share: float, ratio: float) -> LayerPlan:
         return plan_layer(
             config, heads=shape.heads, k_dim=shape.k_dim, v_dim=shape.v_dim, dtype=shape.dtype,
-            oq_ratio=ratio, share=share, calibrated=True,
+            oq_ratio=ratio, share=share, calibrated=True, positions=shape.positions,
         )  # fmt: skip
 
     given, bare = allowance(config, shape), plan(0.0, 0.0)

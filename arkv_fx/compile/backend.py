@@ -39,6 +39,7 @@ class ArkvBackend:
 
     ``graphs`` counts what was compiled and ``calls`` how often any of it ran; ``sites`` holds the
     attention sites of every graph, ``traces`` what each pass did there and how long it took.
+    ``positions`` are the tokens that sequences have at most, if whoever counts them knows.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class ArkvBackend:
         probe: Probe | None = None,
         stand_in: StandIn | None = None,
         whole: Mapping[int, str] | None = None,
+        positions: int | None = None,
     ) -> None:
         if compile not in LOWERINGS:
             raise UnknownOptionError(f"compile={compile!r}: choose one of {list(LOWERINGS)}")
@@ -58,7 +60,7 @@ class ArkvBackend:
         self.records = compile == "reduce-overhead"
         self.lowering = "inductor" if self.records else compile
         self.sliding, self.probe, self.stand_in = tuple(sliding), probe, stand_in
-        self.whole = dict(whole or {})
+        self.whole, self.positions = dict(whole or {}), positions
         self.graphs = 0
         self.calls = 0
         self.sites: list[list[Site]] = []
@@ -75,7 +77,7 @@ class ArkvBackend:
         }
         context = Context(
             self.config, self.calibration, self.sliding, self.probe, self.stand_in,
-            frozenset(alone), self.whole,
+            frozenset(alone), self.whole, positions=self.positions,
         )  # fmt: skip
         work = pipeline.apply(graph, context)
         self.sites.append(context.sites)
@@ -182,6 +184,8 @@ class _Runner:
                 session = sessions.get(cache.handle)
                 if session is None:
                     session = find_session(self._input(cache.handle, inputs))
+                    if plan.limit is not None:
+                        session.require_room(plan.limit, self._extent(cache.tokens, inputs))
                     sessions[cache.handle] = session
                 state = session.layer(planned.layer, plan, batch, device)
             elif isinstance(cache, Buffer):

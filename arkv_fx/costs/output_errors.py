@@ -143,7 +143,7 @@ def _plans(
         return plan_layer(
             sized(config, shape, size, tokens), heads=shape.heads, k_dim=shape.k_dim,
             v_dim=shape.v_dim, dtype=shape.dtype, oq_ratio=ratio,
-            calibrated=True,
+            calibrated=True, positions=shape.positions,
         )  # fmt: skip
 
     found: list[tuple[float, float, LayerPlan]] = []

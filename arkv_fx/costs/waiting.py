@@ -60,6 +60,7 @@ class Waiting(OutputErrors):
             plan = plan_calibrated(
                 self.config, calibration, layer, windows, heads=shape.heads, k_dim=shape.k_dim,
                 v_dim=shape.v_dim, dtype=shape.dtype, sliding=shape.sliding,
+                positions=shape.positions,
             )  # fmt: skip
             state = LayerState(plan, len(seen.new.k), seen.new.k.device)
             with as_given(seen.new.k):

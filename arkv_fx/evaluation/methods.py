@@ -70,8 +70,9 @@ class Setting:
 
 def _full(setting: Setting) -> ArkvConfig:
     return ArkvConfig(
-        budget=setting.context + setting.steps + 64, tiers=("native",), score="mass", sinks=0
-    )
+        budget=setting.context + setting.steps + 64, context=setting.context, tiers=("native",),
+        score="mass", sinks=0,
+    )  # fmt: skip
 
 
 def _of_bytes(**options: Any) -> Callable[[Setting], ArkvConfig]:
@@ -85,7 +86,7 @@ def _of_bytes(**options: Any) -> Callable[[Setting], ArkvConfig]:
 
 def _paper(budget: int) -> Callable[[Setting], ArkvConfig]:
     return lambda setting: ArkvConfig.paper(
-        budget, tiers=(setting.exact, "fp8"), window_format=setting.exact
+        budget, context=setting.context, tiers=(setting.exact, "fp8"), window_format=setting.exact
     )
 
 

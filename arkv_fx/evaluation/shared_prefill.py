@@ -15,6 +15,7 @@ from arkv_fx.compile.pieces import Compiled
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ConfigError
 from arkv_fx.huggingface.cache import ArkvCache
+from arkv_fx.huggingface.layers import positions_to_come
 from arkv_fx.huggingface.transformed import Transformed
 from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.attend import attend
@@ -138,6 +139,7 @@ class Contest:
             v_dim=v.shape[-1],
             dtype=k.dtype,
             sliding=windows[layer] if layer < len(windows) else 0,
+            positions=positions_to_come(self.model, self.configs[name]),
         )
 
 
@@ -163,6 +165,7 @@ class _Switch(ArkvBackend):
                     compile=self.lowering,
                     sliding=self.contest.windows,
                     probe=self.contest.feed,
+                    positions=positions_to_come(self.contest.model, self.contest.configs[name]),
                 )
                 with tracing(context):
                     compiled[name] = backend(graph, example_inputs)

@@ -33,7 +33,9 @@ class ArkvCache(Cache):
     """State of one batch of sequences of one transformed model.
 
     ``generate()`` of a transformed model makes one by itself; pass your own to keep a
-    conversation going. Memory is bounded: ``nbytes()`` does not grow with the sequence.
+    conversation going. Memory is bounded: ``nbytes()`` does not grow with the sequence. Where the
+    model and its configuration speak of fewer than 32768 tokens, more are refused (``CacheError``):
+    their positions are kept in two bytes.
 
     Args:
         model: the model that ``arkv_fx.transform`` returned.
@@ -204,7 +206,7 @@ class ArkvCache(Cache):
         return self.seen + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: the sequence may be of any length."""
+        """-1: nothing in it is as large as the sequence may be long."""
         return -1
 
     @property
@@ -248,7 +250,7 @@ class ArkvCache(Cache):
 
     @property
     def max_cache_len(self) -> int:
-        """-1: the sequence may be of any length."""
+        """-1: nothing in it is as large as the sequence may be long."""
         return -1
 
     def __len__(self) -> int:

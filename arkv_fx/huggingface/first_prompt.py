@@ -114,7 +114,7 @@ def serve(owner: Transformed, cache: ArkvCache, kwargs: dict[str, Any], tokens: 
     old = owner.backend
     backend = ArkvBackend(
         owner.config, None, compile="eager", sliding=owner.windows, whole=old.whole,
-        stand_in=waiting.attend,
+        stand_in=waiting.attend, positions=old.positions,
     )  # fmt: skip
     try:
         out = owner.compiled_by(backend)(**kwargs)

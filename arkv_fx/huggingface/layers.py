@@ -15,6 +15,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import CacheError, TransformError
 
 # Not in every release that is supported.
@@ -238,6 +239,12 @@ def most_positions(model: nn.Module) -> int | None:
     # Some tables begin with a row or two for padding.
     found = isinstance(most, int) and bool(tables & {most, most + 1, most + 2})
     return most if found else None
+
+
+def positions_to_come(model: nn.Module, config: ArkvConfig) -> int | None:
+    """How many tokens a model and a configuration speak of; None if the model says nothing."""
+    most = getattr(text_config(model), "max_position_embeddings", None)
+    return max(most, config.context, config.budget or 0) if isinstance(most, int) else None
 
 
 def tensors_of(layer: Any) -> list[Tensor]:

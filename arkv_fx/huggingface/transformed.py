@@ -23,7 +23,13 @@ from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.huggingface.compiled import CompiledForward
 from arkv_fx.huggingface.gradients import is_differentiated, without_backward
 from arkv_fx.huggingface.inner import watch
-from arkv_fx.huggingface.layers import cached_layers, kept_whole, text_config, windows
+from arkv_fx.huggingface.layers import (
+    cached_layers,
+    kept_whole,
+    positions_to_come,
+    text_config,
+    windows,
+)
 from arkv_fx.huggingface.model_caches import (
     CACHE_NAMES,
     CONTINUOUS,
@@ -37,6 +43,7 @@ from arkv_fx.huggingface.model_caches import (
 from arkv_fx.huggingface.positions import require_onward
 from arkv_fx.huggingface.unfilled import as_now, with_unfilled
 from arkv_fx.passes.context import Probe, StandIn
+from arkv_fx.plan import limit_of
 from arkv_fx.report import Report
 from arkv_fx.state.journal import DEPTH, Journal, kept_in
 
@@ -69,7 +76,7 @@ class Transformed(Bound):
         self.windows = windows(layers)
         backend = ArkvBackend(
             config, calibration, compile=compile, sliding=self.windows, probe=probe,
-            stand_in=stand_in, whole=kept_whole(layers),
+            stand_in=stand_in, whole=kept_whole(layers), positions=positions_to_come(model, config),
         )  # fmt: skip
         self.original: Callable[..., Any] = model.forward
         # Attributes of the instance that restore puts back (hooks set forward there).
@@ -140,7 +147,7 @@ class Transformed(Bound):
         """One like ``backend``, with plans by ``calibration``."""
         return ArkvBackend(
             self.config, calibration, compile=self.lowering, sliding=self.windows,
-            whole=self.backend.whole,
+            whole=self.backend.whole, positions=self.backend.positions,
         )  # fmt: skip
 
     def _answer(self, cache: ArkvCache, kwargs: dict[str, Any]) -> Any:
@@ -205,6 +212,7 @@ class Transformed(Bound):
     def _step(self, cache: ArkvCache, kwargs: dict[str, Any]) -> Any:
         """The forward with a cache of ours among its arguments."""
         cache.require(self)
+        self._require_room(cache, kwargs)
         if self.model.training and torch.is_grad_enabled():
             raise CacheError(
                 "the cache is not differentiated: use torch.no_grad(), model.eval() or "
@@ -230,6 +238,18 @@ class Transformed(Bound):
         cache.end_step()
         cache.session.tokens = cache.seen
         return out
+
+    def _require_room(self, cache: ArkvCache, kwargs: dict[str, Any]) -> None:
+        """Refuse tokens beyond the positions that the plans know, before anything has changed.
+
+        Those of arguments of other names are seen by the graphs' runner.
+        """
+        limit = limit_of(self.backend.positions)
+        prefix = self.mask_name.removesuffix("attention_mask")
+        given = [kwargs.get(prefix + name) for name in _NAMES[:2]]
+        lengths = [x.shape[1] for x in given if isinstance(x, Tensor) and x.dim() >= 2]
+        if limit is not None and lengths:
+            cache.session.require_room(limit, lengths[0])
 
     def _differentiated(self, kwargs: dict[str, Any]) -> Any:
         """A call with gradients, as the model was, and a cache to be filled if it is used."""

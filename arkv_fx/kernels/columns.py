@@ -40,7 +40,7 @@ def column_bias(mask: Tensor | None, held: View, groups: int) -> Tensor | None:
         return None
     offset = held.seen + 1 - mask.shape[-1]
     own = held.seen[:, None, None].expand(-1, held.plan.heads, 1)
-    found = gather_mask(mask, torch.cat([held.pos, own], -1), offset, groups).squeeze(3)
+    found = gather_mask(mask, torch.cat([held.positions, own], -1), offset, groups).squeeze(3)
     added = 0.0 if found.dtype == torch.bool else found.float()
     return torch.where(allowed(found), added, float("-inf"))
 

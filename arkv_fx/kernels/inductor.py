@@ -32,10 +32,11 @@ def attend_one(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See ``Attend``; one new token."""
     least = lowest(held, query_pos)[:, None, None, None]
+    pos = held.positions.split([s.slots for s in held.segments], -1)
     parts = []
-    for segment in held.segments:
+    for segment, own_pos in zip(held.segments, pos, strict=True):
         found = cap(_logits(q, segment) * knobs.scale, knobs)
-        parts.append(found.masked_fill(segment.pos[:, :, None] <= least, float("-inf")))
+        parts.append(found.masked_fill(own_pos[:, :, None] <= least, float("-inf")))
     own = (q.squeeze(3).float() * k.float()).sum(-1, keepdim=True)
     logits = torch.cat([*parts, cap(own * knobs.scale, knobs)], -1)
     bias = column_bias(mask, held, q.shape[2])

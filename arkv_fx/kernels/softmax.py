@@ -115,7 +115,7 @@ def slot_logits(
     if segment.centre is not None:
         logits = logits + q.float() @ segment.centre[:, :, None].transpose(-1, -2)
     logits = cap(logits * knobs.scale, knobs)
-    return hide_slots(logits, segment.pos, query_pos, mask, offset, sliding)
+    return hide_slots(logits, segment.positions, query_pos, mask, offset, sliding)
 
 
 def hide_slots(

@@ -226,10 +226,12 @@ def _run(
         pair = computed or _columns(new.k, new.v, held)
         whole = q.shape[2] == length
         if whole and comes_in_halves(q, pair, mask, held.plan, knobs):
-            heard = attend_in_halves(q, pair, held.pos, held.plan, knobs)
+            heard = attend_in_halves(q, pair, held.positions, held.plan, knobs)
         else:
             offset = held.seen + length - (mask.shape[-1] if mask is not None else 0)
-            heard = attend_in_blocks(q, pair, held.pos, mask, offset, query_pos, held.plan, knobs)
+            heard = attend_in_blocks(
+                q, pair, held.positions, mask, offset, query_pos, held.plan, knobs
+            )
         # The score only looks at what the last queries saw.
         last = slice(-held.plan.window, None)
         asked, rows = q[:, :, last], query_pos[:, last]
@@ -241,7 +243,7 @@ def _run(
         grouped = group(asked, held.plan.heads)
         out, probs = run(grouped, new.k, new.v, watched, held, knobs, rows)
     out = out if heard is None else heard
-    pos = torch.cat([held.pos, new.pos], -1)
+    pos = torch.cat([held.positions, new.pos], -1)
     return out, _observation(probs, new.valid, query_pos, pos, held.plan, length, padded)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from arkv_fx.kernels import KERNELS, Encoder, Writer
 from arkv_fx.ops.arrivals import Arrivals, rank_tokens
 from arkv_fx.scores import Stats
-from arkv_fx.state.view import Segment, View
+from arkv_fx.state.view import Segment, View, write_positions
 
 
 @dataclass
@@ -50,7 +50,8 @@ def _choose_moves(held: View, new: Arrivals, updated: Stats) -> list[Move]:
     )[:, None].expand(-1, plan.heads)
     wins = new.valid[:, :1].expand(-1, plan.heads)
     pos, stats = new.pos, {n: t[..., -1:] for n, t in updated.items()}
-    whole = {"pos": held.pos, **{n: t[..., : plan.slots] for n, t in updated.items()}}
+    before = held.positions
+    whole = {"pos": before, **{n: t[..., : plan.slots] for n, t in updated.items()}}
     index = torch.arange(plan.slots, device=held.pos.device, dtype=torch.int32)
     moves: list[Move] = []
     tiers = [t for t in held.tiers if t.slots]
@@ -59,7 +60,7 @@ def _choose_moves(held: View, new: Arrivals, updated: Stats) -> list[Move]:
             last = segment is tiers[-1]
             here = slice(segment.start, segment.start + segment.slots)
             columns = {n: torch.cat([t[..., here], stats[n]], -1) for n, t in updated.items()}
-            candidates = torch.cat([segment.pos, pos], -1)
+            candidates = torch.cat([before[..., here], pos], -1)
             weakest = _weakest(rank_tokens(held, candidates, columns, held.seen, last))
             wins = weakest < segment.slots  # else the token on its way is the weakest itself
             # Also from below: compiled for CUDA, rows beyond the last find nothing at all, and
@@ -69,7 +70,7 @@ def _choose_moves(held: View, new: Arrivals, updated: Stats) -> list[Move]:
         column = (segment.start + slot)[..., None]
         chosen = index == torch.where(wins[..., None], column, -1).int()  # int64 vectorises badly
         came = {"pos": pos, **stats}
-        old = {"pos": held.pos, **updated}
+        old = {"pos": before, **updated}
         # Of the ring, the holder leaves even where an invalid token takes nothing: as no token.
         gone = {n: t.gather(-1, column) for n, t in old.items()}
         whole = {n: torch.where(chosen, came[n].to(t.dtype), t) for n, t in whole.items()}
@@ -79,7 +80,7 @@ def _choose_moves(held: View, new: Arrivals, updated: Stats) -> list[Move]:
         else:
             pos = torch.where(wins[..., None], gone.pop("pos"), pos)
             stats = {n: torch.where(wins[..., None], t, stats[n]) for n, t in gone.items()}
-    held.pos.copy_(whole.pop("pos"))
+    write_positions(held.pos, whole.pop("pos"))
     for name, stat in held.stats.items():
         stat.copy_(whole[name])
     return moves

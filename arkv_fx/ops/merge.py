@@ -17,7 +17,7 @@ from arkv_fx.kernels.reference import encode_rows, gather
 from arkv_fx.ops.arrivals import Arrivals, rank_tokens
 from arkv_fx.runtime.operators import best
 from arkv_fx.scores import Stats
-from arkv_fx.state.view import Segment, View
+from arkv_fx.state.view import Segment, View, write_positions
 
 
 def merge_many(
@@ -63,7 +63,7 @@ def merge_many(
     tiers = [t for t in held.tiers if t.slots]
     for tier in tiers:
         last = tier is tiers[-1]
-        pos = torch.cat([tier.pos, out.pos], -1)
+        pos = torch.cat([tier.positions, out.pos], -1)
         stats = {n: torch.cat([t, out.stats[n]], -1) for n, t in tier.stats.items()}
         rank = rank_tokens(held, pos, stats, now, last)
         below = None
@@ -107,14 +107,14 @@ def _store(segment: Segment, tokens: Arrivals, source: Tensor, encoder: Encoder)
     parts = zip(segment.parts(), (token.k, token.v), (segment.centre, None), strict=True)
     for (codec, fields), x, centre in parts:
         encoder(codec, x, where, centre, fields)
-    stats = [(t, token.stats[n]) for n, t in segment.stats.items()]
-    for field, value in [(segment.pos, token.pos), *stats]:
-        field.copy_(torch.where(taken, value.to(field.dtype), field))
+    write_positions(segment.pos, torch.where(taken, token.pos, segment.positions))
+    for name, field in segment.stats.items():
+        field.copy_(torch.where(taken, token.stats[name].to(field.dtype), field))
 
 
 def _leavers(ring: Segment, replaced: Tensor) -> Arrivals:
     """The ring's tokens whose slots are taken; ``replaced`` [B, R] bool."""
-    pos = torch.where(replaced[:, None], ring.pos, -1)
+    pos = torch.where(replaced[:, None], ring.positions, -1)
     stats = {n: t.clone() for n, t in ring.stats.items()}
     return Arrivals(ring.k[0].clone(), ring.v[0].clone(), pos, replaced, stats)
 
@@ -122,7 +122,8 @@ def _leavers(ring: Segment, replaced: Tensor) -> Arrivals:
 def _decode(segment: Segment, k_dim: int, v_dim: int) -> Arrivals:
     """All of a tier's tokens in plain numbers."""
     k, v = segment.keys_and_values(..., (k_dim, v_dim))
-    return Arrivals(k, v, segment.pos, segment.pos[:, 0] >= 0, segment.stats)
+    pos = segment.positions
+    return Arrivals(k, v, pos, pos[:, 0] >= 0, segment.stats)
 
 
 def _join(a: Arrivals, b: Arrivals) -> Arrivals:

@@ -32,7 +32,7 @@ def attend_computed(
     length = pair[0].shape[2] - plan.slots
     offset = held.seen + length - (mask.shape[-1] if mask is not None else 0)
     logits = columns_logits(q, pair[0], plan, knobs)
-    logits = hide_columns(logits, held.pos, query_pos, mask, offset, plan)
+    logits = hide_columns(logits, held.positions, query_pos, mask, offset, plan)
     probs = softmax(logits, knobs.sink_logits)
     return columns_sum(probs, pair[1], plan), probs
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arkv_fx.scores.mass import MassScore
+from arkv_fx.scores.mass import UNIT, MassScore
 from arkv_fx.scores.novelty import NoveltyScore
 from arkv_fx.scores.score import CppRank, Observation, Score, Stats, zscore
+
+LEAST = 1e-9 / UNIT
+"""Masses below it are taken for it, so that each has a logarithm; C++ has it, too."""
 
 
 class CombinedScore(Score):
@@ -46,7 +49,7 @@ class CombinedScore(Score):
         return self.mass.precision(stats, age, valid)
 
     def eviction(self, stats: Stats, age: Tensor, valid: Tensor) -> Tensor:
-        # Not `+ 1e-9`: optimizers of ONNX graphs take out what they think adds nothing.
-        attention = zscore(torch.log(self.precision(stats, age, valid).clamp(min=1e-9)), valid)
+        # Not a sum: optimizers of ONNX graphs take out what they think adds nothing.
+        attention = zscore(torch.log(self.precision(stats, age, valid).clamp(min=LEAST)), valid)
         unusual = zscore(self.novelty.precision(stats, age, valid), valid)
         return torch.maximum(unusual, attention - self.margin)

@@ -177,6 +177,20 @@ class Session:
             state.plan = plan  # the next step's look is enough then
         return state
 
+    def require_room(self, limit: int, tokens: int) -> None:
+        """Refuse so many more tokens where the plans number only ``limit`` in all.
+
+        Raises:
+            CacheError: saying how many there are, and what to do.
+        """
+        if self.tokens + tokens > limit:
+            raise CacheError(
+                f"this cache counts positions up to {limit}: it has had {self.tokens} tokens and "
+                f"{tokens} more came. The model and its configuration speak of fewer. For longer "
+                "texts call arkv_fx.restore(model) and arkv_fx.transform(model, "
+                "ArkvConfig(context=N)), N the tokens to come, and begin with a new cache"
+            )
+
     def counts(self, tokens: Tensor) -> bool:
         """Whether exactly ``tokens`` [B] tokens of each sequence were taken for real ones."""
         if not self.layers:

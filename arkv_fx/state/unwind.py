@@ -33,7 +33,7 @@ def unwind(state: LayerState, tokens: int) -> None:
             stat.masked_fill_(gone, 0)
         _return_to_window(held)
         # The same order in all heads.
-        pos, order = torch.cat([s.pos for s in _alike(held)], -1).sort(-1)
+        pos, order = torch.cat([s.positions for s in _alike(held)], -1).sort(-1)
         keys, values = (
             torch.cat(parts, 2).gather(2, order[..., None].expand(-1, -1, -1, parts[0].shape[-1]))
             for parts in zip(*((s.k[0], s.v[0]) for s in _alike(held)), strict=True)
@@ -62,7 +62,7 @@ def _return_to_window(held: View) -> None:
     most = int(missing.max())
     if most == 0:
         return
-    newest = torch.cat([s.pos for s in tiers], -1).topk(most).indices  # [B, Hkv, most]
+    newest = torch.cat([s.positions for s in tiers], -1).topk(most).indices  # [B, Hkv, most]
     behind = torch.arange(1, most + 1, device=newest.device)
     row, which = (behind <= missing[:, None]).nonzero(as_tuple=True)
     inside = (ring.pos[:, 0, sinks:] >= 0).sum(-1)

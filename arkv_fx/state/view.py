@@ -18,9 +18,9 @@ from arkv_fx.scores import Stats
 class Segment:
     """The ring or one tier: slots of one format.
 
-    ``k`` and ``v`` are the codec's fields [B, Hkv, C, width]; ``pos`` int32 [B, Hkv, C] with -1
-    for an empty slot and ``stats``, the score's statistics [B, Hkv, C], are slices of the view's
-    from slot ``start``; ``centre`` [B, Hkv, 1, Dk] is what its keys are stored without, if
+    ``k`` and ``v`` are the codec's fields [B, Hkv, C, width]; ``pos`` int32 or int16 [B, Hkv, C]
+    with -1 for an empty slot and ``stats``, the score's statistics [B, Hkv, C], are slices of the
+    view's from slot ``start``; ``centre`` [B, Hkv, 1, Dk] is what its keys are stored without, if
     anything.
     """
 
@@ -32,6 +32,11 @@ class Segment:
     pos: Tensor
     stats: Stats
     centre: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """``pos`` as it is now, to compute with: int32."""
+        return as_int32(self.pos)
 
     def keys_and_values(self, index: Any, dims: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Tokens as float32 numbers: of all slots (``index`` ``...``) or of one per head."""
@@ -70,6 +75,11 @@ class View:
     segments: list[Segment]
 
     @property
+    def positions(self) -> Tensor:
+        """``pos`` as it is now, to compute with: int32."""
+        return as_int32(self.pos)
+
+    @property
     def ring(self) -> Segment:
         """Sinks and window, in the model's dtype."""
         return self.segments[0]
@@ -78,6 +88,24 @@ class View:
     def tiers(self) -> list[Segment]:
         """The tiers, most precise first."""
         return self.segments[1:]
+
+
+def as_int32(pos: Tensor) -> Tensor:
+    """Positions as int32; themselves if they are."""
+    return pos if pos.dtype == torch.int32 else apart(pos.to(torch.int32))
+
+
+def write_positions(field: Tensor, pos: Tensor) -> None:
+    """Let ``field`` hold the int32 positions ``pos``."""
+    field.copy_(pos if field.dtype == torch.int32 else apart(pos))
+
+
+def apart(x: Tensor) -> Tensor:
+    """``x``, on a CPU made in a loop of its own.
+
+    A restride makes Inductor write it out. It vectorises no loop in which there is an int16.
+    """
+    return x.as_strided(x.size(), x.stride()) if x.device.type == "cpu" else x
 
 
 def view(plan: LayerPlan, tensors: Sequence[Tensor]) -> View:

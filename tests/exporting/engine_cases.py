@@ -34,8 +34,11 @@ CASES = {
 
 
 def config(arch: str) -> ArkvConfig:
-    """So small that the sample makes every move: into the tiers, down and out."""
-    return ArkvConfig(budget=24, window=4, sinks=2, tiers=CASES[arch])
+    """So small that the sample makes every move: into the tiers, down and out.
+
+    Its context is one for which positions take four bytes, as in all that is exported.
+    """
+    return ArkvConfig(budget=24, window=4, sinks=2, tiers=CASES[arch], context=2**15)
 
 
 def model(arch: str) -> PreTrainedModel:

@@ -32,8 +32,9 @@ def test_greedy_tokens_are_those_of_the_transformed_model(arch: str) -> None:
 
 @dataclass
 class Off:
-    """How far steps from torch's own state are off: the largest difference of numbers, and how many
-    vectors of codes, scales and zeros are not the same bits, of how many that were written.
+    """How far steps from torch's own state are off: the largest difference of numbers (of masses in
+    parts of each), and how many vectors of codes, scales and zeros are not the same bits, of how
+    many that were written.
     """
 
     numbers: dict[str, float]
@@ -49,7 +50,9 @@ class Off:
                 self.vectors += int((a != b).any(-1).sum())
                 self.written += written * len(info.shape[:1])
             else:
-                wide = float(np.abs(a.astype(np.float64) - b).max())
+                a, b = (x.astype(np.float64) for x in (a, b))
+                size = np.maximum(np.abs(b), 2.0**-14) if name.endswith(".mass") else 1.0
+                wide = float((np.abs(a - b) / size).max())
                 self.numbers[name] = max(self.numbers.get(name, 0.0), wide)
 
 
@@ -83,14 +86,17 @@ def differences(arch: str, damage: bool = False) -> Off:
     return off
 
 
-EXACT = (".pos", ".count", ".seen", ".bad")
+MOST = {
+    ".pos": 0, ".count": 0, ".seen": 0, ".bad": 0, ".mass": 2**-10, ".novelty": 1,
+}  # fmt: skip
+"""What may be off: float16 and codes by one place; all else by 1e-4."""
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_step_leaves_the_state_that_the_reference_leaves(arch: str) -> None:
     off = differences(arch)
     for name, wide in off.numbers.items():
-        assert wide <= (0 if name.endswith(EXACT) else 1e-4), name
+        assert wide <= MOST.get(name[name.rfind(".") :], 1e-4), name
     # A code or a scale may round the other way where float32 sums differ in their last bit.
     assert off.vectors <= 0.01 * off.written
 

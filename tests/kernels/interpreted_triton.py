@@ -76,11 +76,13 @@ class Case:
     sink_logits: bool = False
     window_format: str = "native"
     seed: int = 0
+    short: bool = False  # positions in int16
 
     def plan(self) -> LayerPlan:
         return LayerPlan(
             self.heads, self.k_dim, self.v_dim, self.dtype, self.window, self.sinks, self.sliding,
             tuple(Tier(*t) for t in self.tiers), "combined", (), self.window_format,
+            short_positions=self.short,
         )  # fmt: skip
 
 
@@ -145,6 +147,7 @@ def cases(draw: st.DrawFn) -> Case:
         sink_logits=draw(st.booleans()),
         window_format=draw(st.sampled_from(("native", "native", "bf16"))),
         seed=draw(st.integers(0, 99)),
+        short=draw(st.booleans()),
     )
 
 

@@ -36,6 +36,7 @@ class Case:
     threads: int = 1
     seed: int = 0
     balanced: bool = False  # then channels of keys are of unlike size
+    short: bool = False  # positions in int16
 
     def plan(
         self, score: str = "combined", options: tuple[tuple[str, float], ...] = ()
@@ -43,7 +44,7 @@ class Case:
         return LayerPlan(
             self.heads, self.k_dim, self.v_dim, self.dtype, 5, 0 if self.sliding else 2,
             self.sliding, tuple(Tier(*t) for t in self.tiers), score, options, self.window_format,
-            self.balanced,
+            self.balanced, self.short,
         )  # fmt: skip
 
     def normal(self, generator: torch.Generator, heads: int, length: int, dim: int) -> Tensor:
@@ -161,4 +162,5 @@ def cases(draw: st.DrawFn) -> Case:
         sink_logits=draw(st.booleans()),
         threads=draw(st.sampled_from((1, 2))),
         seed=draw(st.integers(0, 999)),
+        short=draw(st.booleans()),
     )

@@ -42,7 +42,8 @@ class Layer:
     def plan(self) -> LayerPlan:
         tiers = tuple(Tier(*tier) for tier in self.tiers)
         return LayerPlan(
-            self.heads, self.dim, self.dim, self.dtype, 32, 4, 0, tiers, "combined"
+            self.heads, self.dim, self.dim, self.dtype, 32, 4, 0, tiers, "combined",
+            short_positions=True,
         )  # fmt: skip
 
 

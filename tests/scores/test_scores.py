@@ -17,7 +17,7 @@ from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.plan import LayerPlan, Tier
 from arkv_fx.scores import SCORES, Observation, make_score
 from arkv_fx.scores.combined import CombinedScore
-from arkv_fx.scores.mass import MassScore
+from arkv_fx.scores.mass import UNIT, MassScore
 from arkv_fx.scores.novelty import NoveltyScore
 from arkv_fx.scores.paper import PaperScore
 from arkv_fx.scores.score import zscore
@@ -25,6 +25,7 @@ from arkv_fx.scores.score import zscore
 HEADS, GROUPS, DIM, WINDOW, SCALE = 2, 2, 8, 4, 0.5
 KNOBS = Knobs(SCALE)
 GAMMA = 263.8108280337562  # as published
+HALF = 2.0**-11  # of a number, by which rounding to half precision moves it at most
 
 
 def layer_of(score: str, slots: int, sinks: int = 0, batch: int = 1, **options: float) -> Layer:
@@ -183,11 +184,11 @@ def test_mass_is_an_average_over_the_queries_of_a_tokens_life() -> None:
                 expected = decay * expected + (1 - decay) * p
                 weights = decay * weights + 1
                 total = decay * total + p
-            assert mass == pytest.approx(expected, rel=1e-4)
+            assert mass * UNIT == pytest.approx(expected, rel=HALF / (1 - decay))
             rank = MassScore(decay).precision(
                 {"mass": torch.tensor(mass)}, torch.tensor(11.0 - pos), torch.tensor(True)
             )
-            assert float(rank) == pytest.approx(total / weights, rel=1e-4)
+            assert float(rank) * UNIT == pytest.approx(total / weights, rel=HALF / (1 - decay))
 
 
 def observation(probs: Tensor, start: int, steps: Tensor, window: int = 99) -> Observation:
@@ -201,14 +202,17 @@ def observation(probs: Tensor, start: int, steps: Tensor, window: int = 99) -> O
 
 
 @given(
-    decay=st.sampled_from((0.0, 0.5, 0.9, 0.99)),
+    decay=st.sampled_from((0.0, 0.5, 0.9, 0.99, 0.999)),
     queries=st.integers(1, 9),
     seed=st.integers(0, 99),
 )
 def test_a_chunk_moves_the_mass_as_its_queries_do_one_by_one(
     decay: float, queries: int, seed: int
 ) -> None:
-    """Exactly so if every query is observed and sees the same: the closed form of the average."""
+    """Exactly so if every query is observed and sees the same: the closed form of the average.
+
+    But for a rounding in each step, where the average is held in half precision.
+    """
     generator = torch.Generator().manual_seed(seed)
     score = MassScore(decay)
     probs = torch.rand(1, 1, 3, 1, 5, generator=generator).expand(-1, -1, -1, queries, -1)
@@ -218,7 +222,9 @@ def test_a_chunk_moves_the_mass_as_its_queries_do_one_by_one(
         one = observation(probs[..., :1, :], 5 + i, torch.ones(1, 1, 5))
         by_step = score.observe(by_step, one)
     chunk = score.observe({"mass": mass}, observation(probs, 5, torch.full((1, 1, 5), queries)))
-    torch.testing.assert_close(chunk["mass"], by_step["mass"], atol=1e-6, rtol=1e-5)
+    a, b = chunk["mass"], by_step["mass"]
+    lost = (queries + 1) * HALF if a.dtype == torch.float16 else 1e-4
+    torch.testing.assert_close(a.float(), b.float(), atol=1e-6, rtol=lost)
 
 
 def test_a_prompts_mass_is_the_mean_of_what_its_last_queries_gave() -> None:
@@ -232,7 +238,8 @@ def test_a_prompts_mass_is_the_mean_of_what_its_last_queries_gave() -> None:
                 for g in range(GROUPS))  # fmt: skip
         for pos, mass in stat(layer, "mass", 0, h).items():
             mean = float(p[:, pos].sum()) / WINDOW  # type: ignore[index]
-            assert mass == pytest.approx((1 - decay ** (length - pos)) * mean, rel=1e-4)
+            moved = (1 - decay ** (length - pos)) * mean
+            assert mass * UNIT == pytest.approx(moved, rel=1.1 * HALF)
 
 
 def test_age_and_norm_weigh_the_mass() -> None:
@@ -269,13 +276,15 @@ def test_a_prompt_is_a_chunk_on_an_empty_cache(score: str) -> None:
         assert torch.equal(a.pos.gather(-1, order), b.pos.gather(-1, other))
         for name, x in a.stats.items():
             x, y = x.gather(-1, order), b.stats[name].gather(-1, other)
-            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
+            lost = {torch.int8: (1.0, 0.0), torch.float16: (1e-5, 2 * HALF)}  # one place
+            atol, rtol = lost.get(x.dtype, (1e-5, 1e-4))
+            torch.testing.assert_close(x.float(), y.float(), atol=atol, rtol=rtol)
 
 
 # Novelty
 
 
-def test_novelty_is_one_minus_the_cosine_with_the_mean_key() -> None:
+def test_novelty_is_less_the_cosine_with_the_mean_key() -> None:
     layer = layer_of("novelty", 40)
     generator = torch.Generator().manual_seed(0)
     for length in (9, 1, 5, 1):
@@ -288,8 +297,8 @@ def test_novelty_is_one_minus_the_cosine_with_the_mean_key() -> None:
             found = stat(layer, "novelty", 0, h)
             for pos in range(start, layer.seen):
                 if pos in found:  # of this call's tokens, what is not in the ring
-                    expected = 1 - float(unit[pos] @ mean / mean.norm())
-                    assert found[pos] == pytest.approx(expected, abs=2e-3)
+                    expected = -127 * float(unit[pos] @ mean / mean.norm())
+                    assert found[pos] == pytest.approx(expected, abs=0.501)
 
 
 def haystack(score: str, decode: int = 0, **options: float) -> Layer:

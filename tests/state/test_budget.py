@@ -52,12 +52,25 @@ def test_bytes_counted_by_hand() -> None:
     layer = LayerPlan(
         2, 64, 32, torch.bfloat16, 4, 1, 0, (Tier("int8", 10), Tier("int4", 6)), "mass"
     )
-    slot = 4 + 4  # position, mass
+    slot = 4 + 2  # position, mass in half precision
     ring = 5 * (2 * (64 + 32) + slot)
     int8 = 10 * (64 + 2 + 32 + 2 + slot)  # codes and a bfloat16 scale each
     int4 = 6 * (32 + 3 + 16 + 3 + slot)  # half the codes, scale and zero
     centre = 64 * 4
     assert layer.nbytes() == 2 * (ring + int8 + int4 + centre) + 3 * 4  # count, seen, bad
+
+
+@pytest.mark.parametrize(("short", "size"), [(True, 5), (False, 7)])
+def test_bookkeeping_of_a_slot(short: bool, size: int) -> None:
+    """Position, mass and novelty: two bytes, two and one, or four for positions of any number."""
+    tiers = (Tier("native", 1000),)
+    held = LayerPlan(2, 64, 64, torch.bfloat16, 4, 1, 0, tiers, "combined", short_positions=short)
+    more = replace(held, tiers=(Tier("native", 1001),))
+    for batch in (1, 3):
+        states = [LayerState(each, batch, CPU) for each in (held, more)]
+        one, two = map(measured, states)
+        assert two - one == batch * 2 * (size + 2 * 64 * 2)
+        assert [held.nbytes(batch), more.nbytes(batch)] == [one, two]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -146,6 +146,7 @@ def histories(draw: st.DrawFn, score: str) -> tuple[LayerPlan, list[Tensor], int
         sliding=sliding,
         tiers=tuple(Tier(name, draw(st.integers(0, 5))) for name in tiers), score=score,
         window_format=draw(st.sampled_from(("native", "native", "bf16"))),
+        short_positions=draw(st.booleans()),
     )  # fmt: skip
     batch = draw(st.integers(1, 2))
     lengths = draw(st.lists(st.sampled_from((1, 1, 1, 2, 5, 9)), min_size=1, max_size=9))

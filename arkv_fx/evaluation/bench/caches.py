@@ -26,7 +26,7 @@ from arkv_fx.errors import ModelNotFoundError
 from arkv_fx.evaluation.bench.cases import Options, filled
 from arkv_fx.evaluation.bench.timing import compiled
 from arkv_fx.huggingface.cache import ArkvCache
-from arkv_fx.huggingface.layers import sliding_windows
+from arkv_fx.huggingface.layers import positions_to_come, sliding_windows
 from arkv_fx.models import load
 from arkv_fx.plan import plan_layer
 from arkv_fx.transforming import restore, transform
@@ -142,7 +142,7 @@ def arkv_decoder(
     for index, layer in enumerate(layers):
         plan = plan_layer(
             config, heads=layer.heads, k_dim=layer.k_dim, v_dim=layer.v_dim, dtype=options.dtype,
-            sliding=layer.sliding,
+            sliding=layer.sliding, positions=positions_to_come(model, config),
         )  # fmt: skip
         cache.session.layers[index] = filled(
             plan, layer.q_heads // layer.heads, tokens, 1, options.device

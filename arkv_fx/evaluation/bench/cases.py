@@ -108,6 +108,7 @@ class Options:
             k_dim=case.dim,
             v_dim=case.dim,
             dtype=self.dtype,
+            positions=self.slots or slots,
         )
 
     def random(self, *shape: int) -> Tensor:

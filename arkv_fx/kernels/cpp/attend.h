@@ -119,13 +119,13 @@ class Attention {
   }
 
   // Zero for slots that are not seen, and for those beyond n; whether any is.
-  bool shown(int64_t b, const int32_t* pos, int64_t n, int32_t* seen) const {
+  bool shown(int64_t b, const Positions& pos, int64_t n, int32_t* seen) const {
     int32_t low = -1;
     if (call.sliding) low = std::max<int64_t>(low, call.position[b] - call.sliding);
     vi any{}, lane;
     for (int i = 0; i < W; i++) lane[i] = i;
     for (int64_t r = 0; r < whole(n, 2 * W); r += W) {
-      const vi x = (pos ? load_some<vi>(pos + r, n - r) > low : ~vi{}) & (lane < (int32_t)(n - r));
+      const vi x = (pos ? pos.some(r, n - r) > low : ~vi{}) & (lane < (int32_t)(n - r));
       store(seen + r, x);
       any |= x;
     }
@@ -135,10 +135,10 @@ class Attention {
   }
 
   // What the mask adds to the logits of query i at n slots.
-  void bias(int64_t i, const int32_t* pos, int64_t n, float* added) const {
+  void bias(int64_t i, const Positions& pos, int64_t n, float* added) const {
     const int64_t all = call.heads * call.groups, last = call.mask.length - 1;
     const int64_t offset = call.position[i / all] - last;
-    call.mask.add(i / all, i % all, n, [=](int64_t r) {
+    call.mask.add(i / all, i % all, n, [=, &pos](int64_t r) {
       return pos ? std::min(std::max<int64_t>(pos[r] - offset, 0), last) : last;
     }, added);
   }
@@ -154,7 +154,7 @@ class Attention {
     for (vf& x : high) x = spread(NEVER);
     for (int64_t r = 0; r < u.count; r += BLOCK) {
       const int64_t n = std::min(BLOCK, u.count - r), first = slot + r;
-      const int32_t* pos = s.pos ? s.pos + team.head * call.slots + u.first + r : nullptr;
+      const Positions pos = s.pos ? s.pos + (team.head * call.slots + u.first + r) : s.pos;
       float dots[MOST][BLOCK + LANES], scales[BLOCK], zeros[BLOCK], added[BLOCK];
       int32_t seen[BLOCK];
       float* to = columns + team.query * plan.padded + u.room + r;

@@ -60,7 +60,8 @@ def _attend(
         q: [B, H * G, 1, Dk], k: [B, H, 1, Dk], v: [B, H, 1, Dv], in the model's dtype.
         position: [B, 1] int32, of the new token.
         mask: as in ``Attend``, bool or in one of ``DTYPES``.
-        sink: [H * G] float32; centre: [B, H, Dk] float32; pos: [B, H, N] int32.
+        sink: [H * G] float32; centre: [B, H, Dk] float32; pos: [B, H, N] int32 or
+            int16.
         fields: per segment, the fields of the keys and of the values.
         codecs: per segment, see ``arguments.codecs``.
     """

@@ -72,7 +72,7 @@ void check_positions(const Call& call, const Tensor& pos) {
 }
 
 // `n` numbers as arguments.py has them in `codecs`, and where the segments' fields lie.
-void add_segments(Call& call, const int64_t* codecs, int64_t n, int32_t* pos, Addresses& field) {
+void add_segments(Call& call, const int64_t* codecs, int64_t n, Positions pos, Addresses& field) {
   call.slots = 0;
   for (const int64_t* c = codecs; c < codecs + n; c += 4) {
     Segment s{c[3], c[2], pos + call.slots};
@@ -81,7 +81,7 @@ void add_segments(Call& call, const int64_t* codecs, int64_t n, int32_t* pos, Ad
     if (s.slots) call.segment.push_back(s);
   }
   const Stored key{call.dtype, call.k}, value{call.dtype, call.v};
-  call.segment.push_back({1, 0, nullptr, key, value});
+  call.segment.push_back({1, 0, {}, key, value});
   // Another thread is worth its start from about fifty microseconds of work on.
   const int64_t columns = call.slots + 1;
   const int64_t work = call.batch * call.heads * call.groups * columns * (call.k_dim + call.v_dim);
@@ -95,7 +95,8 @@ std::tuple<Tensor, Tensor> attend(
   Call call = call_of(q, k, v);
   const std::vector<char*> held = addresses_of(fields);
   Addresses field = held.data();
-  add_segments(call, codecs.data(), codecs.size(), data<int32_t>(pos), field);
+  const bool narrow = pos.scalar_type() == ScalarType::Short;
+  add_segments(call, codecs.data(), codecs.size(), {data<char>(pos), narrow}, field);
   check_positions(call, pos);
   call.sliding = sliding, call.scale = scale, call.softcap = softcap;
   call.position = data<int32_t>(position), call.centre = data<float>(centre);
@@ -142,17 +143,18 @@ void balance(Call& call, const float* scale) {
 void run_step(Call& call, Addresses state, const int64_t* codecs, int64_t n,
               const int64_t* options, const double* weights) {
   Score score{};
-  score.has_mass = options[3], score.has_norm = options[4], score.has_novelty = options[5];
+  score.has_mass = options[3], score.mass = options[3] == 2 ? F32 : F16;
+  score.has_norm = options[4], score.has_novelty = options[5];
   score.use_age = options[6], score.log2_decay = weights[0], score.margin = weights[1];
   State held{};
   held.count = (int32_t*)*state++, held.seen = (int32_t*)*state++, held.bad = (int32_t*)*state++;
   if (score.has_novelty) held.key_sum = (float*)*state++;
   if (options[7]) balance(call, (const float*)*state++);
   if (options[2]) call.centre = (float*)*state++;
-  held.pos = (int32_t*)*state++;
-  if (score.has_mass) held.stats.mass = (float*)*state++;
+  held.pos = {*state++, options[8] != 0};
+  if (score.has_mass) held.stats.mass = *state++;
   if (score.has_norm) held.stats.norm = (uint16_t*)*state++;
-  if (score.has_novelty) held.stats.novelty = (int16_t*)*state++;
+  if (score.has_novelty) held.stats.novelty = (int8_t*)*state++;
   add_segments(call, codecs, n, held.pos, state);
   call.position = held.seen, call.sliding = options[1], call.out_dtype = call.dtype;
   Step(call, held, score, options[0]).run();

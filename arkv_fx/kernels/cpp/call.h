@@ -14,9 +14,37 @@ struct Stored {
   uint8_t* zero;
 };
 
+// Positions of slots, -1 where one is empty: int16 where the plan counts no further, else int32.
+struct Positions {
+  char* data;
+  bool narrow;
+
+  explicit operator bool() const { return data; }
+  Positions operator+(int64_t n) const { return {data + n * (narrow ? 2 : 4), narrow}; }
+  int32_t operator[](int64_t i) const {
+    return narrow ? load<int16_t>(data + 2 * i) : load<int32_t>(data + 4 * i);
+  }
+  // The first n of W from the i-th on, zeros behind.
+  vi some(int64_t i, int64_t n) const {
+    return narrow ? widen_some((const int16_t*)data + i, n) : load_some<vi>((int32_t*)data + i, n);
+  }
+  void read(int64_t from, int64_t n, int32_t* to) const {
+    if (narrow)
+      std::copy_n((const int16_t*)data + from, n, to);
+    else
+      std::copy_n((const int32_t*)data + from, n, to);
+  }
+  void set(int64_t i, int32_t x) const {
+    if (narrow)
+      store(data + 2 * i, (int16_t)x);
+    else
+      store(data + 4 * i, x);
+  }
+};
+
 struct Segment {
   int64_t slots, centred;
-  int32_t* pos;  // its slots among all of the first head's; null: the new token, never hidden by it
+  Positions pos;  // its slots among all of the first head's; none: the new token, never hidden by it
   Stored k, v;
 };
 

@@ -24,14 +24,18 @@ INLINE void logarithm(vf* x) {
 
 // What a score keeps of tokens; null pointers for what it does not.
 struct Stats {
-  float* mass;
-  uint16_t* norm;    // bfloat16
-  int16_t* novelty;  // float16
+  char* mass;      // of Score::mass, in units of MASS_UNIT
+  uint16_t* norm;  // bfloat16
+  int8_t* novelty;
 };
+
+// As in mass.py, novelty.py and combined.py.
+constexpr float MASS_UNIT = 0x1p-8f, NOVELTY_TOP = 127, LEAST_MASS = 1e-9f / MASS_UNIT;
 
 // The options of the scores, see mass.py and combined.py.
 struct Score {
   float log2_decay, margin;
+  int64_t mass;  // F16 or F32
   bool use_age;
   bool has_mass, has_norm, has_novelty;
 };
@@ -116,7 +120,7 @@ class Ranking {
       }
       if (score.has_norm) EACH x[i] *= load<vf>(c.norm + j + i * W);
       if (both) {
-        EACH x[i] = larger(x[i], spread(1e-9f));
+        EACH x[i] = larger(x[i], spread(LEAST_MASS));
         logarithm<N>(x);
       }
       EACH store(c.rank + j + i * W, x[i]);

@@ -9,17 +9,17 @@
 struct State {
   int32_t *count, *seen, *bad;  // [B]
   float* key_sum;               // [B, H, Dk], null without novelty
-  int32_t* pos;                 // [B, H, N]
+  Positions pos;                // [B, H, N]
   Stats stats;                  // likewise
 };
 
-// A token on its way, in plain numbers.
+// A token on its way: plain numbers, and statistics as they are held.
 struct Token {
   float *k, *v;
   int32_t pos;
-  float mass;
+  char mass[sizeof(float)];
   uint16_t norm;
-  int16_t novelty;
+  int8_t novelty;
 };
 
 class Step {
@@ -97,24 +97,28 @@ class Step {
     for (int64_t j = 0; j < D; j += W)
       store_some(sum + j, load_some<vf>(sum + j, D - j) + load<vf>(token.k + j) / length, D - j);
     const float size = std::max(std::sqrt(dot(sum, sum, D)), 1e-12f);
-    token.novelty = f16_bits(spread(1 - dot(token.k, sum, D) / length / size))[0];
+    const float code = std::nearbyint(dot(token.k, sum, D) / length / size * -NOVELTY_TOP);
+    token.novelty = std::abs(code) <= NOVELTY_TOP ? (int8_t)code : 0;  // 0 for NaN
   }
 
   // The average mass moves on by one step; padding attends to nothing.
   void observe(int64_t head, Token& token, float* seen) {
     if (!score.has_mass) return;
     const bool attends = real[head / call.heads];
-    const float kept = std::exp2(score.log2_decay), share = 1 - kept;
-    float* mass = state.stats.mass + head * call.slots;
+    const float kept = std::exp2(score.log2_decay), share = (1 - kept) / MASS_UNIT;
+    const float most = score.mass == F16 ? 65504.0f : std::numeric_limits<float>::max();
+    char* mass = state.stats.mass + head * call.slots * width(score.mass, 1);
     if (attends)
       attention.probabilities<true>(head * call.groups, (head + 1) * call.groups, seen);
     else
       std::fill(seen, seen + call.slots + 1, 0.0f);
-    for (int64_t i = 0; i < call.slots; i += W) {
-      const int64_t n = call.slots - i;
-      store_some(mass + i, kept * load_some<vf>(mass + i, n) + share * load<vf>(seen + i), n);
+    for (int64_t i = 0; i <= call.slots; i += W) {  // the last is the token's
+      const vf before = plain_some(score.mass, mass, i, call.slots);
+      const vf x = kept * before + share * load<vf>(seen + i);
+      store(seen + i, x < most ? x : spread(most));
     }
-    token.mass = share * seen[call.slots];
+    store_row(score.mass, seen, call.slots, mass);
+    store_row(score.mass, seen + call.slots, 1, token.mass);
   }
 
   // Until a token leaves the ring, the centre is the mean key of all tokens so far.
@@ -163,8 +167,13 @@ class Step {
   // Position and statistics go in at slot `at` of all, what was there into `gone`.
   void exchange(int64_t at, const Token& token, Token& gone) {
     const Stats& stats = state.stats;
-    gone.pos = std::exchange(state.pos[at], token.pos);
-    if (score.has_mass) gone.mass = std::exchange(stats.mass[at], token.mass);
+    gone.pos = state.pos[at];
+    state.pos.set(at, token.pos);
+    if (score.has_mass) {
+      const int64_t bytes = width(score.mass, 1);
+      std::memcpy(gone.mass, stats.mass + at * bytes, bytes);
+      std::memcpy(stats.mass + at * bytes, token.mass, bytes);
+    }
     if (score.has_norm) gone.norm = std::exchange(stats.norm[at], token.norm);
     if (score.has_novelty) gone.novelty = std::exchange(stats.novelty[at], token.novelty);
   }
@@ -174,7 +183,7 @@ class Step {
     const Stats& stats = state.stats;
     c.count = n + 1;
     const int64_t end = whole(c.count, Candidates::STEP);
-    std::copy(state.pos + start, state.pos + start + n, c.pos);
+    state.pos.read(start, n, c.pos);
     std::fill(c.pos + n, c.pos + end, -1);
     c.pos[n] = token.pos;
     auto fill = [&](bool has, int64_t codec, const void* from, const void* own, float* to) {
@@ -183,8 +192,11 @@ class Step {
       std::fill(to + n, to + end, 0.0f);
       to[n] = plain_some(codec, (const char*)own, 0, 1)[0];
     };
-    fill(score.has_mass, F32, stats.mass, &token.mass, c.mass);
+    fill(score.has_mass, score.mass, stats.mass, token.mass, c.mass);
     fill(score.has_norm, BF16, stats.norm, &token.norm, c.norm);
-    fill(score.has_novelty, F16, stats.novelty, &token.novelty, c.novelty);
+    if (!score.has_novelty) return;
+    std::copy(stats.novelty + start, stats.novelty + start + n, c.novelty);
+    std::fill(c.novelty + n, c.novelty + end, 0.0f);
+    c.novelty[n] = token.novelty;
   }
 };

@@ -22,9 +22,9 @@ from arkv_fx.scores.mass import log2_of
 class Constants(NamedTuple):
     """What a plan fixes of the operator's arguments.
 
-    ``options`` are sinks, sliding window, and 0 or 1 each for: a centre, the statistics mass, norm
-    and novelty, masses normalised for age, balanced channels; ``weights`` the binary logarithm of
-    the decay and the margin.
+    ``options`` are sinks, sliding window, and 0 or 1 each for: a centre, the statistics mass (2 in
+    float32), norm and novelty, masses normalised for age, balanced channels, positions in int16;
+    ``weights`` the binary logarithm of the decay and the margin.
     """
 
     codecs: list[int]
@@ -38,24 +38,28 @@ def constants_of(plan: LayerPlan) -> Constants | None:
     rank = policy.cpp()
     if numbers is None or rank is None or not _as_the_library_reads(policy, plan.k_dim):
         return None
-    names = {f.name for f in policy.slot_fields}
-    has = [int(name in names) for name in ("mass", "norm", "novelty")]
-    options = [plan.sinks, plan.sliding, int(plan.centred), *has, int(rank.age), int(plan.balanced)]
+    held = {f.name: f.dtype for f in policy.slot_fields}
+    has = [STATISTICS[n].index(held[n]) + 1 if n in held else 0 for n in STATISTICS]
+    flags = [rank.age, plan.balanced, plan.short_positions]
+    options = [plan.sinks, plan.sliding, int(plan.centred), *has, *map(int, flags)]
     return Constants(numbers, options, [log2_of(rank.decay), rank.margin])
 
 
-# In the order in which the library walks through the state.
-STATISTICS = {"mass": torch.float32, "norm": torch.bfloat16, "novelty": torch.float16}
+STATISTICS = {
+    "mass": (torch.float16, torch.float32), "norm": (torch.bfloat16,), "novelty": (torch.int8,),
+}  # fmt: skip
+"""What each may be held in, in the order in which the library walks through the state."""
 
 
 def _as_the_library_reads(policy: Score, k_dim: int) -> bool:
     """Whether a score's tensors are those that the library knows, and no others."""
-    found = [(f.name, f.dtype, f.width) for f in policy.slot_fields]
-    names = {name for name, _, _ in found}
-    known = [(name, dtype, 1) for name, dtype in STATISTICS.items() if name in names]
+    found = policy.slot_fields
+    names = [f.name for f in found]
+    in_order = names == [name for name in STATISTICS if name in names]
+    known = in_order and all(f.dtype in STATISTICS[f.name] and f.width == 1 for f in found)
     sums = [(f.dtype, f.width) for f in policy.layer_fields(k_dim)]
     needed = [(torch.float32, k_dim)] if "novelty" in names else []
-    return found == known and sums == needed
+    return known and sums == needed
 
 
 @forgets
