@@ -115,6 +115,7 @@ def export(
             raise ExportError(f"{name} is a {type(value).__name__}: give {wanted}")
     config = config or ArkvConfig()
     chosen.check(config, **options)
+    _check_weights(model, chosen)
     folder = Path(out_dir)
     with appearing(folder) as work:
         identity = fingerprint(model)
@@ -131,3 +132,12 @@ def export(
         chosen.write(work, programs, sidecar, progress, **options)
         (work / FILE).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
     return folder
+
+
+def _check_weights(model: nn.Module, target: Target) -> None:
+    if held := {p.dtype for p in model.parameters()} & set(target.lacking):
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in held))
+        raise ExportError(
+            f"{type(model).__name__} has weights in {names}, which what runs files of target "
+            f"{target.name!r} cannot compute with: export model.float() or model.half()"
+        )

@@ -68,9 +68,8 @@ def name_rotations(model: ir.Model) -> None:
 
 def _rotation(tensor: Any) -> int:
     """The size of a Hadamard matrix, 0 for any other tensor."""
-    shape = tuple(tensor.shape) if tensor is not None else ()
+    shape = tuple(tensor.shape) if tensor is not None and tensor.dtype.name == "FLOAT" else ()
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] & (shape[0] - 1) or not shape[0]:
         return 0
-    found = torch.from_numpy(np.array(tensor.numpy()))
-    same = found.dtype == torch.float32 and torch.equal(found, constant(shape[0]))
+    same = torch.equal(torch.from_numpy(np.array(tensor.numpy())), constant(shape[0]))
     return int(shape[0]) if same else 0

@@ -153,4 +153,4 @@ def share_weights(models: Sequence[ir.Model], folder: Path) -> None:
             value.const_value = tensor
 
 
-TARGET = Target("onnx", write, portable=True)
+TARGET = Target("onnx", write, portable=True, lacking=(torch.bfloat16,))

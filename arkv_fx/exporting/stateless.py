@@ -18,11 +18,14 @@ from arkv_fx.ops.arrivals import Arrivals
 from arkv_fx.ops.attend import Seen, columns, look, peek, settle
 from arkv_fx.ops.signatures import AttendArguments, ColumnsArguments
 from arkv_fx.passes.roles import is_added, role_of
+from arkv_fx.runtime.operators import grouped_mm
 from arkv_fx.state.view import view
 
 ATTEND = torch.ops.arkv.attend.default
 PEEK = torch.ops.arkv.peek.default
 COLUMNS = torch.ops.arkv.columns.default
+GROUPED_MM = "transformers.grouped_mm_fallback"
+"""An operator that is not there where transformers is not, so it does not leave with a graph."""
 
 
 class Step(nn.Module):
@@ -121,6 +124,9 @@ class _Run(Interpreter):
         return values
 
     def run_node(self, n: Node) -> Any:
+        if str(n.target).startswith(GROUPED_MM):
+            args, named = self.fetch_args_kwargs_from_env(n)
+            return grouped_mm(*args, *named.values())
         if n.target not in (ATTEND, PEEK, COLUMNS):
             return super().run_node(n)
         operator = ColumnsArguments if n.target == COLUMNS else AttendArguments

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 
 def _refuse_nothing(config: object, **options: object) -> None:
     return None
@@ -17,7 +19,8 @@ class Target:
 
     ``check(config, **options)`` refuses, before the model is captured, what needs no graph to be
     refused. ``portable`` graphs have no inputs and outputs of dtypes that some runtimes lack:
-    bfloat16 and float8 cross as their bytes.
+    bfloat16 and float8 cross as their bytes. Models with weights of a dtype in ``lacking`` are
+    refused: what runs the files cannot compute with them.
     """
 
     name: str
@@ -25,3 +28,4 @@ class Target:
     options: tuple[str, ...] = ()
     check: Callable[..., None] = _refuse_nothing
     portable: bool = False
+    lacking: tuple[torch.dtype, ...] = ()

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-import transformers.integrations.moe  # noqa: F401  (registers an operator, too)
 from onnxscript import opset21
 
 import arkv_fx.runtime.operators  # noqa: F401  (registers the operators)
@@ -184,9 +183,8 @@ def _searchsorted(
     return op.ReduceSum(op.Cast(smaller, to=ir.DataType.INT64), column, keepdims=0)
 
 
-def _grouped_mm(rows: Any, weights: Any, offs: Any) -> Any:
-    """Rows [S, D] sorted by expert times weights [E, D, F]; expert e's end at offs[e]: [S, F]."""
-    ends = op.Cast(offs, to=ir.DataType.INT64)
+def _grouped_mm(rows: Any, weights: Any, ends: Any) -> Any:
+    ends = op.Cast(ends, to=ir.DataType.INT64)
     start, parts = op.Constant(value_ints=[0]), []
     for expert in range(weights.shape[0]):
         end = op.Gather(ends, op.Constant(value_ints=[expert]))
@@ -226,7 +224,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.hstack.default: _hstack,
     torch.ops.aten.searchsorted.Tensor: _searchsorted,
     torch.ops.aten.histc.default: _histc,
-    torch.ops.transformers.grouped_mm_fallback.default: _grouped_mm,
+    torch.ops.arkv.grouped_mm.default: _grouped_mm,
 }
 """For ``torch.onnx.export(custom_translation_table=...)``."""
 PORTABLE = TABLE | {torch.ops.aten.where.self: _where}

@@ -113,8 +113,9 @@ class CompressedLayer:
 
 def _not_there(index: int, name: str) -> CacheError:
     return CacheError(
-        f"layer {index}: the model reads {name!r} of its cached layer, whose keys and values are "
-        "in our state; it needs its own cache: call arkv_fx.restore(model)"
+        f"layer {index} of an ArkvCache has no {name!r}: its keys and values are codes, which "
+        "cache.tensors() and cache.nbytes() tell of; a model that reads them needs its own cache: "
+        "call arkv_fx.restore(model)"
     )
 
 

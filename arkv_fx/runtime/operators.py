@@ -81,6 +81,19 @@ def _as_numbers(held: Tensor, dtype: torch.dtype) -> Tensor:
     return held.new_empty(shape, dtype=torch.float32)
 
 
+def _grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    out = rows.new_zeros(rows.shape[0], weights.shape[2])
+    begin = 0
+    for expert, end in enumerate(ends.tolist()):
+        out[begin:end] = rows[begin:end] @ weights[expert]
+        begin = end
+    return out
+
+
+def _as_rows(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty((rows.shape[0], weights.shape[2]))
+
+
 _library = torch.library.Library("arkv", "FRAGMENT")
 for _name, _arguments, _run, _fake in (
     ("widen", "Tensor codes", _widen, _as_float32),
@@ -89,6 +102,7 @@ for _name, _arguments, _run, _fake in (
     ("best", "Tensor rank, int count", _best, _as_indices),
     ("to_bytes", "Tensor x", _to_bytes, _as_bytes),
     ("from_bytes", "Tensor held, ScalarType dtype", _from_bytes, _as_numbers),
+    ("grouped_mm", "Tensor rows, Tensor weights, Tensor ends", _grouped_mm, _as_rows),
 ):
     _library.define(f"{_name}({_arguments}) -> Tensor")
     _library.impl(_name, _run, "CompositeExplicitAutograd")
@@ -128,4 +142,10 @@ def to_bytes(x: Tensor) -> Tensor:
 def from_bytes(held: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of ``to_bytes`` for numbers of ``dtype``, in float32."""
     out: Tensor = torch.ops.arkv.from_bytes(held, dtype)
+    return out
+
+
+def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Rows [S, D] sorted by expert times weights [E, D, F]; expert e's end at ends[e]: [S, F]."""
+    out: Tensor = torch.ops.arkv.grouped_mm(rows, weights, ends)
     return out

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import BadZipFile, ZipFile
 
 from arkv_fx.errors import EngineError
 from arkv_fx.runtime.digests import plain
@@ -49,4 +51,23 @@ def load_program(folder: str | PathLike[str], graph: str = "decode") -> Exported
     try:
         return torch.export.load(folder / file)
     except Exception as error:  # whatever its readers raise
-        raise EngineError(f"{folder / file}: torch cannot load it: {error}") from error
+        said = str(error)
+        if missing := _missing(folder / file):
+            said = f"it calls {', '.join(missing)}: import what registers that first"
+        raise EngineError(f"{folder / file}: torch cannot load it: {said}") from error
+
+
+def _missing(file: Path) -> list[str]:
+    """Operators of a saved program that no library has registered in this process."""
+    import torch
+
+    called: set[tuple[str, str]] = set()
+    try:
+        with ZipFile(file) as archive:
+            for name in archive.namelist():
+                if name.endswith(".json"):
+                    text = archive.read(name).decode("utf-8", "replace")
+                    called |= set(re.findall(r'"torch\.ops\.(\w+)\.(\w+)[."]', text))
+    except (OSError, BadZipFile):
+        return []
+    return sorted(f"{s}::{o}" for s, o in called if not hasattr(getattr(torch.ops, s), o))

@@ -57,6 +57,12 @@ def test_a_bias_that_grows_with_the_text_is_refused(tmp_path: Path) -> None:
     refuses(model, tmp_path, ExportError, "position_ids")
 
 
+def test_weights_that_onnx_runtime_cannot_multiply_are_refused(tmp_path: Path) -> None:
+    model = random_model("llama", num_hidden_layers=1)
+    model.lm_head.bfloat16()  # one is enough
+    refuses(model, tmp_path, ExportError, r"has weights in bfloat16.* export model\.float\(\)")
+
+
 def test_a_window_shorter_than_the_sample_is_refused(tmp_path: Path) -> None:
     """Its steps would have a mask already in the sample, where the graph is to know no length."""
     model = other(

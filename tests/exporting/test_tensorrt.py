@@ -11,6 +11,7 @@ from typing import Any
 import engine_cases as cases
 import numpy as np
 import pytest
+import torch
 
 import arkv_fx
 from arkv_fx import models
@@ -133,6 +134,19 @@ def test_the_default_tiers(tmp_path: Path) -> None:
     tiers = arkv_fx.ArkvConfig().tiers
     sidecar = engines("llama", tmp_path / "e", tiers, ["SM80", "SM120"], graphs=["decode"])
     assert all(e["largest"] < tier_numbers(sidecar) / 2 for e in sidecar["engines"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = cases.random_model("llama", num_hidden_layers=1).to(dtype)
+    options: dict[str, Any] = {"capabilities": ["SM89"], "longest": 60}
+    arkv_fx.export(model, None, tmp_path / "e", "tensorrt", config=CONFIG, **options)
+    for engine in json.loads((tmp_path / "e" / "arkv.json").read_text())["engines"]:
+        assert sum(engine["kernels"].values()) > 0
+        keys = {d for n, d in engine["inputs"].items() if n.endswith(".key")}
+        wanted = {str(dtype).removeprefix("torch.")}
+        assert keys == (wanted if engine["graph"] == "decode" else set())
 
 
 @pytest.mark.slow

@@ -55,3 +55,49 @@ def loads_in_a_fresh_process(folder: Path) -> None:
     script = f"import sys, arkv_fx.runtime; {load}; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.split() == ["False"], done.stderr
+
+
+def test_experts_go_where_transformers_is_not(tmp_path: Path) -> None:
+    model = cases.random_model(
+        "qwen3_moe", num_hidden_layers=1, num_experts=4, num_experts_per_tok=2
+    )
+    config = arkv_fx.ArkvConfig(budget=64, window=8, tiers=("native",))
+    folder = arkv_fx.export(model, None, tmp_path / "moe", "torch", config=config)
+    ids = torch.randint(1, 120, (1, 30), generator=torch.Generator().manual_seed(0))
+    script = f"""
+import sys, torch
+from arkv_fx.runtime import load_program
+ids, places = torch.tensor({ids.tolist()}), torch.arange(30)[None]
+prefill, decode = (load_program({str(folder)!r}, name).module() for name in ("prefill", "decode"))
+first, *state = prefill(ids[:, :29], torch.ones_like(places[:, :29]), places[:, :29])
+second, *state = decode(ids[:, 29:], places[:, 29:], *state)
+assert "transformers" not in sys.modules
+torch.save(torch.cat([first, second], 1), {str(tmp_path / "logits.pt")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = model(ids).logits[:, -2:]
+    assert torch.allclose(torch.load(tmp_path / "logits.pt"), expected, atol=1e-4)
+
+
+class Foreign(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.elsewhere.doubled(x)
+        return out
+
+
+def test_operators_that_nobody_has_registered_are_named(tmp_path: Path) -> None:
+    """A saved program says which; torch says it in a warning only."""
+    library = torch.library.Library("elsewhere", "DEF")
+    library.define("doubled(Tensor x) -> Tensor")
+    library.impl("doubled", lambda x: 2 * x, "CompositeExplicitAutograd")
+    torch.library.register_fake("elsewhere::doubled", torch.empty_like, lib=library)
+    program = torch.export.export(Foreign(), (torch.ones(3),))
+    torch.export.save(program, tmp_path / "decode.pt2")
+    sidecar = {"target": "torch", "graphs": {"decode": {"file": "decode.pt2"}}}
+    (tmp_path / "arkv.json").write_text(json.dumps(sidecar))
+    assert load_program(tmp_path).module()(torch.ones(3)).tolist() == [2, 2, 2]
+    script = f"from arkv_fx.runtime import load_program; load_program({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "it calls elsewhere::doubled: import what registers that first" in done.stderr

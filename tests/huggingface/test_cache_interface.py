@@ -61,7 +61,7 @@ def test_layers_walk_like_any_caches(cache: Any) -> None:
     for layer in cache.layers:
         assert layer.get_seq_length() == 30 and layer.is_initialized and layer.batch_size == 2
         assert layer.get_mask_sizes(4) == (34, 0) and not layer.is_sliding
-        with pytest.raises(CacheError, match=r"layer [01]: the model reads 'keys'"):
+        with pytest.raises(CacheError, match=r"layer [01] of an ArkvCache has no 'keys'"):
             layer.keys  # noqa: B018
     assert cache.is_initialized and cache.max_cache_len == -1
     for read in (lambda: list(cache), lambda: cache[0]):
