@@ -67,6 +67,11 @@ class ExportPlan(LayerPlan):
         """Those of them that no codec reads: the graph makes numbers of them where it begins."""
         return {}
 
+    @property
+    def whole(self) -> set[str]:
+        """Statistics in whole numbers of a byte: likewise, for TensorRT takes those for codes."""
+        return {f.name for f in self.policy().slot_fields if f.dtype == torch.int8}
+
 
 class PortablePlan(ExportPlan):
     """A plan for graphs whose inputs and outputs every runtime has, see ``formats.portable``."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from arkv_fx.exporting.export_plan import ExportPlan
 from arkv_fx.plan import TensorSpec
-from arkv_fx.runtime.operators import from_bytes, to_bytes
+from arkv_fx.runtime.operators import from_bytes, to_bytes, widen
 
 NAMES = {"ring.k.codes": "key", "ring.v.codes": "value"}
 """What runners know by other names; the rest are called as in ``LayerPlan.specs``."""
@@ -54,13 +54,21 @@ class Group:
 
     def opened(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The state as a graph computes with it: numbers, where no codec reads the bytes."""
-        kinds = [self.plan.strange.get(spec.name) for spec in self.plan.specs()]
-        return [from_bytes(x, k) if k else x for x, k in zip(tensors, kinds, strict=True)]
+        strange, whole = self.plan.strange, self.plan.whole
+        return [
+            from_bytes(x, strange[s.name]) if s.name in strange
+            else widen(x) if s.name in whole else x
+            for x, s in zip(tensors, self.plan.specs(), strict=True)
+        ]  # fmt: skip
 
     def closed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The inverse of ``opened``."""
-        kinds = [self.plan.strange.get(spec.name) for spec in self.plan.specs()]
-        return [to_bytes(x.to(k)) if k else x for x, k in zip(tensors, kinds, strict=True)]
+        strange, whole = self.plan.strange, self.plan.whole
+        return [
+            to_bytes(x.to(strange[s.name])) if s.name in strange
+            else x.to(s.dtype) if s.name in whole else x
+            for x, s in zip(tensors, self.plan.specs(), strict=True)
+        ]  # fmt: skip
 
     def rows_of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors with layers and sequences as one dimension [L * B, ...]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arkv_fx.runtime.operators import leaving_torch, widen
+from arkv_fx.runtime.operators import leaving_torch
 from arkv_fx.scores.score import CppRank, Observation, Score, StatField, Stats
 
 TOP = 127
@@ -39,12 +39,12 @@ class NoveltyScore(Score):
         cosine = unit.mul_(mean[:, :, None]).sum(-1)
         # What is no number has no code; such a cache is refused (``check_finite``).
         code = torch.where(cosine.isnan(), 0.0, (cosine * -TOP).round())
-        stats["novelty"] = code.to(torch.int8)
+        # Graphs that leave torch have bytes where they begin and end only.
+        stats["novelty"] = code if leaving_torch() else code.to(torch.int8)
         return stats
 
     def observe(self, stats: Stats, seen: Observation) -> Stats:
         return stats
 
     def precision(self, stats: Stats, age: Tensor, valid: Tensor) -> Tensor:
-        code = stats["novelty"]
-        return widen(code) if leaving_torch() else code.float()
+        return stats["novelty"].float()
