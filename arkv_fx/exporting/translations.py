@@ -194,6 +194,16 @@ def _grouped_mm(rows: Any, weights: Any, ends: Any) -> Any:
     return op.Concat(*parts, axis=0)
 
 
+def _own_grouped_mm(
+    rows: Any, weights: Any, offs: Any = None, bias: Any = None, out_dtype: int | None = None
+) -> Any:
+    """torch's own, which transformers takes in bfloat16."""
+    known = offs is not None and bias is None and out_dtype is None
+    if not known or (len(rows.shape), len(weights.shape)) != (2, 3):
+        raise NotImplementedError("only rows by expert are translated")
+    return _grouped_mm(rows, weights, offs)
+
+
 def _histc(x: Any, bins: int = 100, min: float = 0, max: float = 0) -> Any:
     """Of whole numbers, one bin each, as experts are counted."""
     if max - min != bins - 1:
@@ -225,6 +235,7 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.searchsorted.Tensor: _searchsorted,
     torch.ops.aten.histc.default: _histc,
     torch.ops.arkv.grouped_mm.default: _grouped_mm,
+    torch.ops.aten._grouped_mm.default: _own_grouped_mm,
 }
 """For ``torch.onnx.export(custom_translation_table=...)``."""
 PORTABLE = TABLE | {torch.ops.aten.where.self: _where}

@@ -137,9 +137,12 @@ def test_the_default_tiers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = cases.random_model("llama", num_hidden_layers=1).to(dtype)
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [("llama", torch.bfloat16), ("llama", torch.float16), ("qwen3_moe", torch.bfloat16)],
+)
+def test_half_precision(arch: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = models.random_model(arch, num_hidden_layers=1).to(dtype)  # type: ignore[arg-type]
     options: dict[str, Any] = {"capabilities": ["SM89"], "longest": 60}
     arkv_fx.export(model, None, tmp_path / "e", "tensorrt", config=CONFIG, **options)
     for engine in json.loads((tmp_path / "e" / "arkv.json").read_text())["engines"]:

@@ -13,6 +13,7 @@ import torch
 
 import arkv_fx
 from arkv_fx.errors import EngineError
+from arkv_fx.models import random_model
 from arkv_fx.runtime import load_program
 
 TIERS = ("int8", "fp8")
@@ -58,9 +59,7 @@ def loads_in_a_fresh_process(folder: Path) -> None:
 
 
 def test_experts_go_where_transformers_is_not(tmp_path: Path) -> None:
-    model = cases.random_model(
-        "qwen3_moe", num_hidden_layers=1, num_experts=4, num_experts_per_tok=2
-    )
+    model = random_model("qwen3_moe", num_hidden_layers=1, num_experts=4, num_experts_per_tok=2)
     config = arkv_fx.ArkvConfig(budget=64, window=8, tiers=("native",))
     folder = arkv_fx.export(model, None, tmp_path / "moe", "torch", config=config)
     ids = torch.randint(1, 120, (1, 30), generator=torch.Generator().manual_seed(0))
