@@ -157,9 +157,19 @@ class ArkvConfig:
         return cls.make({**settings, **options})
 
     @classmethod
-    def smallest(cls, window: int) -> ArkvConfig:
-        """A window and nothing else, for measuring runs that make no use of their state."""
-        return cls(budget=window, window=window, sinks=0, tiers=("native",), score="mass")
+    def smallest(cls, window: int, context: int) -> ArkvConfig:
+        """A window and nothing else, for measuring runs that make no use of their state.
+
+        ``context`` are the tokens that come.
+        """
+        return cls(
+            budget=window, context=context, window=window, sinks=0, tiers=("native",), score="mass"
+        )
+
+    @property
+    def most_tokens(self) -> int:
+        """The longest text that it speaks of."""
+        return max(self.context, self.budget or 0)
 
     @classmethod
     def make(cls, options: Mapping[str, Any]) -> ArkvConfig:

@@ -148,12 +148,12 @@ def divergences(
             f"a prompt of {prompt.shape[1]} tokens is too short to measure layers behind a window "
             f"of {config.window}: give longer prompts, or calibration='normalised'"
         )
+    # Layers are planned as they will be, so with positions as large as theirs.
+    smallest = ArkvConfig.smallest(config.window, max(config.most_tokens, prompt.shape[1]))
     if config.compression is not None:
         config = config.replace(context=context)
     trials = Trials(config, context)
-    _transform(
-        model, ArkvConfig.smallest(config.window), None, compile="eager", stand_in=trials.attend
-    )
+    _transform(model, smallest, None, compile="eager", stand_in=trials.attend)
     transformed: Transformed = model.arkv  # type: ignore[assignment]
     try:
         cache = ArkvCache(model)

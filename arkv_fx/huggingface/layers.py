@@ -245,7 +245,7 @@ def most_positions(model: nn.Module) -> int | None:
 def positions_to_come(model: nn.Module, config: ArkvConfig) -> int | None:
     """How many tokens a model and a configuration speak of; None if the model says nothing."""
     most = getattr(text_config(model), "max_position_embeddings", None)
-    return max(most, config.context, config.budget or 0) if isinstance(most, int) else None
+    return max(most, config.most_tokens) if isinstance(most, int) else None
 
 
 def tensors_of(layer: Any) -> list[Tensor]:

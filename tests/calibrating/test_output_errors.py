@@ -102,7 +102,7 @@ def test_an_error_is_that_of_the_real_cache(arch: str, pad: int) -> None:
         plan = plan_layer(
             sized(CONFIG, shape, size, BEFORE), heads=shape.heads, k_dim=shape.k_dim,
             v_dim=shape.v_dim, dtype=shape.dtype, oq_ratio=ratio,
-            calibrated=True,
+            calibrated=True, positions=shape.positions,
         )  # fmt: skip
         assert plan.nbytes() <= size * shape.full_nbytes(BEFORE, dtype=torch.bfloat16)
         assert error == pytest.approx(by_hand(given, plan, CONFIG), rel=2e-3, abs=1e-7)
@@ -143,7 +143,7 @@ def test_costs_are_solved_for_the_budget_that_uses_them() -> None:
             expected = plan_layer(
                 config, heads=2, k_dim=16, v_dim=16, dtype=torch.float32, share=row.share,
                 oq_ratio=row.oq_ratio, shares=solved.shares(()),
-                calibrated=True,
+                calibrated=True, positions=model.arkv.backend.positions,
             )  # fmt: skip
             assert site["slots"] == expected.slots
         arkv_fx.restore(model)
@@ -180,3 +180,10 @@ def test_what_wastes_bytes_is_not_tried() -> None:
         assert sum(plan.slots >= 1000 for plan in plans) <= 1
         assert len(plans) == 5 or any(plan.slots >= 1000 for plan in plans)
     assert tried[-1][1] == 1.0 and tried[-1][2].tiers[0].slots >= 1000 - 12
+
+
+def test_layers_are_measured_with_positions_as_they_will_have_them() -> None:
+    """Two bytes a slot are more slots, or fewer."""
+    for context, short in ((192, True), (2**15, False)):
+        _, found = calls("llama", None, CONFIG.replace(context=context))
+        assert {each.shape.short_positions for each in found.values()} == {short}
