@@ -156,15 +156,15 @@ class ArkvConfig:
         }
         return cls.make({**settings, **options})
 
-    @classmethod
-    def smallest(cls, window: int, context: int) -> ArkvConfig:
-        """A window and nothing else, for measuring runs that make no use of their state.
+    def smallest(self, tokens: int) -> ArkvConfig:
+        """The window and nothing else, for measuring runs that make no use of their state.
 
-        ``context`` are the tokens that come.
+        ``tokens`` are those that come. Layers are planned with positions as large as they will be.
         """
-        return cls(
-            budget=window, context=context, window=window, sinks=0, tiers=("native",), score="mass"
-        )
+        return ArkvConfig(
+            budget=self.window, context=max(self.most_tokens, tokens), window=self.window, sinks=0,
+            tiers=("native",), score="mass",
+        )  # fmt: skip
 
     @property
     def most_tokens(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from arkv_fx.calibration import Calibration, fingerprint
+from arkv_fx.compile.backend import LOWERINGS
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ConfigError, TransformError
 from arkv_fx.formats import get_format
@@ -100,7 +101,7 @@ def transform(
     require_type("config", config, (ArkvConfig, type(None)), "an ArkvConfig, or None")
     if calibration is not False:
         require_type("calibration", calibration, (Calibration, type(None)), CALIBRATION)
-    require_type("compile", compile, str, "'inductor', 'eager' or 'reduce-overhead'")
+    require_type("compile", compile, str, ", ".join(map(repr, LOWERINGS)))
     require_type("insert_cache", insert_cache, bool, "True or False")
     if sample is not None and not insert_cache:
         raise ConfigError(

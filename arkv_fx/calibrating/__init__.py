@@ -124,8 +124,7 @@ def _by_attention(
         found[layer].append(measure(probs, real, published=published))
 
     longest = max(prompt.shape[1] for prompt, _ in samples)
-    smallest = ArkvConfig.smallest(config.window, longest)
-    _transform(model, smallest, None, compile="eager", probe=probe)
+    _transform(model, config.smallest(longest), None, compile="eager", probe=probe)
     try:
         progress(f"attention statistics of {len(samples)} prompts")
         for prompt, mask in samples:
@@ -147,8 +146,7 @@ def _by_output(
     for prompt, mask in samples:
         progress(f"prefill of {prompt.shape[1]} tokens")
         errors = OutputErrors(config)
-        # Layers are planned as they will be, so with positions as large as theirs.
-        smallest = ArkvConfig.smallest(config.window, max(config.most_tokens, prompt.shape[1]))
+        smallest = config.smallest(prompt.shape[1])
         _transform(model, smallest, None, compile="eager", stand_in=errors.attend)
         try:
             short = "logits_to_keep" in model.arkv.parameters  # type: ignore[operator, union-attr]

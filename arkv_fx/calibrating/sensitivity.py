@@ -148,8 +148,7 @@ def divergences(
             f"a prompt of {prompt.shape[1]} tokens is too short to measure layers behind a window "
             f"of {config.window}: give longer prompts, or calibration='normalised'"
         )
-    # Layers are planned as they will be, so with positions as large as theirs.
-    smallest = ArkvConfig.smallest(config.window, max(config.most_tokens, prompt.shape[1]))
+    smallest = config.smallest(prompt.shape[1])
     if config.compression is not None:
         config = config.replace(context=context)
     trials = Trials(config, context)
