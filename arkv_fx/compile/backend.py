@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class ArkvBackend:
         """What the report says beside the sites: steps not replayed, kernels that lack a format."""
         found = notes(self.replays)
         if self.lowering != "reference":
-            found += slower_kernels(site for sites in self.sites for site in sites)
+            found += slower_kernels(chain(*self.sites), self.lowering not in UNCOMPILED)
         return found
 
     def _counted(self, compiled: Compiled) -> Compiled:

@@ -251,10 +251,10 @@ def _recordable(piece: GraphModule, kernel: str, compiled: Compiled) -> Compiled
     return run
 
 
-def slower_kernels(sites: Iterable[Site]) -> list[str]:
+def slower_kernels(sites: Iterable[Site], compiled: bool) -> list[str]:
     """Which layers' formats keep them from the fastest kernel of their device, for the report."""
     found = [
-        missing_forms(site.planned.device, site.planned.plan)
+        missing_forms(site.planned.device, site.planned.plan, compiled)
         for site in sites
         if site.fused and site.planned is not None
     ]

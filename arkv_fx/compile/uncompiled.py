@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
-from arkv_fx.kernels import KERNELS, usable
+from arkv_fx.kernels import usable
 from arkv_fx.ops.signatures import AttendArguments
 from arkv_fx.passes.nodes import example
 
@@ -25,9 +25,8 @@ def run_as_it_is(graph: GraphModule, lowering: str) -> Callable[..., Any]:
         for node in graph.graph.nodes:
             if node.target in ATTENTIONS:
                 given: AttendArguments[Node] = AttendArguments.of(node)
-                names = usable(example(given.q).device, given.layer_plan)
-                kernel = next(name for name in names if not KERNELS.find(name).for_inductor)
-                replace(given, kernel=kernel).write(node)
+                best = usable(example(given.q).device, given.layer_plan, compiled=False)[0]
+                replace(given, kernel=best).write(node)
         graph.recompile()
     forward: Callable[..., Any] = graph.forward
     return forward

@@ -11,6 +11,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class Inserted(Bound):
         replays = [p.replay for p in self.programs.values() if p.replay is not None]
         said = notes(replays)
         if self.lowering != "reference":
-            said += slower_kernels(site for sites in found for site in sites)
+            said += slower_kernels(chain(*found), self.lowering not in UNCOMPILED)
         return Report.of(found, self.config, said)
 
     def run(self, *args: Any, cache: ArkvCache | None = None, **kwargs: Any) -> Any:

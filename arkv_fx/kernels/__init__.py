@@ -48,23 +48,26 @@ def get_direct_step(kernel: str, plan: LayerPlan) -> Step | None:
     return step.direct(plan) if step else None
 
 
-def usable(device: torch.device, plan: LayerPlan | None = None) -> list[str]:
+def usable(device: torch.device, plan: LayerPlan | None = None, compiled: bool = True) -> list[str]:
     """Names of the kernels that can run on ``device``, the one to take first.
 
     With a ``plan``, those that know its formats: a new format is known to the plain-torch ones.
+    Not ``compiled``: those that are fast in a graph that is run as it is.
     """
     return [
-        kernel.name for kernel in _by_priority(device) if plan is None or not kernel.lacks(plan)
+        kernel.name
+        for kernel in _by_priority(device)
+        if (plan is None or not kernel.lacks(plan)) and (compiled or not kernel.for_inductor)
     ]
 
 
-def missing_forms(device: torch.device, plan: LayerPlan) -> list[str]:
+def missing_forms(device: torch.device, plan: LayerPlan, compiled: bool = True) -> list[str]:
     """Which kernels would be taken on ``device`` if they knew the formats, and what is instead."""
     lacking = [k for k in KERNELS.values() if k.priority is not None and k.lacks(plan)]
     if not lacking:  # to ask whether a kernel can run here may compile it
         return []
     able = [kernel.name for kernel in _by_priority(device)]
-    taken = usable(device, plan)[0]
+    taken = usable(device, plan, compiled)[0]
     return [
         f"kernel {kernel.name!r} has no form of {' and '.join(kernel.lacks(plan))}: layers that "
         f"store it decode with kernel {taken!r}"
