@@ -56,7 +56,9 @@ def export(
     ] = None,
     longest: Annotated[
         int | None,
-        typer.Option(help="With tensorrt and torch_tensorrt: tokens of the longest prompt."),
+        typer.Option(
+            help="With tensorrt and torch_tensorrt: tokens of the longest prompt; the context."
+        ),
     ] = None,
 ) -> None:
     """Write prefill and decode graphs, their weights, the tokenizer and arkv.json."""

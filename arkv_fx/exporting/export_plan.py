@@ -29,6 +29,8 @@ class ExportPlan(LayerPlan):
     def of(cls, plan: LayerPlan, where: str) -> ExportPlan:
         """The plan of a layer (named ``where`` in messages), ready to be traced.
 
+        Tiers without slots are left out: TensorRT takes an empty tensor of codes for a mistake.
+
         Raises:
             ExportError: for a format or a score that has no exported form.
         """
@@ -47,7 +49,8 @@ class ExportPlan(LayerPlan):
             )
         for dim in (plan.k_dim, plan.v_dim):
             constant(dim)
-        return cls(**{f.name: getattr(plan, f.name) for f in fields(plan)})
+        whole = {f.name: getattr(plan, f.name) for f in fields(plan)}
+        return cls(**whole | {"tiers": tuple(tier for tier in plan.tiers if tier.slots)})
 
     def segments(self) -> list[tuple[Format, int]]:
         return [(f.exported(), slots) for f, slots in super().segments()]

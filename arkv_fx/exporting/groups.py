@@ -61,6 +61,17 @@ class Group:
             for x, s in zip(tensors, self.plan.specs(), strict=True)
         ]  # fmt: skip
 
+    def begun(self) -> list[Tensor]:
+        """``opened`` of the state before the first token: zeros, where that has whole numbers.
+
+        A compiler that takes every constant of a byte for codes must not see one that is none.
+        """
+        opened = self.opened(self.empty())
+        return [
+            torch.zeros(x.shape) if s.name in self.plan.whole else x
+            for x, s in zip(opened, self.plan.specs(), strict=True)
+        ]
+
     def closed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The inverse of ``opened``."""
         strange, whole = self.plan.strange, self.plan.whole

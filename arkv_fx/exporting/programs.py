@@ -29,6 +29,8 @@ from arkv_fx.runtime.operators import traced_to_leave
 PAST, PRESENT = "past_key_values", "present"
 TOKENS = "tokens"
 """What the number of a prompt's tokens is called."""
+MOST_SORTED = 3840
+"""The largest K of TensorRT's TopK."""
 
 
 @dataclass
@@ -69,7 +71,7 @@ class Programs:
     @cached_property
     def prefill(self) -> Graph:
         """The prompt's graph."""
-        return self._prefill(self.groups)
+        return self._prefill(self.groups, 0)
 
     @cached_property
     def decode(self) -> Graph:
@@ -83,12 +85,28 @@ class Programs:
 
     def engine(self, name: str) -> Graph:
         """A graph, "prefill" or "decode", for compilers that fuse sums with the decoding of what is
-        summed: products of matrices over the state are spelled out, and nothing is bytes.
+        summed: products of matrices over the state are spelled out, and nothing is bytes. Nor do
+        they sort more than ``MOST_SORTED`` at once.
         """
         groups = self._groups(ExportPlan)
         if name == "decode":
             return self._decode(groups, "export_sums")
-        return self._prefill(groups) if self.portable else self.prefill
+        return self._prefill(groups, MOST_SORTED)
+
+    def span(self, longest: int | None, context: int) -> tuple[int, int]:
+        """The fewest and the most tokens of prompts of engines, which must know both.
+
+        Args:
+            longest: the most, None for ``context`` if the model has positions for it.
+
+        Raises:
+            ExportError: if it is less than the fewest.
+        """
+        if longest is None:
+            longest = max(self.least, min(context, self.bound or context))
+        if longest < self.least:
+            raise ExportError(f"longest={longest}: the prompt's graph takes {self.least} or more")
+        return self.least, longest
 
     @property
     def vocabulary(self) -> int:
@@ -104,7 +122,7 @@ class Programs:
         device = next(self.model.parameters()).device
         return torch.zeros(self.batch, tokens, dtype=torch.long, device=device)
 
-    def _prefill(self, groups: list[Group]) -> Graph:
+    def _prefill(self, groups: list[Group], most_sorted: int) -> Graph:
         ids = self._ids(self.least + PROMPT)
         places = torch.arange(ids.shape[1], device=ids.device)
         given = {
@@ -115,7 +133,8 @@ class Programs:
         captured = self.captured["prefill"]
         given = {name: given[name] for name in captured.arguments}
         free = {name: {1: Dim(TOKENS, min=self.least)} for name in given}
-        return _graph("prefill", Step(self.model, captured, groups, True), given, free)
+        step = Step(self.model, captured, groups, True)
+        return _graph("prefill", step, given, free, most_sorted)
 
     def _decode(self, groups: list[Group], kernel: str) -> Graph:
         given = {"input_ids": self._ids(1), "position_ids": self._ids(1)}
@@ -152,12 +171,15 @@ def _plain_min() -> Generator[None]:
         yield
 
 
-def _graph(name: str, step: Step, inputs: dict[str, Tensor], free: dict[str, Any] | None) -> Graph:
+def _graph(
+    name: str, step: Step, inputs: dict[str, Tensor], free: dict[str, Any] | None,
+    most_sorted: int = 0,
+) -> Graph:  # fmt: skip
     step.eval()
     outputs = ["logits", *(name for group in step.groups for name in group.names(PRESENT))]
     shapes = (tuple(free[n] for n in inputs),) if free else None
     try:
-        with torch.no_grad(), _plain_min(), traced_to_leave():
+        with torch.no_grad(), _plain_min(), traced_to_leave(most_sorted):
             program = torch.export.export(
                 step, tuple(inputs.values()), dynamic_shapes=shapes, strict=False
             )

@@ -77,7 +77,7 @@ class _Run(Interpreter):
         self.given = given
         rest = iter(state)
         self.states = [
-            group.opened(group.empty() if step.fresh else [next(rest) for _ in group.plan.specs()])
+            group.begun() if step.fresh else group.opened([next(rest) for _ in group.plan.specs()])
             for group in step.groups
         ]
         # Where the state of a cache of the graph is: (group, place in it).

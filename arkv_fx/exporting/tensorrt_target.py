@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,6 @@ DEFAULT = ("SM86", "SM89", "SM120")
 GRAPHS = ("prefill", "decode")
 FP8_FROM = 89
 LIMIT_S = 600.0
-MOST_SORTED = 3840
-"""Slots of a tier that TensorRT can choose tokens for: the largest K of its TopK."""
 FORM = "{}_for_engines"
 
 
@@ -39,7 +37,7 @@ def write(
     progress: Callable[[str], None],
     capabilities: Sequence[str] = DEFAULT,
     graphs: Sequence[str] = GRAPHS,
-    longest: int = 4096,
+    longest: int | None = None,
     limit_s: float = LIMIT_S,
 ) -> None:
     """Write ``decode.SM89.engine`` and so on; the sidecar's ``engines`` say what is in them.
@@ -51,13 +49,13 @@ def write(
     Args:
         capabilities: compute capabilities of GPUs, names in ``CAPABILITIES``.
         graphs: which graphs get engines.
-        longest: tokens of the longest prompt that an engine takes.
+        longest: tokens of the longest prompt that an engine takes; None: the budget's context.
         limit_s: seconds that one build may take.
 
     Raises:
-        ExportError: if a tier is larger than TensorRT sorts, or a build fails or takes too long.
+        ExportError: if ``longest`` is too short, or a build fails or takes too long.
     """
-    _check_sizes(graphs, longest, programs, sidecar)
+    spans = {"prefill": programs.span(longest, sidecar["config"]["context"]), "decode": (0, 0)}
     wanted = {graph.name: graph for graph in programs.graphs}
     for name in graphs:
         progress(f"trace the {name} graph for engines")
@@ -66,7 +64,7 @@ def write(
     sidecar["engines"] = []
     for name in graphs:
         source = folder / f"{FORM.format(name)}.onnx"
-        span = (programs.least, longest) if name == "prefill" else (0, 0)
+        span = spans[name]
         for capability in capabilities:
             progress(f"build the {name} engine for {capability}")
             file = f"{name}.{capability}.engine"
@@ -159,31 +157,6 @@ def stores_float8(config: ArkvConfig) -> bool:
     codecs = [c for name in config.tiers for c in get_format(name).exported().codecs]
     fields = [f for c in codecs for f in c.fields(c.multiple, torch.float32)]
     return any(field.dtype == torch.float8_e4m3fn for field in fields)
-
-
-def _check_sizes(
-    graphs: Sequence[str], longest: int, programs: Programs, sidecar: dict[str, Any]
-) -> None:
-    if "prefill" not in graphs:
-        return
-    if longest < programs.least:
-        raise ExportError(f"longest={longest}: the prompt's graph takes {programs.least} or more")
-    tiers = [tier for group in sidecar["groups"] for tier in group["tiers"]]
-    check_sorted(tiers, ", or graphs=['decode'] and run prompts by ONNX Runtime")
-
-
-def check_sorted(tiers: Sequence[Mapping[str, Any]], otherwise: str = "") -> None:
-    """Refuse a sidecar's tiers from whose candidates TensorRT cannot choose.
-
-    Args:
-        otherwise: what else to do, for the message.
-    """
-    most = max((tier["slots"] for tier in tiers), default=0)
-    if most > MOST_SORTED:
-        raise ExportError(
-            f"a tier has {most} slots, and TensorRT chooses at most {MOST_SORTED} tokens at once: "
-            f"give a smaller budget{otherwise}"
-        )
 
 
 TARGET = Target(

@@ -19,7 +19,7 @@ from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError
 from arkv_fx.exporting.programs import Graph, Programs
 from arkv_fx.exporting.target import Target
-from arkv_fx.exporting.tensorrt_target import check_formats, check_sorted, stores_float8
+from arkv_fx.exporting.tensorrt_target import check_formats, stores_float8
 
 
 def _dequantize(codes: Tensor, scale: Tensor) -> Tensor:
@@ -67,21 +67,21 @@ def write(
     programs: Programs,
     sidecar: dict[str, Any],
     progress: Callable[[str], None],
-    longest: int = 4096,
+    longest: int | None = None,
 ) -> None:
     """``prefill.pt2`` and ``decode.pt2``, for ``torch_tensorrt.load``.
 
     Args:
-        longest: tokens of the longest prompt.
+        longest: tokens of the longest prompt; None: the budget's context.
 
     Raises:
-        ExportError: for a tier larger than TensorRT sorts, or with what Torch-TensorRT said.
+        ExportError: with what Torch-TensorRT said.
     """
     compiler = _compiler()
-    check_sorted([tier for group in sidecar["groups"] for tier in group["tiers"]])
+    span = programs.span(longest, sidecar["config"]["context"])
     for graph in map(programs.engine, ("prefill", "decode")):
         progress(f"compile the {graph.name} graph")
-        inputs = _inputs(graph, compiler, (programs.least, longest))
+        inputs = _inputs(graph, compiler, span)
         file = f"{graph.name}.pt2"
         try:
             module = compiler.dynamo.compile(

@@ -15,7 +15,7 @@ from torch import Tensor
 from arkv_fx.kernels import KERNELS, Encoder
 from arkv_fx.kernels.reference import encode_rows, gather
 from arkv_fx.ops.arrivals import Arrivals, rank_tokens
-from arkv_fx.runtime.operators import best
+from arkv_fx.runtime.operators import best, is_best
 from arkv_fx.scores import Stats
 from arkv_fx.state.view import Segment, View, write_positions
 
@@ -69,7 +69,8 @@ def merge_many(
         below = None
         if fresh:  # there is nothing in the tier that could come down
             winners = best(rank, tier.slots)
-            won = _is_best(rank, winners)[..., tier.slots :]
+            index = torch.arange(rank.shape[-1], device=rank.device)
+            won = is_best(rank, winners, index)[..., tier.slots :]
             below = replace(out, pos=torch.where(won, -1, out.pos))
         else:
             order = rank.argsort(dim=-1, descending=True, stable=True)
@@ -82,14 +83,6 @@ def merge_many(
         _store(tier, out, (winners - tier.slots).clamp(min=-1), encoder)
         if below is not None:
             out = below
-
-
-def _is_best(rank: Tensor, winners: Tensor) -> Tensor:
-    """Which of ``rank`` [B, Hkv, N] are among ``best(rank, ..)`` [B, Hkv, M]."""
-    last = winners[..., -1:]
-    least = rank.gather(-1, last)
-    index = torch.arange(rank.shape[-1], device=rank.device)
-    return (rank > least) | ((rank == least) & (index <= last))
 
 
 def _store_stats(held: View, updated: Stats) -> None:

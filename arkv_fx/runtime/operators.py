@@ -13,7 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_leaving = False  # not a ContextVar, which Dynamo cannot read
+# Not ContextVars, which Dynamo cannot read.
+_leaving = False
+_most_sorted = 0
 
 
 def leaving_torch() -> bool:
@@ -25,14 +27,18 @@ def leaving_torch() -> bool:
 
 
 @contextmanager
-def traced_to_leave() -> Generator[None]:
-    """Within it ``torch.export`` traces a graph that leaves torch; one at a time in a process."""
-    global _leaving
-    _leaving = True
+def traced_to_leave(most_sorted: int = 0) -> Generator[None]:
+    """Within it ``torch.export`` traces a graph that leaves torch; one at a time in a process.
+
+    Args:
+        most_sorted: of how many the graph's compiler gives the best at once, 0 if of any number.
+    """
+    global _leaving, _most_sorted
+    _leaving, _most_sorted = True, most_sorted
     try:
         yield
     finally:
-        _leaving = False
+        _leaving, _most_sorted = False, 0
 
 
 def _widen(codes: Tensor) -> Tensor:
@@ -129,8 +135,32 @@ def to_e4m3(x: Tensor) -> Tensor:
 
 def best(rank: Tensor, count: int) -> Tensor:
     """int64 indices [..., count] of the largest of rank [..., N >= count]; of equals the first."""
+    if _most_sorted and count > _most_sorted:
+        return best_in_runs(rank, count, _most_sorted)
     out: Tensor = torch.ops.arkv.best(rank, count)
     return out
+
+
+def best_in_runs(rank: Tensor, count: int, most: int) -> Tensor:
+    """What ``best`` gives, ``most`` at a time: the best, then the best of the rest.
+
+    Ranks may be -inf: what is taken already falls below that of no token.
+    """
+    rank = rank.float().clamp(min=torch.finfo(torch.float32).min)
+    index = torch.arange(rank.shape[-1], device=rank.device)
+    runs: list[Tensor] = []
+    for begin in range(0, count, most):
+        run: Tensor = torch.ops.arkv.best(rank, min(most, count - begin))
+        runs.append(run)
+        rank = torch.where(is_best(rank, run, index), float("-inf"), rank)
+    return torch.cat(runs, -1)
+
+
+def is_best(rank: Tensor, winners: Tensor, index: Tensor) -> Tensor:
+    """Which of rank [..., N] are among ``best(rank, ..)`` [..., M]; index: 0 to N - 1."""
+    last = winners[..., -1:]
+    least = rank.gather(-1, last)
+    return (rank > least) | ((rank == least) & (index <= last))
 
 
 def to_bytes(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import arkv_fx
 from arkv_fx import models
 from arkv_fx.errors import ExportError, UnknownOptionError
 from arkv_fx.exporting import onnx_target, tensorrt_target
-from arkv_fx.exporting.programs import make_programs
+from arkv_fx.exporting.programs import MOST_SORTED, make_programs
 from arkv_fx.runtime import OnnxSession
 
 pytest.importorskip("tensorrt_rtx")
@@ -213,17 +213,33 @@ def test_what_cannot_be_built_is_refused_before_the_model_is_captured(
     refuses(change, options, error, said, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "change, options, said",
-    [
-        ({}, {"longest": 3}, "takes 5 or more"),
-        ({"budget": 5000}, {}, "at most 3840"),
-    ],
-)
-def test_what_cannot_be_built_leaves_nothing(
-    change: dict[str, Any], options: dict[str, Any], said: str, tmp_path: Path
-) -> None:
-    refuses(change, options, ExportError, said, tmp_path)
+def test_what_cannot_be_built_leaves_nothing(tmp_path: Path) -> None:
+    refuses({}, {"longest": 3}, ExportError, "takes 5 or more", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compression", [4.0, 8.0])
+def test_budgets_for_long_contexts(compression: float, tmp_path: Path) -> None:
+    """Tiers of more slots than TensorRT chooses tokens for at once, and constants not folded."""
+    model = models.random_model("llama", num_hidden_layers=1, max_position_embeddings=2**17)
+    config = arkv_fx.ArkvConfig(context=2**17, compression=compression)
+    out, options = tmp_path / "e", {"capabilities": ["SM89"]}
+    arkv_fx.export(model, None, out, "tensorrt", config=config, **options)
+    sidecar = json.loads((out / "arkv.json").read_text())
+    tiers = [tier["slots"] for group in sidecar["groups"] for tier in group["tiers"]]
+    assert max(tiers) > 2 * MOST_SORTED
+    assert [e.get("longest") for e in sidecar["engines"]] == [2**17, None]
+
+
+def test_layers_that_all_slide(tmp_path: Path) -> None:
+    """The default plan leaves some of their tiers without slots: no tensors, nothing to refuse."""
+    model = models.random_model("mistral", num_hidden_layers=1, sliding_window=64)
+    arkv_fx.export(model, None, tmp_path / "e", "tensorrt", capabilities=["SM89"])
+    sidecar = json.loads((tmp_path / "e" / "arkv.json").read_text())
+    assert {group["sliding"] for group in sidecar["groups"]} == {64}
+    assert all(tier["slots"] for group in sidecar["groups"] for tier in group["tiers"])
+    shapes = [t["shape"] for group in sidecar["groups"] for t in group["tensors"]]
+    assert shapes and all(all(shape) for shape in shapes)
 
 
 def refuses(
