@@ -23,7 +23,7 @@ from arkv_fx.exporting.export_plan import ExportPlan, PortablePlan
 from arkv_fx.exporting.groups import Group, group_layers
 from arkv_fx.exporting.inserted import capture_inserted
 from arkv_fx.exporting.stateless import Step
-from arkv_fx.huggingface.layers import cached_layers
+from arkv_fx.huggingface.layers import cached_layers, text_config
 from arkv_fx.runtime.operators import traced_to_leave
 
 PAST, PRESENT = "past_key_values", "present"
@@ -93,19 +93,24 @@ class Programs:
             return self._decode(groups, "export_sums")
         return self._prefill(groups, MOST_SORTED)
 
-    def span(self, longest: int | None, context: int) -> tuple[int, int]:
+    def span(self, longest: int | None, config: Mapping[str, Any]) -> tuple[int, int]:
         """The fewest and the most tokens of prompts of engines, which must know both.
 
         Args:
-            longest: the most, None for ``context`` if the model has positions for it.
+            longest: the most; None for all that ``config``, the sidecar's, speaks of, or for what
+                the model has positions for.
 
         Raises:
-            ExportError: if it is less than the fewest.
+            ExportError: if it is less than the fewest, or more than the model can tell apart.
         """
         if longest is None:
-            longest = max(self.least, min(context, self.bound or context))
+            known = self.bound or getattr(text_config(self.model), "max_position_embeddings", None)
+            spoken = max(config["context"], config["budget"] or 0)
+            longest = max(self.least, min(spoken, known or spoken))
         if longest < self.least:
             raise ExportError(f"longest={longest}: the prompt's graph takes {self.least} or more")
+        if self.bound and longest > self.bound:
+            raise ExportError(f"longest={longest}: the model has positions for {self.bound} only")
         return self.least, longest
 
     @property

@@ -49,13 +49,15 @@ def write(
     Args:
         capabilities: compute capabilities of GPUs, names in ``CAPABILITIES``.
         graphs: which graphs get engines.
-        longest: tokens of the longest prompt that an engine takes; None: the budget's context.
+        longest: tokens of the longest prompt that an engine takes; None: see ``Programs.span``.
         limit_s: seconds that one build may take.
 
     Raises:
-        ExportError: if ``longest`` is too short, or a build fails or takes too long.
+        ExportError: if ``longest`` is too short or too long, or a build fails or takes too long.
     """
-    spans = {"prefill": programs.span(longest, sidecar["config"]["context"]), "decode": (0, 0)}
+    spans = {"decode": (0, 0)}
+    if "prefill" in graphs:
+        spans["prefill"] = programs.span(longest, sidecar["config"])
     wanted = {graph.name: graph for graph in programs.graphs}
     for name in graphs:
         progress(f"trace the {name} graph for engines")
@@ -113,14 +115,16 @@ def build(
 
 def check(
     config: ArkvConfig, capabilities: Sequence[str] = DEFAULT, graphs: Sequence[str] = GRAPHS,
-    **options: Any,
+    longest: int | None = None, **options: Any,
 ) -> None:  # fmt: skip
     """Refuse what needs no graph to be refused; options as in ``write``.
 
     Raises:
         UnknownOptionError: for a capability or a graph that there is not.
-        ExportError: if a package is missing, or fp8 is asked for where there is none.
+        ExportError: if a package is missing, ``longest`` is no number of tokens, or fp8 is asked
+            for where there is none.
     """
+    check_longest(longest)
     onnx_target.require("onnx", "onnxscript", "tensorrt_rtx")
     if unknown := [c for c in capabilities if c not in CAPABILITIES]:
         raise UnknownOptionError(
@@ -135,6 +139,12 @@ def check(
         raise ExportError(
             f"{', '.join(old)} have no fp8: it begins with SM{FP8_FROM}; take int8, or newer GPUs"
         )
+
+
+def check_longest(longest: int | None) -> None:
+    """Refuse what is neither None nor a whole number >= 1."""
+    if longest is not None and (type(longest) is not int or longest < 1):
+        raise ExportError(f"longest={longest!r}: must be a whole number of tokens, >= 1")
 
 
 def check_formats(config: ArkvConfig) -> None:

@@ -22,7 +22,7 @@ from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError
 from arkv_fx.exporting.programs import Graph, Programs
 from arkv_fx.exporting.target import Target
-from arkv_fx.exporting.tensorrt_target import check_formats, stores_float8
+from arkv_fx.exporting.tensorrt_target import check_formats, check_longest, stores_float8
 
 
 def _dequantize(codes: Tensor, scale: Tensor) -> Tensor:
@@ -47,6 +47,8 @@ def _all(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
 
 def _diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
     """Of square matrices in the last two dimensions."""
+    if (offset, dim1 % x.ndim, dim2 % x.ndim) != (0, x.ndim - 2, x.ndim - 1):
+        raise NotImplementedError("only the diagonal of the last two dimensions is known")
     index = torch.arange(x.shape[-1], device=x.device)
     return x[..., index, index]
 
@@ -72,7 +74,8 @@ def _attention(
         mask = rows[:, None] >= columns
     if mask is not None:
         bias = torch.where(mask, 0.0, float("-inf")) if mask.dtype == torch.bool else mask
-        logits = logits + bias
+        # Padding sees nothing: with -inf its row would not be numbers.
+        logits = logits + bias.to(q.dtype).clamp(min=torch.finfo(q.dtype).min / 2)
     return logits.softmax(-1) @ v
 
 
@@ -89,13 +92,14 @@ PLAIN: dict[Any, Callable[..., Any]] = {
 """Our operators, and those that it lacks, in terms of those that Torch-TensorRT knows."""
 
 
-def check(config: ArkvConfig, **options: Any) -> None:
+def check(config: ArkvConfig, longest: int | None = None) -> None:
     """Refuse what needs no graph to be refused.
 
     Raises:
         ExportError: without Torch-TensorRT or a CUDA GPU, and for fp8, for which it has no
             conversion.
     """
+    check_longest(longest)
     check_formats(config)
     if stores_float8(config):
         raise ExportError(
@@ -119,13 +123,13 @@ def write(
     """``prefill.pt2`` and ``decode.pt2``, for ``torch_tensorrt.load``.
 
     Args:
-        longest: tokens of the longest prompt; None: the budget's context.
+        longest: tokens of the longest prompt; None: as ``Programs.span`` has it.
 
     Raises:
         ExportError: with what Torch-TensorRT said.
     """
     compiler = _compiler()
-    span = programs.span(longest, sidecar["config"]["context"])
+    span = programs.span(longest, sidecar["config"])
     for graph in map(programs.engine, ("prefill", "decode")):
         progress(f"compile the {graph.name} graph")
         file = f"{graph.name}.pt2"
@@ -134,6 +138,8 @@ def write(
             compiler.save(
                 module, str(folder / file), output_format="exported_program", arg_inputs=inputs
             )
+        except ExportError as error:
+            raise ExportError(f"the {graph.name} graph: {error}; take target 'tensorrt'") from error
         except Exception as error:  # of any of the libraries behind it
             said = str(error) or type(error).__name__
             raise ExportError(f"the {graph.name} graph: Torch-TensorRT says: {said}") from error
@@ -190,8 +196,15 @@ def plain(program: ExportedProgram) -> ExportedProgram:
 
     Slices that cut nothing off are left out. Others that begin at so many from the end begin at a
     computed place: of two dimensions of any length Torch-TensorRT 2.14 counts both from their end.
+
+    Raises:
+        ExportError: for operators of ours that have no plain form, as mixtures of experts need.
     """
     out: ExportedProgram = program.run_decompositions(PLAIN)
+    if ours := sorted(
+        {str(n.target) for n in out.graph.nodes if str(n.target).startswith("arkv.")}
+    ):
+        raise ExportError(f"{', '.join(ours)} has no form that Torch-TensorRT knows")
     for node in out.graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor):
         whole, dim, *limits = node.args
         shape, start = whole.meta["val"].shape, limits[0] if limits else None

@@ -158,6 +158,9 @@ def best_in_runs(rank: Tensor, count: int, most: int) -> Tensor:
 
 def is_best(rank: Tensor, winners: Tensor, index: Tensor) -> Tensor:
     """Which of rank [..., N] are among ``best(rank, ..)`` [..., M]; index: 0 to N - 1."""
+    if _most_sorted:  # TensorRT does not say which of equals come first
+        ones = torch.ones_like(winners, dtype=rank.dtype)
+        return torch.zeros_like(rank).scatter(-1, winners, ones) > 0
     last = winners[..., -1:]
     least = rank.gather(-1, last)
     return (rank > least) | ((rank == least) & (index <= last))

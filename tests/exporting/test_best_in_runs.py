@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arkv_fx.runtime.operators import best, best_in_runs, leaving_torch, traced_to_leave
+from arkv_fx.runtime.operators import best, best_in_runs, is_best, leaving_torch, traced_to_leave
 
 RANKS = st.lists(st.sampled_from([float("-inf"), -1e38, -1.0, 0.0, 0.5, 3e38]), min_size=1)
 
@@ -38,3 +38,15 @@ def test_graphs_of_engines_sort_no_more_than_they_can() -> None:
         counts.append([node.args[1] for node in nodes])
         assert torch.equal(program.module()(rank), best(rank, 10))
     assert counts == [[10], [4, 4, 2]] and not leaving_torch()
+
+
+def test_what_is_taken_does_not_hang_on_the_order_of_equals() -> None:
+    """TensorRT, and torch's topk, may give any of equals in any order."""
+    rank, index = torch.tensor([[1.0, 0.0, 1.0, 1.0, 2.0]]), torch.arange(5)
+    for taken in [4, 3, 0], [4, 2, 3], [0, 4, 2]:
+        winners = torch.tensor([taken])
+        with traced_to_leave(3):
+            found = is_best(rank, winners, index)
+        assert found[0].nonzero().flatten().tolist() == sorted(taken)
+    winners = best(rank, 3)
+    assert torch.equal(is_best(rank, winners, index)[0].nonzero().flatten(), winners[0].sort()[0])

@@ -202,6 +202,8 @@ def test_a_build_has_a_time_limit(folder: Path, tmp_path: Path) -> None:
         ({"tiers": ("int8", "fp8")}, {}, ExportError, "SM86 have no fp8"),
         ({}, {"capabilities": ["SM90"]}, UnknownOptionError, "'SM90'"),
         ({}, {"graphs": ["encode"]}, UnknownOptionError, "'encode'"),
+        ({}, {"longest": "7"}, ExportError, "longest='7': must be a whole number"),
+        ({}, {"longest": True}, ExportError, "longest=True: must be a whole number"),
     ],
 )
 def test_what_cannot_be_built_is_refused_before_the_model_is_captured(
@@ -215,6 +217,18 @@ def test_what_cannot_be_built_is_refused_before_the_model_is_captured(
 
 def test_what_cannot_be_built_leaves_nothing(tmp_path: Path) -> None:
     refuses({}, {"longest": 3}, ExportError, "takes 5 or more", tmp_path)
+
+
+def test_the_longest_prompt_is_what_budget_and_model_speak_of() -> None:
+    def span(longest: int | None, positions: int, **options: Any) -> tuple[int, int]:
+        config = arkv_fx.ArkvConfig(window=16, **options)
+        model = models.random_model("llama", num_hidden_layers=1, max_position_embeddings=positions)
+        return make_programs(model, config, None, 1).span(longest, config.to_dict())
+
+    assert span(None, 2**17) == (17, 4096)
+    assert span(None, 2**17, budget=9000) == (17, 9000)
+    assert span(None, 512) == (17, 512)
+    assert span(600, 512) == (17, 600)  # rotations go on
 
 
 @pytest.mark.slow
