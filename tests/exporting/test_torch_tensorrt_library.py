@@ -94,7 +94,7 @@ def default(request: pytest.FixtureRequest) -> Programs:
 def test_each_graph_is_one_engine(default: Programs, compiler: Any, arch: str, graph: str) -> None:
     """With the default formats; the prompt's for any length."""
     weights = sum(p.numel() * p.element_size() for p in default.model.parameters())
-    assert weights < size(compiler, default, graph) < weights + 3 * 2**20
+    assert weights < size(compiler, default, graph) < weights + 64 * 2**20  # kernels are in it
 
 
 @pytest.fixture
