@@ -62,8 +62,8 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0,
     causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """In products and a softmax, which TensorRT fuses: the builder of TensorRT-RTX 1.6 and 1.7
-    ends the process over its layer for attention where rows are gathered from what comes of it.
+    """In products and a softmax: the builder of TensorRT-RTX 1.6 and 1.7 ended its process over
+    prompt graphs with its own layer for attention.
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
