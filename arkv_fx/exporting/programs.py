@@ -105,7 +105,7 @@ class Programs:
         """
         if longest is None:
             known = self.bound or getattr(text_config(self.model), "max_position_embeddings", None)
-            spoken = max(config["context"], config["budget"] or 0)
+            spoken = ArkvConfig.make(config).most_tokens
             longest = max(self.least, min(spoken, known or spoken))
         if longest < self.least:
             raise ExportError(f"longest={longest}: the prompt's graph takes {self.least} or more")

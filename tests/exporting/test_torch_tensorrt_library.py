@@ -74,7 +74,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def size(compiler: Any, made: Programs, graph: str) -> int:
     """Bytes of the plan of a graph that is one engine."""
     with pytest.raises(Built) as built:
-        torch_tensorrt_target.compile_graph(compiler, made.engine(graph), made.span(128, 0))
+        torch_tensorrt_target.compile_graph(compiler, made.engine(graph), made.span(128, {}))
     return int(str(built.value))
 
 
