@@ -30,6 +30,7 @@ from torch.fx.passes.split_module import split_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
+from arkv_fx.compile.products import fast_products
 from arkv_fx.compile.uncompiled import ATTENTIONS
 from arkv_fx.formats import FORMATS
 from arkv_fx.kernels import KERNELS, get_direct_step, missing_forms, usable
@@ -95,6 +96,7 @@ def compile_pieces(graph: GraphModule, inputs: list[Any], probe: Any = None) -> 
     A prompt's attention is left to torch, all but the codes: it comes once, and is bound by its
     matrix products. ``probe`` is Python that the graph calls: it is called, with real tensors only.
     """
+    fast_products(graph)
     part = 0
     parts: dict[Node, int] = {}
     for node in graph.graph.nodes:

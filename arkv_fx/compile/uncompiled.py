@@ -1,4 +1,4 @@
-"""A rewritten graph run as it is: with the fastest kernel of its device, or the reference."""
+"""A rewritten graph run as it is: with the fastest kernels of its device, or the reference."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
+from arkv_fx.compile.products import fast_products
 from arkv_fx.kernels import usable
 from arkv_fx.ops.signatures import AttendArguments
 from arkv_fx.passes.nodes import example
@@ -20,7 +21,12 @@ UNCOMPILED = ("eager", "reference")
 
 
 def run_as_it_is(graph: GraphModule, lowering: str) -> Callable[..., Any]:
-    """A graph's forward; for "eager" its attention is given the fastest kernels first."""
+    """A graph's forward; for "eager" attention and products are given the fastest kernels first.
+
+    What "inductor" does not compile, because it is read while it runs, gets the products.
+    """
+    if lowering != "reference":
+        fast_products(graph)
     if lowering == "eager":
         for node in graph.graph.nodes:
             if node.target in ATTENTIONS:

@@ -14,6 +14,7 @@ from arkv_fx.evaluation.bench.cases import CASES, Case, Options, get_case
 from arkv_fx.evaluation.bench.compilation import compile_
 from arkv_fx.evaluation.bench.dispatch import dispatch
 from arkv_fx.evaluation.bench.exported_graphs import export_
+from arkv_fx.evaluation.bench.linear_layers import linear_layers
 from arkv_fx.evaluation.bench.measurements import Measurement
 from arkv_fx.evaluation.bench.prefill import prefill
 from arkv_fx.evaluation.bench.timing import pinned
@@ -35,6 +36,7 @@ SECTIONS: dict[str, Section] = {
     "update": update,
     "prefill": prefill,
     "dispatch": dispatch,
+    "linear": linear_layers,
     "model": model,
     "compile": compile_,
     "export": export_,

@@ -28,7 +28,7 @@ class Measurement:
     """One row; what does not apply is None.
 
     Args:
-        context: tokens that a full cache holds, or that the prompt has.
+        context: tokens that a full cache holds, or that come at once.
         slots: tokens that a compressed cache holds per kv head.
         median_us, low_us, high_us: microseconds of one call, median and quartiles.
         tokens_per_s: of a whole model, from the median step.
