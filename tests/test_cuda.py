@@ -1,8 +1,9 @@
-"""What only a GPU can tell: the Triton kernels and CUDA graphs as they run there."""
+"""What only a GPU can tell: Triton kernels, CUDA graphs and engines as they run there."""
 
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,15 @@ import torch
 from reference_attention import TOLERANCE
 from torch import Tensor
 
-from arkv_fx import ArkvConfig, models, restore, transform
+from arkv_fx import ArkvConfig, export, models, restore, transform
 from arkv_fx.evaluation.bench.cases import CASES, Options, filled, new_token
+from arkv_fx.exporting.tensorrt_target import FP8_FROM
 from arkv_fx.formats import FORMATS
 from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.ops.attend import attend
+from arkv_fx.runtime import EngineSession, OnnxSession
+from arkv_fx.runtime.cuda_device import CudaDevice
+from arkv_fx.runtime.engine_files import CAPABILITIES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CUDA = torch.device("cuda")
@@ -111,3 +116,55 @@ def test_bench_runs_there() -> None:
     )  # fmt: skip
     rows = bench(("attention", "update", "prefill"), options, lambda text: None)
     assert any(r.method.startswith("arkv-triton") and r.median_us for r in rows)
+
+
+@pytest.fixture(scope="module", params=[("int8", "int4"), ("k8v4", "k4v3"), ("fp8",)], ids=str)
+def engine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, ArkvConfig]:
+    """A folder with engines for this GPU, and the configuration that it was exported with."""
+    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("cuda.bindings.runtime")
+    here = CudaDevice().capability
+    if here not in CAPABILITIES:
+        pytest.skip(f"TensorRT for RTX builds no engines for {here}")
+    if request.param == ("fp8",) and int(here.removeprefix("SM")) < FP8_FROM:
+        pytest.skip(f"{here} has no fp8")
+    config = SMALL.replace(tiers=request.param, context=2**15)
+    out = tmp_path_factory.mktemp("engine") / "e"
+    options: dict[str, Any] = {"capabilities": [here], "longest": 64}
+    export(models.random_model("llama"), None, out, "tensorrt", config=config, batch=3, **options)
+    return out, config
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_engines_answer_as_torch(engine: tuple[Path, ArkvConfig], cuda_graph: bool) -> None:
+    folder, config = engine
+    model = models.random_model("llama").to(CUDA)
+    transform(model, config, compile="reference")
+    want = [row[60:] for row in generate(model, 3)]
+    session = EngineSession(folder, cuda_graph=cuda_graph)
+    ids = torch.randint(1, 128, (3, 60), generator=torch.Generator().manual_seed(0)).numpy()
+    for _ in range(2):
+        assert session.generate(ids, 30, stop=[]).tolist() == want
+    assert bool(session._graphs) == cuda_graph
+
+
+def test_an_engine_session_is_onnx_runtimes_twin(engine: tuple[Path, ArkvConfig]) -> None:
+    """Short prompts, and a state that goes from one to the other."""
+    session, twin = EngineSession(engine[0]), OnnxSession(engine[0])
+    ids = torch.randint(1, 128, (3, 4), generator=torch.Generator().manual_seed(1)).numpy()
+    assert session.generate(ids, 20).tolist() == twin.generate(ids, 20).tolist()
+    twin.set_state(session.state(), [23] * 3)
+    for token in range(10):
+        logits = [s.step([token + 1] * 3) for s in (session, twin)]
+        assert abs(logits[0] - logits[1]).max() < 1e-2
+
+
+def test_engine_sessions_give_their_memory_back(engine: tuple[Path, ArkvConfig]) -> None:
+    used = []
+    for _ in range(4):
+        EngineSession(engine[0]).generate([[1, 2, 3]] * 3, 8)
+        gc.collect()
+        used.append(torch.cuda.mem_get_info()[0])
+    assert len(set(used[1:])) == 1

@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from arkv_fx.commands.common import (
@@ -35,10 +35,15 @@ from arkv_fx.commands.common import (
 )
 from arkv_fx.commands.console import err, out
 from arkv_fx.commands.limits import require_memory, require_positions
+from arkv_fx.commands.run_engine import (
+    Runtime,
+    load_tokenizer,
+    open_engine,
+    refuse_with_engine,
+)
 from arkv_fx.errors import EvaluationError
 from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.report import against_full
-from arkv_fx.runtime import OnnxSession
 from arkv_fx.transforming import transform
 
 COMPILE_WORTHWHILE = 512
@@ -63,8 +68,14 @@ def generate(
     engine: Annotated[
         Path | None,
         typer.Option(
-            help="A folder of `arkv export`, run by ONNX Runtime in place of --model; sizes and "
-            "formats are those it was exported with."
+            help="A folder of `arkv export`, run in place of --model; sizes and formats are those "
+            "it was exported with."
+        ),
+    ] = None,
+    runtime: Annotated[
+        Runtime | None,
+        typer.Option(
+            help="What runs --engine. Default: tensorrt if it holds engines for this GPU, else onnx"
         ),
     ] = None,
     json: JsonFile = None,
@@ -73,9 +84,11 @@ def generate(
     text = read_text(prompt_file)
     if engine is not None:
         chosen = {"compression": compression, "budget": budget, "calibration": calibration}
-        _refuse_with_engine([name for name, value in chosen.items() if value is not None])
-        _run_engine(engine, text, max_new_tokens, chat, json)
+        refuse_with_engine([name for name, value in chosen.items() if value is not None])
+        _run_engine(engine, runtime, text, max_new_tokens, chat, json)
         return
+    if runtime is not None:
+        raise EvaluationError(f"--runtime {runtime}: it says what runs --engine, and there is none")
     network, tokenizer = load(model, dtype, device)
     ids = encode(tokenizer, text, chat).to(network.device)
     total = ids.shape[1] + max_new_tokens
@@ -102,9 +115,11 @@ def generate(
     _show(row, json)
 
 
-def _run_engine(folder: Path, text: str, tokens: int, chat: bool, json: Path | None) -> None:
-    """The same by ONNX Runtime."""
-    session = OnnxSession(folder)
+def _run_engine(
+    folder: Path, runtime: Runtime | None, text: str, tokens: int, chat: bool, json: Path | None
+) -> None:
+    """The same from an exported folder."""
+    session, name, notes = open_engine(folder, runtime)
     tokenizer = load_tokenizer(folder, session.sidecar.content.get("tokenizer"))
     ids = encode(tokenizer, text, chat)
     if session.batch != 1:
@@ -120,34 +135,15 @@ def _run_engine(folder: Path, text: str, tokens: int, chat: bool, json: Path | N
     stop = new[-1:] if new[-1] in session.sidecar.eos else []
     row = {
         "engine": str(folder),
+        "runtime": name,
         "prompt_tokens": ids.shape[1],
         "new_tokens": len(new),
         **clock.rates(ids.shape[1]),
         "bytes": session.nbytes,
+        "notes": notes,
         "text": str(tokenizer.decode(new[: len(new) - len(stop)], skip_special_tokens=True)),
     }
     _show(row, json)
-
-
-def _refuse_with_engine(given: list[str]) -> None:
-    if given:
-        names = ", ".join(f"--{name}" for name in given)
-        raise EvaluationError(f"{names}: an engine has the cache that it was exported with")
-
-
-def load_tokenizer(folder: Path, name: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer in an exported folder.
-
-    Raises:
-        EvaluationError: if there is none.
-    """
-    if name is None:
-        raise EvaluationError(f"{folder} was exported without a tokenizer")
-    try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder / name)
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{folder / name}: cannot be read as a tokenizer: {error}") from error
-    return found
 
 
 def _progress() -> Progress:

@@ -16,7 +16,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn"}
 FLOATING = {"Float", "Half", "BFloat16"}
 LAYER = re.compile(r"^Name: .*?, LayerType: (?P<type>\w+), .* Outputs: \[(?P<outputs>.*?)\], Tac")
 OUTPUT = re.compile(
@@ -33,8 +32,9 @@ def build(
         least: the fewest and ``most`` the most tokens of inputs [batch, tokens] of any length.
 
     Returns:
-        Seconds, bytes, kernels by type, dtypes of the inputs, and the numbers in the largest
-        floating-point tensor that one kernel writes for another; or the ``error``.
+        Seconds, bytes, kernels by type, the numbers in the largest floating-point tensor that one
+        kernel writes for another, and of what goes in and comes out TensorRT's names of the dtypes
+        and the shapes, -1 for what is of any length; or the ``error``.
     """
     import tensorrt_rtx as trt
 
@@ -70,12 +70,14 @@ def build(
             ]
             profile.set_shape(x.name, *sizes)
         settings.add_optimization_profile(profile)
+    given = [network.get_output(i) for i in range(network.num_outputs)]
+    outputs = [_fixed(network, x) for x in given]
     plan = builder.build_serialized_network(network, settings)
     if plan is None:
         return {"error": "; ".join(log.errors[-3:]) or "the builder gave no reason"}
     engine.write_bytes(plan)
     layers = [found for line in log.lines if (found := LAYER.match(line))]
-    ours = {network.get_output(i).name for i in range(network.num_outputs)}
+    ours = {x.name for x in outputs}
     written = [
         math.prod(map(int, found["dims"].split(",")))
         for layer in layers
@@ -87,8 +89,28 @@ def build(
         "bytes": plan.nbytes,
         "kernels": dict(Counter(layer["type"] for layer in layers)),
         "largest": max(written, default=0),
-        "inputs": {x.name: DTYPES.get(x.dtype.name, x.dtype.name.lower()) for x in inputs},
+        "inputs": {x.name: x.dtype.name for x in inputs},
+        "outputs": {x.name: x.dtype.name for x in outputs},
+        "shapes": {x.name: list(x.shape) for x in (*inputs, *outputs)},
     }
+
+
+def _fixed(network: Any, output: Any) -> Any:
+    """The output with one in place of what TensorRT takes for any length.
+
+    Only the prompt varies; of its logits the last token's are cut out, and TensorRT does not see
+    that this is one. Whoever runs the engine has a buffer for so many.
+    """
+    if -1 not in tuple(output.shape):
+        return output
+    name, output.name = output.name, f"{output.name}.free"
+    network.unmark_output(output)
+    layer = network.add_shuffle(output)
+    layer.reshape_dims = [1 if size == -1 else size for size in output.shape]
+    found = layer.get_output(0)
+    found.name = name
+    network.mark_output(found)
+    return found
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,3 +109,16 @@ def group_layers(plans: Sequence[ExportPlan], batch: int) -> list[Group]:
         Group(index, plan, tuple(layers), batch)
         for index, ((plan, _), layers) in enumerate(members.items())
     ]
+
+
+def places(own: Sequence[Group], stacked: Sequence[Group], prefix: str) -> dict[str, list[Any]]:
+    """Which tensors are the same: by name in groups ``own`` the [name, layer of the stack] in
+    others of the same layers, in which none is by itself that is not so in ``own``.
+    """
+    found: dict[str, list[Any]] = {}
+    for group in own:
+        (of,) = (other for other in stacked if group.layers[0] in other.layers)
+        place = of.layers.index(group.layers[0])
+        names = zip(group.names(prefix), of.names(prefix), strict=True)
+        found |= {name: [other, place] for name, other in names}
+    return found

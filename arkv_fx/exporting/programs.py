@@ -88,10 +88,14 @@ class Programs:
         summed: products of matrices over the state are spelled out, and nothing is bytes. Nor do
         they sort more than ``MOST_SORTED`` at once.
         """
-        groups = self._groups(ExportPlan)
         if name == "decode":
-            return self._decode(groups, "export_sums")
-        return self._prefill(groups, MOST_SORTED)
+            return self._decode(self.engine_groups, "export_sums")
+        return self._prefill(self.engine_groups, MOST_SORTED)
+
+    @cached_property
+    def engine_groups(self) -> list[Group]:
+        """The state as those graphs take it."""
+        return self._groups(ExportPlan)
 
     def span(self, longest: int | None, config: Mapping[str, Any]) -> tuple[int, int]:
         """The fewest and the most tokens of prompts of engines, which must know both.

@@ -17,12 +17,14 @@ import torch
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import ExportError, UnknownOptionError
 from arkv_fx.exporting import onnx_target
-from arkv_fx.exporting.programs import Programs
+from arkv_fx.exporting.groups import places
+from arkv_fx.exporting.programs import PAST, PRESENT, Programs
 from arkv_fx.exporting.target import Target
 from arkv_fx.formats import get_format
 from arkv_fx.formats.codec import ByteCodec
+from arkv_fx.runtime.digests import said_of
+from arkv_fx.runtime.engine_files import CAPABILITIES, dtype_name
 
-CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
 DEFAULT = ("SM86", "SM89", "SM120")
 GRAPHS = ("prefill", "decode")
 FP8_FROM = 89
@@ -44,7 +46,8 @@ def write(
 
     An engine of the decode graph reads codes inside the kernels that sum over them: it is built
     from another form of the graph than ONNX Runtime gets. Engines take bfloat16 and float8 as such
-    where ONNX Runtime takes their bytes: the same memory.
+    where ONNX Runtime takes their bytes: the same memory. ``state`` says for each of their tensors
+    which of the graphs' it is, and of stacked ones the first layer: e4m3 is not stacked in engines.
 
     Args:
         capabilities: compute capabilities of GPUs, names in ``CAPABILITIES``.
@@ -64,6 +67,9 @@ def write(
         wanted[FORM.format(name)] = programs.engine(name)
     onnx_target.write_graphs(folder, wanted, sidecar, progress)
     sidecar["engines"] = []
+    state: dict[str, list[Any]] = {}
+    for prefix in (PAST, PRESENT):
+        state |= places(programs.engine_groups, programs.groups, prefix)
     for name in graphs:
         source = folder / f"{FORM.format(name)}.onnx"
         span = spans[name]
@@ -73,8 +79,10 @@ def write(
             found = build(source, folder / file, capability, limit_s, span)
             if name == "prefill":
                 found |= {"least": span[0], "longest": span[1]}
+            found["state"] = {n: state[n] for n in found["shapes"] if n in state}
             entry = {"file": file, "graph": name, "capability": capability}
             sidecar["engines"].append(entry | found)
+            sidecar["files"][file] = said_of(folder / file)
         source.unlink()
 
 
@@ -110,6 +118,8 @@ def build(
         ) from None
     if "error" in found:
         raise ExportError(f"{where}: TensorRT builds no engine: {found['error']}")
+    for side in ("inputs", "outputs"):
+        found[side] = {name: dtype_name(dtype) for name, dtype in found[side].items()}
     return found
 
 

@@ -6,6 +6,8 @@ Needs neither torch nor the onnx package, and unpickles nothing.
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -68,6 +70,26 @@ def read_sidecar(folder: str | PathLike[str], *, check: bool = True) -> Sidecar:
     Raises:
         EngineError: naming what is missing, damaged, unknown or of another export.
     """
+    sidecar = read_description(folder)
+    with _damaged(sidecar.folder / FILE):
+        said = {str(name): _said(entry) for name, entry in sidecar.content["files"].items()}
+        graphs = {path.name: path for path in map(sidecar.graph, GRAPHS)}
+        if lacking := sorted({*graphs} - {*said}):
+            raise ValueError(f"files says nothing of {', '.join(lacking)}")
+    found = {name: read_graph_file(path) for name, path in graphs.items()}
+    for name, graph in found.items():
+        _check_graph(graph, sidecar.content, graphs[name])
+    if check:
+        check_files(sidecar.folder, found, said)
+    return sidecar
+
+
+def read_description(folder: str | PathLike[str]) -> Sidecar:
+    """Read ``arkv.json`` alone: other files need not be there, and none is looked at.
+
+    Raises:
+        EngineError: as ``read_sidecar``.
+    """
     folder = Path(folder)
     path = folder / FILE
     try:
@@ -87,20 +109,17 @@ def read_sidecar(folder: str | PathLike[str], *, check: bool = True) -> Sidecar:
         )
     if content["opset"] != OPSET:
         raise EngineError(f"{path}: opset {content['opset']!r}; this arkv_fx runs opset {OPSET}")
+    with _damaged(path):
+        return _parse(folder, content)
+
+
+@contextmanager
+def _damaged(path: Path) -> Generator[None]:
+    """Within it what does not fit is said to be damaged."""
     try:
-        sidecar = _parse(folder, content)
-        said = {str(name): _said(entry) for name, entry in content["files"].items()}
-        graphs = {path.name: path for path in map(sidecar.graph, GRAPHS)}
-        if lacking := sorted({*graphs} - {*said}):
-            raise ValueError(f"files says nothing of {', '.join(lacking)}")
+        yield
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise EngineError(f"{path}: damaged: {type(error).__name__} {error}") from error
-    found_graphs = {name: read_graph_file(path) for name, path in graphs.items()}
-    for name, graph in found_graphs.items():
-        _check_graph(graph, content, graphs[name])
-    if check:
-        check_files(folder, found_graphs, said)
-    return sidecar
 
 
 def _said(entry: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ def sign(folder: str | PathLike[str]) -> None:
     """Take over graphs that you have rewritten: quantized, optimized, with other weights.
 
     ``arkv.json`` then holds the digests of the files as they are now, and a session opens them
-    without a warning. They must still be graphs of this export, as their metadata says.
+    without a warning. They must still be graphs of this export, as their metadata says. Engines
+    stay those of the graphs as they were exported.
 
     Raises:
         EngineError: if the folder is damaged, or a graph is of another export.
@@ -26,7 +27,10 @@ def sign(folder: str | PathLike[str]) -> None:
     paths += [sidecar.folder / name for name in sorted(weights)]
     new = sidecar.folder / f".{FILE}.new"
     try:
-        content = sidecar.content | {"files": {path.name: said_of(path) for path in paths}}
+        engines = {str(entry["file"]) for entry in sidecar.content.get("engines", ())}
+        files = {n: said for n, said in sidecar.content["files"].items() if n in engines}
+        files |= {path.name: said_of(path) for path in paths}
+        content = sidecar.content | {"files": files}
         new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         new.replace(sidecar.folder / FILE)
     except OSError as error:

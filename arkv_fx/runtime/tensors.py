@@ -49,13 +49,13 @@ class TensorInfo:
         return int(math.prod(self.shape) * np.dtype(self.dtype).itemsize)
 
 
-def empty(runtime: Any, info: TensorInfo) -> Any:
-    """The OrtValue before the first token."""
-    return from_numpy(runtime, np.full(info.shape, info.fill, info.dtype), info)
+def empty(info: TensorInfo) -> NDArray[Any]:
+    """The tensor before the first token."""
+    return np.full(info.shape, info.fill, info.dtype)
 
 
-def from_numpy(runtime: Any, array: NDArray[Any] | None, info: TensorInfo) -> Any:
-    """An OrtValue of an array.
+def checked(array: NDArray[Any] | None, info: TensorInfo) -> NDArray[Any]:
+    """The array, contiguous.
 
     Raises:
         EngineError: if it is None or of another shape or dtype.
@@ -69,10 +69,17 @@ def from_numpy(runtime: Any, array: NDArray[Any] | None, info: TensorInfo) -> An
             f"{info.input} is {array.dtype} {array.shape}; the graph takes {info.dtype} "
             f"{info.shape}"
         )
-    return runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+    return np.ascontiguousarray(array)
 
 
-def to_numpy(value: Any) -> NDArray[Any]:
-    """A copy of an OrtValue."""
-    found: NDArray[Any] = value.numpy().copy()  # it may look into memory that ends with value
-    return found
+def refuse_spoilt(info: TensorInfo, flags: NDArray[Any]) -> None:
+    """Look at what a graph gave, if it is the flag of a spoilt sequence.
+
+    Raises:
+        EngineError: if it is set.
+    """
+    if info.input.endswith(".bad") and flags.any():
+        raise EngineError(
+            f"{info.output}: keys or values hold NaN or infinity; look at the model's "
+            "dtype. These sequences are spoilt: call reset()"
+        )

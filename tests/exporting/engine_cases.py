@@ -24,6 +24,7 @@ from arkv_fx.runtime import OnnxSession
 from arkv_fx.state.session import LayerState
 
 BATCH, PROMPT, STEPS = 2, 30, 40
+CAPABILITY, LONGEST = "SM89", 64
 # Each architecture with other formats, so that every one is run by ONNX Runtime.
 CASES = {
     "llama": ("int8", "int4"),
@@ -49,12 +50,25 @@ def model(arch: str) -> PreTrainedModel:
 @lru_cache
 def folder(arch: str) -> Path:
     """An exported model, for ONNX Runtime; processes of one test run make it once."""
+    return _exported(arch, arch, "onnx")
+
+
+@lru_cache
+def engines(arch: str) -> Path:
+    """Likewise with engines for ``CAPABILITY``, for prompts up to ``LONGEST`` tokens."""
+    options = {"capabilities": [CAPABILITY], "longest": LONGEST}
+    return _exported(arch, f"{arch}-engines", "tensorrt", **options)
+
+
+def _exported(arch: str, name: str, target: str, **options: Any) -> Path:
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"process-{os.getpid()}")
-    out = Path(tempfile.gettempdir()) / f"arkv-cases-{run}" / arch
+    out = Path(tempfile.gettempdir()) / f"arkv-cases-{run}" / name
     out.parent.mkdir(exist_ok=True)
     with FileLock(out.with_suffix(".lock")):
         if not out.exists():
-            arkv_fx.export(model(arch), None, out, config=config(arch), batch=BATCH)
+            arkv_fx.export(
+                model(arch), None, out, target, config=config(arch), batch=BATCH, **options
+            )
     return out
 
 
