@@ -85,6 +85,7 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         _GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     ),
+    "mixtral": ("mixtral", _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt2": ("gpt2", {}),
 }
 ARCHITECTURES = tuple(_ARCHITECTURES)

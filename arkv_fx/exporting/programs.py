@@ -89,7 +89,7 @@ class Programs:
         they sort more than ``MOST_SORTED`` at once.
         """
         if name == "decode":
-            return self._decode(self.engine_groups, "export_sums")
+            return self._decode(self.engine_groups, "export_sums", engine=True)
         return self._prefill(self.engine_groups, MOST_SORTED)
 
     @cached_property
@@ -142,15 +142,15 @@ class Programs:
         captured = self.captured["prefill"]
         given = {name: given[name] for name in captured.arguments}
         free = {name: {1: Dim(TOKENS, min=self.least)} for name in given}
-        step = Step(self.model, captured, groups, True)
+        step = Step(self.model, captured, groups, True, engine=bool(most_sorted))
         return _graph("prefill", step, given, free, most_sorted)
 
-    def _decode(self, groups: list[Group], kernel: str) -> Graph:
+    def _decode(self, groups: list[Group], kernel: str, engine: bool = False) -> Graph:
         given = {"input_ids": self._ids(1), "position_ids": self._ids(1)}
         for group in groups:
             tensors = (x.to(given["input_ids"].device) for x in group.empty())
             given.update(zip(group.names(PAST), tensors, strict=True))
-        step = Step(self.model, self.captured["decode"], groups, False, kernel)
+        step = Step(self.model, self.captured["decode"], groups, False, kernel, engine)
         return _graph("decode", step, given, None)
 
 

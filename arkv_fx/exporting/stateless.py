@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from arkv_fx.errors import PassError
 from arkv_fx.exporting.captured import Captured
+from arkv_fx.exporting.experts import engine_forms
 from arkv_fx.exporting.groups import Group
 from arkv_fx.ops.arrivals import Arrivals
 from arkv_fx.ops.attend import Seen, columns, look, peek, settle
@@ -37,15 +38,17 @@ class Step(nn.Module):
         groups: how its layers' states are stacked; the state is all groups' tensors in order.
         fresh: for a prompt, which begins with an empty state and takes none.
         kernel: "export", or "export_sums" without products of matrices over the state.
+        engine: whether what compiles it is TensorRT.
     """
 
     def __init__(
         self, model: nn.Module, captured: Captured, groups: Sequence[Group], fresh: bool,
-        kernel: str = "export",
+        kernel: str = "export", engine: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.captured, self.groups, self.fresh = captured, tuple(groups), fresh
         self.kernel = kernel
+        self.forms = engine_forms(captured.graph.graph) if engine else {}
         self.weights = {_attribute(name): name for name in captured.constants.values()}
         for attribute, name in self.weights.items():
             value = captured.values.get(name)
@@ -124,6 +127,9 @@ class _Run(Interpreter):
         return values
 
     def run_node(self, n: Node) -> Any:
+        if n in self.step.forms:
+            args, named = self.fetch_args_kwargs_from_env(n)
+            return self.step.forms[n](*args, **named)
         if str(n.target).startswith(GROUPED_MM):
             args, named = self.fetch_args_kwargs_from_env(n)
             return grouped_mm(*args, *named.values())

@@ -135,7 +135,6 @@ def check(
             for where there is none.
     """
     check_longest(longest)
-    onnx_target.require("onnx", "onnxscript", "tensorrt_rtx")
     if unknown := [c for c in capabilities if c not in CAPABILITIES]:
         raise UnknownOptionError(
             f"unknown compute capabilities {', '.join(map(repr, unknown))}; TensorRT for RTX "
@@ -149,6 +148,7 @@ def check(
         raise ExportError(
             f"{', '.join(old)} have no fp8: it begins with SM{FP8_FROM}; take int8, or newer GPUs"
         )
+    onnx_target.require("onnx", "onnxscript", "tensorrt_rtx")
 
 
 def check_longest(longest: int | None) -> None:

@@ -53,6 +53,11 @@ def _diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tenso
     return x[..., index, index]
 
 
+def _empty_like(x: Tensor, **named: Any) -> Tensor:
+    """Where ``x`` is: Torch-TensorRT's own form is on the GPU, wherever the graph was traced."""
+    return torch.zeros_like(x)
+
+
 def _searchsorted(sorted_sequence: Tensor, values: Tensor, **named: Any) -> Tensor:
     """How many are smaller."""
     return (sorted_sequence[..., None, :] < values[..., None]).sum(-1)
@@ -86,6 +91,7 @@ PLAIN: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.exp2.default: _exp2,
     torch.ops.aten.all.dim: _all,
     torch.ops.aten.diagonal.default: _diagonal,
+    torch.ops.aten.empty_like.default: _empty_like,
     torch.ops.aten.scaled_dot_product_attention.default: _attention,
     torch.ops.aten.searchsorted.Tensor: _searchsorted,
 }
@@ -198,7 +204,7 @@ def plain(program: ExportedProgram) -> ExportedProgram:
     computed place: of two dimensions of any length Torch-TensorRT 2.14 counts both from their end.
 
     Raises:
-        ExportError: for operators of ours that have no plain form, as mixtures of experts need.
+        ExportError: for operators of ours that have no plain form, as fp8 needs.
     """
     out: ExportedProgram = program.run_decompositions(PLAIN)
     if ours := sorted(

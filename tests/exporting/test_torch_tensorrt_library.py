@@ -22,7 +22,7 @@ from arkv_fx.models import random_model
 if find_spec("torch_tensorrt") is None:
     pytest.skip("torch_tensorrt is not installed: .ci/torch_tensorrt", allow_module_level=True)
 
-FAMILIES = ["llama", "qwen3", "gemma3", "gpt2"]
+FAMILIES = ["llama", "qwen3", "gemma3", "gpt2", "qwen3_moe", "mixtral"]
 GRAPHS = ["decode", "prefill"]
 DEVICE = {
     "get_device_capability": (8, 9),
