@@ -57,10 +57,11 @@ def test_generate_prints_the_text_and_writes_the_measurements(
     assert row["new_tokens"] == 6
     assert row["full_bytes"] == 2 * (len(PROMPT) * 4 + 5) * 2 * 32 * 4
     assert row["bytes"] <= row["full_bytes"] / 1.9
-    assert row["decode_tokens_per_second"] > 0
+    assert row["decode_tokens_per_second"] > 0 and row["compile"] == "eager"
+    assert row["first_token_seconds"] > row["prompt_tokens"] / row["prefill_tokens_per_second"]
     # A random model's text has control codes, which are not printed.
     assert strip_control_codes(row["text"]).strip() in result.stdout
-    assert "tokens/s" in result.stderr
+    assert "start-up included" in result.stderr and "tokens/s with tracing" in result.stderr
     assert row["compression"] == row["full_bytes"] / row["bytes"]
     assert row["full_bytes_16bit"] == row["full_bytes"] / 2 and not row["notes"]
     ratio = f"({row['compression_16bit']:.2f}x)"

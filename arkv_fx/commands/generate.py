@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import statistics
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
 from arkv_fx.commands.common import (
     Budget,
@@ -33,7 +29,7 @@ from arkv_fx.commands.common import (
     read_text,
     write_json,
 )
-from arkv_fx.commands.console import err, out
+from arkv_fx.commands.console import err
 from arkv_fx.commands.limits import require_memory, require_positions
 from arkv_fx.commands.run_engine import (
     Runtime,
@@ -41,6 +37,8 @@ from arkv_fx.commands.run_engine import (
     open_engine,
     refuse_with_engine,
 )
+from arkv_fx.commands.streamed import Streamed
+from arkv_fx.compile.uncompiled import UNCOMPILED
 from arkv_fx.errors import EvaluationError
 from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.report import against_full
@@ -97,17 +95,19 @@ def generate(
     require_memory(network, config)
     lowering = compile or _lowering(network.device, max_new_tokens)
     transform(network, config, load_calibration(calibration), compile=lowering)
-    with _progress() as progress:
-        task = progress.add_task("compile", total=max_new_tokens)
-        _warm_up(network, ids)
-        clock = _Clock(lambda done: progress.update(task, description="generate", completed=done))
-        cache, new = _run(network, ids, max_new_tokens, clock)
+    with err.status("compile") as status:
+        streamed = Streamed(tokenizer, status.stop)
+        if lowering not in UNCOMPILED:
+            _run(network, ids[:, :64], 4)  # so that the run itself is timed without compilation
+        status.update("read the prompt")
+        cache, new = _run(network, ids, max_new_tokens, streamed)
     row = {
         "model": model,
         "dtype": str(dtype),
+        "compile": str(lowering),
         "prompt_tokens": ids.shape[1],
         "new_tokens": len(new),
-        **clock.rates(ids.shape[1]),
+        **streamed.rates(ids.shape[1]),
         **_sizes(cache),
         "notes": list(network.arkv.report().notes),  # type: ignore[union-attr,operator]
         "text": str(tokenizer.decode(new, skip_special_tokens=True)),
@@ -125,20 +125,20 @@ def _run_engine(
     if session.batch != 1:
         raise EvaluationError(f"{folder}: its graphs take {session.batch} prompts at once, not one")
     new: list[int] = []
-    with _progress() as progress:
-        task = progress.add_task("generate", total=tokens)
-        clock = _Clock(lambda done: progress.update(task, completed=done))
-        clock.put(ids)
+    with err.status("read the prompt") as status:
+        streamed = Streamed(tokenizer, status.stop)
+        streamed.put(ids)
         for token in session.stream(ids.numpy(), tokens):
-            clock.put(ids)
             new.append(int(token[0]))
+            streamed.put(torch.tensor([token[0]]))
+        streamed.end()  # type: ignore[no-untyped-call]
     stop = new[-1:] if new[-1] in session.sidecar.eos else []
     row = {
         "engine": str(folder),
         "runtime": name,
         "prompt_tokens": ids.shape[1],
         "new_tokens": len(new),
-        **clock.rates(ids.shape[1]),
+        **streamed.rates(ids.shape[1]),
         "bytes": session.nbytes,
         "notes": notes,
         "text": str(tokenizer.decode(new[: len(new) - len(stop)], skip_special_tokens=True)),
@@ -146,15 +146,7 @@ def _run_engine(
     _show(row, json)
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=err, transient=True,
-    )  # fmt: skip
-
-
 def _show(row: dict[str, Any], json: Path | None) -> None:
-    out.print(row["text"], markup=False, highlight=False)
     err.print(_summary(row), highlight=False)
     for note in row.get("notes", ()):
         err.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
@@ -182,31 +174,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> Tensor:
     return ids.long()  # of no text, some tokenizers make numbers of another kind
 
 
-class _Clock(BaseStreamer):
-    """Notes when the prompt and each token came; ``generate`` calls it."""
-
-    def __init__(self, shown: Any = lambda done: None) -> None:
-        self.times: list[float] = []
-        self.shown = shown
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-        self.shown(len(self.times) - 1)
-
-    def end(self) -> None:
-        pass
-
-    def rates(self, prompt: int) -> dict[str, float | None]:
-        """Tokens per second of the prompt, and of the median step (None for a single token)."""
-        spans = [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
-        return {
-            "prefill_tokens_per_second": prompt / spans[0],
-            "decode_tokens_per_second": 1 / statistics.median(spans[1:]) if spans[1:] else None,
-        }
-
-
 def _run(
-    model: PreTrainedModel, ids: Tensor, tokens: int, clock: _Clock
+    model: PreTrainedModel, ids: Tensor, tokens: int, streamed: Streamed | None = None
 ) -> tuple[ArkvCache, list[int]]:
     """Generate greedily: the cache afterwards and the new tokens."""
     cache = ArkvCache(model)
@@ -216,14 +185,9 @@ def _run(
         past_key_values=cache,
         max_new_tokens=tokens,
         do_sample=False,
-        streamer=clock,
+        streamer=streamed,
     )
     return cache, result[0, ids.shape[1] :].tolist()
-
-
-def _warm_up(model: PreTrainedModel, ids: Tensor) -> None:
-    """Trace and compile both graphs, so that the run itself is timed without it."""
-    _run(model, ids[:, :64], 4, _Clock())
 
 
 def _lowering(device: torch.device, tokens: int) -> str:
@@ -256,13 +220,16 @@ def _sizes(cache: ArkvCache) -> dict[str, Any]:
 def _summary(row: dict[str, Any]) -> str:
     decode = row["decode_tokens_per_second"]
     full = ""
+    # Where nothing is compiled beforehand the prompt is traced as it is read.
+    traced = " with tracing" if row.get("compile") in UNCOMPILED else ""
     if "full_bytes" in row:
         full = "; " + against_full(
             row["bytes"], row["full_bytes"], row["full_bytes_16bit"], [row["dtype"]]
         )
     return (
-        f"{row['prompt_tokens']} + {row['new_tokens']} tokens; "
-        f"prefill {row['prefill_tokens_per_second']:.1f} tokens/s, "
+        f"{row['prompt_tokens']} + {row['new_tokens']} tokens; first token after "
+        f"{row['first_token_seconds']:.1f} s, start-up included; "
+        f"prefill {row['prefill_tokens_per_second']:.1f} tokens/s{traced}, "
         f"decode {f'{decode:.1f}' if decode else '-'} tokens/s; "
         f"cache {row['bytes'] / 2**20:.2f} MiB{full}"
     )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from typing import Any, NamedTuple
 
 import typer
@@ -14,6 +15,9 @@ from typer.core import TyperCommand, TyperGroup
 from arkv_fx.commands.console import err
 from arkv_fx.errors import ArkvError
 from arkv_fx.logs import get_logger
+
+STARTED = time.perf_counter()
+"""When the command began: nothing that takes long is imported before this."""
 
 
 class Entry(NamedTuple):
