@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -169,14 +170,27 @@ def tokens_of(
     Raises:
         UnknownOptionError: if it is neither a file nor a text.
     """
-    contents = {
+    return {
+        name: tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+        for name, text in texts_of(chosen).items()
+    }
+
+
+def texts_of(chosen: Sequence[str] | None) -> dict[str, str]:
+    """Texts by name: of files where they exist, else those that are shipped (None: all).
+
+    Raises:
+        UnknownOptionError: if it is neither a file nor a text.
+    """
+    return {
         Path(name).stem: read_text(Path(name)) if Path(name).is_file() else texts.read(name)
         for name in chosen or texts.names()
     }
-    return {
-        name: tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-        for name, text in contents.items()
-    }
+
+
+def with_digest(path: Path) -> str:
+    """The name of a file, and what tells it from another of that name."""
+    return f"{path.name}#{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
 
 
 def write_json(path: Path | None, value: Any) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import typer
 
+from arkv_fx import texts
 from arkv_fx.commands.common import (
     CalibrationFile,
     Device,
@@ -17,13 +19,18 @@ from arkv_fx.commands.common import (
     load,
     load_calibration,
     spinner,
+    texts_of,
     tokens_of,
+    with_digest,
+    writable,
 )
 from arkv_fx.commands.console import out
 from arkv_fx.evaluation import fidelity as fidelity_
 from arkv_fx.evaluation import passkey as passkey_
 from arkv_fx.evaluation import results as results_
+from arkv_fx.evaluation import task_runs
 from arkv_fx.evaluation.methods import METHODS
+from arkv_fx.evaluation.tasks import TASKS
 
 app = typer.Typer(
     help="Measure what compression costs.", no_args_is_help=True, add_completion=False
@@ -127,3 +134,94 @@ def passkey(
     out.print(results_.table("Passkey retrieval", found))
     if json:
         results_.write(json, found)
+
+
+class Quick(NamedTuple):
+    """What ``eval tasks`` does unless it is told: in full, and in a few minutes."""
+
+    contexts: tuple[int, ...] = (1024, 4096)
+    methods: tuple[str, ...] = fidelity_.DEFAULT_METHODS
+    prompts: int = 20
+
+
+QUICK = Quick((1024,), ("full", "evict", "default"), 2)
+
+
+@app.command()
+def tasks(
+    model: Model = "smollm2",
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of {', '.join(TASKS)} (all). May be repeated."),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="A file, or a shipped text, to make documents of. May be repeated."),
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens of a document (1024 and 4096). May be repeated."),
+    ] = None,
+    method: Methods = None,
+    compression: Annotated[
+        list[float] | None,
+        typer.Option(min=1, help="Times fewer bytes than bf16 (4). May be repeated."),
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Documents per task and context (20).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn: names, numbers, places.")] = 0,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="What is not given is small: one context of 1024, 3 methods, 2 prompts."
+        ),
+    ] = False,
+    calibration: CalibrationFile = None,
+    dtype: DTypeOption = DType.float32,
+    device: Device = "cpu",
+    compile: Compile = Lowering.eager,
+    json: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", callback=writable,
+            help="Add rows here as they come, a line of JSON each; those there already are kept.",
+        ),
+    ] = None,
+) -> None:  # fmt: skip
+    """Answers to questions about long documents, beside the full cache's; it can be resumed."""
+    chosen = QUICK if quick else Quick()
+    network, tokenizer = load(model, dtype, device)
+    with spinner() as progress:
+        found = task_runs.run_tasks(
+            network,
+            tokenizer,
+            {
+                with_digest(Path(name)) if Path(name).is_file() else name: content
+                for name in text or texts.names()
+                for content in texts_of([name]).values()
+            },
+            tasks=task or tuple(TASKS),
+            contexts=context or chosen.contexts,
+            methods=method or chosen.methods,
+            compressions=compression or [4.0],
+            prompts=prompts or chosen.prompts,
+            seed=seed,
+            calibration=load_calibration(calibration),
+            name=model,
+            calibrated_on=with_digest(calibration) if calibration else "",
+            compile=compile,
+            path=json,
+            progress=progress,
+        )
+    shown = [
+        {
+            **{name: row[name] for name in ("task", "tokens", "method")},
+            "x": row["compression"], "answers": row["answers"], "full": row["full_accuracy"],
+            "accuracy": row["accuracy"], "agrees": row["agreement"],
+            "bytes": row["bytes"] / row["full_bytes"],
+        }
+        for row in found
+    ]  # fmt: skip
+    title = f"Tasks on {model} (full: the full cache's accuracy; bytes: of a full bf16 cache's)"
+    out.print(results_.table(title, shown))

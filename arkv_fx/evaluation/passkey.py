@@ -15,6 +15,7 @@ from arkv_fx import texts
 from arkv_fx.calibration import Calibration
 from arkv_fx.errors import EvaluationError
 from arkv_fx.evaluation.calibrations import calibrations
+from arkv_fx.evaluation.haystack import DEPTHS, encode, surround
 from arkv_fx.evaluation.methods import FullCache, Setting, make_config
 from arkv_fx.evaluation.results import Row
 from arkv_fx.evaluation.shared_prefill import Contest
@@ -34,7 +35,6 @@ QUESTIONS = (
 )
 PLACES = ("Oslo", "Lima", "Cairo", "Delhi", "Tokyo", "Paris", "Quito", "Dakar")
 """Whose pass keys they are, where a text has several."""
-DEPTHS = tuple(range(10, 100, 10))
 STEPS = 7
 """Tokens generated after the first, which comes from the prefill: a space and digits."""
 
@@ -61,33 +61,17 @@ def make_prompt(
     if not 1 <= keys <= len(PLACES):
         raise EvaluationError(f"keys={keys}: a text holds 1 to {len(PLACES)}")
 
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
     chance = random.Random(index)
     digits = [str(chance.randint(10000, 99999)) for _ in range(keys)]
     of = [f" of {place}" for place in PLACES[:keys]] if keys > 1 else [""]
-    start = [] if tokenizer.bos_token_id is None else tokenizer("a").input_ids[:1]
-    start = [token for token in start if token == tokenizer.bos_token_id]
-    needles = [
-        encode(NEEDLE.format(key=key, of=whose)) for key, whose in zip(digits, of, strict=True)
-    ]
+    needles = [NEEDLE.format(key=key, of=whose) for key, whose in zip(digits, of, strict=True)]
     wanted = index % keys
-    end = encode(question.format(of=of[wanted]))
-    room = context - len(start) - sum(map(len, needles)) - len(end)
-    if room < 32:
-        raise EvaluationError(f"context={context} leaves no room for a text around the pass key")
-    hay = encode(_haystack(filler, index))
-    hay = (hay * (room // len(hay) + 1))[:room]
-    # Each key goes behind the next end of a sentence, those of a text in turn to all depths.
-    stop = encode("The end.")[-1]
+    end = encode(tokenizer, question.format(of=of[wanted]))
+    # The keys of a text go in turn to all depths.
     step = len(DEPTHS) / keys
     depths = [DEPTHS[int(index + step * i) % len(DEPTHS)] for i in range(keys)]
-    for depth, needle in sorted(zip(depths, needles, strict=True), reverse=True):
-        cut = room * depth // 100
-        cut = hay.index(stop, cut) + 1 if stop in hay[cut:] else cut
-        hay[cut:cut] = needle
-    return Prompt(torch.tensor([*start, *hay, *end]), digits[wanted], len(end))
+    hay = surround(tokenizer, _haystack(filler, index), context - len(end), needles, depths)
+    return Prompt(torch.tensor([*hay, *end]), digits[wanted], len(end))
 
 
 def _haystack(filler: str, index: int) -> str:
@@ -167,8 +151,7 @@ def passkey(
                         make_prompt(tokenizer, filler, question, context, i, keys)
                         for i in range(prompts)
                     ]
-                    plain = question.format(of="")
-                    asked = len(tokenizer(plain, add_special_tokens=False).input_ids)
+                    asked = len(encode(tokenizer, question.format(of="")))
                     hits = dict.fromkeys(names, 0)
                     for start in range(0, prompts, batch):
                         progress(

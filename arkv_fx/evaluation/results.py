@@ -1,8 +1,10 @@
-"""Results are flat rows: JSON on disk, a table on the terminal."""
+"""Results are flat rows: JSON or lines of JSON on disk, a table on the terminal."""
 
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,61 @@ def read(path: str | Path) -> list[Row]:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{path}: cannot be read as rows: {error}") from error
-    flat = isinstance(rows, list) and all(
-        isinstance(row, dict) and not any(isinstance(v, dict | list) for v in row.values())
-        for row in rows
-    )
-    if not flat:
+    if not isinstance(rows, list) or not all(map(_flat, rows)):
         raise EvaluationError(f"{path}: is not a JSON list of flat rows")
     return list(rows)
+
+
+class RowLog:
+    """A file of rows, a line of JSON each, which grows as they come and is read by the next run.
+
+    Args:
+        path: nothing is read or written for None.
+
+    Attributes:
+        rows: all that are in the file.
+
+    Raises:
+        EvaluationError: if the file cannot be read, or is of another kind.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = None if path is None else Path(path)
+        self.rows: list[Row] = []
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            whole, newline, rest = self.path.read_text(encoding="utf-8").rpartition("\n")
+            self.rows = [json.loads(line) for line in whole.splitlines()]
+        except (OSError, ValueError) as error:
+            raise EvaluationError(f"{path}: cannot be read as lines of JSON: {error}") from error
+        if not all(map(_flat, self.rows)) or not (newline or rest == "" or rest[0] == "{"):
+            raise EvaluationError(f"{path}: is not a file of flat rows, a line each")
+        if rest:
+            warnings.warn(
+                f"{path}: its last line was not written to the end (a run was killed) and is taken "
+                "out; what it was about is measured again",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            write_text(self.path, whole + newline)
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Add rows; they are on disk when this returns.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        self.rows += rows
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def _flat(row: Any) -> bool:
+    return isinstance(row, dict) and not any(isinstance(v, dict | list) for v in row.values())
 
 
 def table(title: str, rows: Sequence[Row]) -> Table:

@@ -42,6 +42,7 @@ from arkv_fx.huggingface.model_caches import (
 )
 from arkv_fx.huggingface.positions import require_onward
 from arkv_fx.huggingface.unfilled import as_now, with_unfilled
+from arkv_fx.huggingface.unread import warn_if_scored
 from arkv_fx.passes.context import Probe, StandIn
 from arkv_fx.plan import limit_of
 from arkv_fx.report import Report
@@ -196,6 +197,7 @@ class Transformed(Bound):
             if is_differentiated(kwargs.values(), self.model.parameters()):
                 return self._differentiated(kwargs)
         if wanted:
+            warn_if_scored(kwargs.get("input_ids"), self.config.window)
             cache = new_cache(self.model)
         if cache is not None:
             kwargs[self.cache_name] = cache
