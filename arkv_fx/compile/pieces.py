@@ -30,7 +30,7 @@ from torch.fx.passes.split_module import split_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
-from arkv_fx.compile.products import fast_products
+from arkv_fx.compile.fast_linear import fast_products
 from arkv_fx.compile.uncompiled import ATTENTIONS
 from arkv_fx.formats import FORMATS
 from arkv_fx.kernels import KERNELS, get_direct_step, missing_forms, usable

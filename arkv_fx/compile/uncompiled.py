@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
-from arkv_fx.compile.products import fast_products
+from arkv_fx.compile.fast_linear import fast_products
 from arkv_fx.kernels import usable
 from arkv_fx.ops.signatures import AttendArguments
 from arkv_fx.passes.nodes import example

@@ -204,7 +204,7 @@ def test_the_command(local_tasks: Path) -> None:
     "options, error, says",
     [
         ({"compresion": 4}, UnknownOptionError, "compresion are unknown"),
-        ({"compression": 4, "budget": 9}, ConfigError, ""),
+        ({"compression": 4, "budget": 9}, ConfigError, "give one of compression, budget"),
         ({"preset": "none"}, UnknownOptionError, "none"),
         ({"chunk": -1}, EvaluationError, "chunk=-1"),
         ({"batch_size": "auto"}, EvaluationError, "give a number"),

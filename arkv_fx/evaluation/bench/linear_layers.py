@@ -51,7 +51,7 @@ def _over(weights: list[Tensor], inputs: dict[int, Tensor], form: Form) -> Calla
 
 
 def _ours(dtype: torch.dtype, rows: int) -> tuple[str, Form]:
-    """What ``compile.products`` puts in a layer's place; calls are not joined here."""
+    """What ``compile.fast_linear`` puts in a layer's place; calls are not joined here."""
     if rows <= few_rows(dtype):
         return "arkv", lambda x, w: torch.ops.arkv_cpu.linear(x, [w], [])
     if not multiplied_by_torch(dtype):

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import arkv_fx
-from arkv_fx.compile import pieces, products, uncompiled
-from arkv_fx.compile.products import FEW, MANY, fast_products
+from arkv_fx.compile import fast_linear, pieces, uncompiled
+from arkv_fx.compile.fast_linear import FEW, MANY, fast_products
 from arkv_fx.kernels.cpp import available
 from arkv_fx.models import random_model
 
@@ -68,7 +68,7 @@ def test_answers_stay(
     # Queries, keys and values; what follows attention; gate and up; down: four calls for seven
     # layers, twice; and the logits. A prompt's are of its last token.
     assert step == {FEW: 9, MANY: 0, torch.nn.functional.linear: 0, "all": 15}
-    wide = 0 if products.multiplied_by_torch(dtype) else 14
+    wide = 0 if fast_linear.multiplied_by_torch(dtype) else 14
     assert prompt == {
         FEW: 1, MANY: wide, torch.nn.functional.linear: 14 - wide, "all": 1 + wide,
     }  # fmt: skip
@@ -86,7 +86,7 @@ def test_answers_stay(
 def test_many_rows_where_the_processor_lacks_instructions(
     native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "multiplied_by_torch", lambda dtype: native)
+    monkeypatch.setattr(fast_linear, "multiplied_by_torch", lambda dtype: native)
     _, counts = run("llama", torch.bfloat16, "eager", monkeypatch)
     assert (counts[0][MANY], counts[0][torch.nn.functional.linear]) == ((0, 14), (14, 0))[
         not native
@@ -178,7 +178,7 @@ def test_weights_of_other_dtypes_and_strides_stay_torchs() -> None:
 
 @torch.no_grad()
 def test_without_a_compiler_all_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "available", lambda: "no compiler")
+    monkeypatch.setattr(fast_linear, "available", lambda: "no compiler")
     assert fast_products(traced(Traced().eval(), torch.randn(1, 1, 8))) == 0
 
 
