@@ -81,7 +81,14 @@ def generate(
     """Continue a prompt, greedily; --context is prompt and new tokens unless given."""
     text = read_text(prompt_file)
     if engine is not None:
-        chosen = {"compression": compression, "budget": budget, "calibration": calibration}
+        chosen = {
+            "compression": compression, "budget": budget, "calibration": calibration,
+            "context": context, "compile": compile,
+            "preset": None if preset == "default" else preset,
+            "model": None if model == "smollm2" else model,
+            "dtype": None if dtype is DType.float32 else dtype,
+            "device": None if device == "cpu" else device,
+        }  # fmt: skip
         refuse_with_engine([name for name, value in chosen.items() if value is not None])
         _run_engine(engine, runtime, text, max_new_tokens, chat, json)
         return

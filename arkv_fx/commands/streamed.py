@@ -33,9 +33,13 @@ class Streamed(TextStreamer):
         super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print words; control codes are left out."""
+        """Print words: to a terminal without control codes, else as they are."""
         end = "\n" if stream_end else ""
-        out.print(text, end=end, markup=False, highlight=False, soft_wrap=True)
+        if out.is_terminal:
+            out.print(text, end=end, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        else:
+            out.file.write(text + end)
+            out.file.flush()
 
     def rates(self, prompt: int) -> dict[str, float | None]:
         """Seconds from the start of the process to the first token; tokens per second of a prompt

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -30,6 +31,7 @@ def fast_products(graph: GraphModule) -> int:
 
     Left alone are layers under autocast, with gradients on or on other devices, weights in other
     dtypes or made of other tensors (quantized, sharded), and all where no C++ can be compiled.
+    Layers are joined only if nothing between them may write to what they read.
     """
     if torch.is_autocast_enabled("cpu") or torch.is_grad_enabled():
         return 0
@@ -38,13 +40,15 @@ def fast_products(graph: GraphModule) -> int:
         return 0
     groups: dict[Hashable, list[Node]] = {}
     many: list[Node] = []
+    writes = accumulate(map(may_write, graph.graph.nodes))
+    before = dict(zip(graph.graph.nodes, writes, strict=True))
     for node in layers:
         x, *held = _read(node)
         rows, dtype = example(x).shape[:-1], example(x).dtype
         if all(isinstance(n, int) for n in rows) and prod(rows) <= few_rows(dtype):
             inputs = all(n is None or n.op in ("placeholder", "get_attr") for n in held)
-            joins = inputs and not any(map(writes_in_place, x.users))
-            groups.setdefault((x, held[1] is None) if joins else node, []).append(node)
+            key = (x, held[1] is None, before[node]) if inputs else node
+            groups.setdefault(key, []).append(node)
         elif not multiplied_by_torch(dtype):
             many.append(node)
     for node in many:
@@ -54,6 +58,20 @@ def fast_products(graph: GraphModule) -> int:
         _join(nodes)
     graph.recompile()
     return len(many) + sum(map(len, groups.values()))
+
+
+def may_write(node: Node) -> bool:
+    """Whether a node may change a tensor that was there before, as far as its call says."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    if node.op == "call_module" or isinstance(node.target, torch._ops.OperatorBase):
+        return True
+    asked = node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
+    if getattr(node.target, "__module__", None) == "torch.nn.functional":
+        asked |= any(value is True for value in node.args)  # `inplace` by its place
+    return asked or writes_in_place(node) or op_name(node) == "setitem"
 
 
 def _join(nodes: list[Node]) -> None:
@@ -81,13 +99,16 @@ def _read(node: Node) -> list[Any]:
 
 
 def _plain(node: Node) -> bool:
-    """Whether all of a layer is of one dtype that the library knows, on a CPU, and no subclass."""
+    """Whether all of a layer is of one dtype that the library knows, on a CPU, and no subclass.
+
+    What comes out, too: under an autocast within the graph it is not.
+    """
     x, weight, bias = (example(given) for given in _read(node))
     tensors = [x, weight] if bias is None and _read(node)[2] is None else [x, weight, bias]
     return (
         all(isinstance(t, Tensor) and t.device.type == "cpu" for t in tensors)
         and not any(map(is_traceable_wrapper_subclass, tensors))
-        and len({t.dtype for t in tensors}) == 1
+        and len({t.dtype for t in (example(node), *tensors)}) == 1
         and x.dtype in DTYPES
         and all(t.is_contiguous() for t in tensors[1:])
     )

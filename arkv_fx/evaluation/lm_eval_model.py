@@ -126,8 +126,17 @@ class ArkvLM(HFLM):  # type: ignore[misc]
         return [answers[index] for index in range(len(requests))]
 
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """The last tokens, as many as the model has positions for and one to predict."""
+        """The last tokens, as many as the model has positions for and one to predict.
+
+        Raises:
+            EvaluationError: if a continuation alone has more.
+        """
         room = self.max_length + 1 - len(continuation)
+        if room < 1:
+            raise EvaluationError(
+                f"a continuation of {len(continuation)} tokens: the model takes {self.max_length}; "
+                "give shorter ones, or a larger max_length"
+            )
         return context[-room:], continuation
 
     @torch.no_grad()

@@ -42,15 +42,16 @@ class RowLog:
 
     Args:
         path: nothing is read or written for None.
+        keys: what every row has, in their order.
 
     Attributes:
         rows: all that are in the file.
 
     Raises:
-        EvaluationError: if the file cannot be read, or is of another kind.
+        EvaluationError: if the file cannot be read, or is of another kind; it stays as it is.
     """
 
-    def __init__(self, path: str | Path | None) -> None:
+    def __init__(self, path: str | Path | None, keys: Sequence[str]) -> None:
         self.path = None if path is None else Path(path)
         self.rows: list[Row] = []
         if self.path is None or not self.path.exists():
@@ -58,11 +59,19 @@ class RowLog:
         try:
             whole, newline, rest = self.path.read_text(encoding="utf-8").rpartition("\n")
             self.rows = [json.loads(line) for line in whole.splitlines()]
+            begin = json.dumps({keys[0]: 0}).removesuffix("0}")
+            cut = rest.startswith(begin) or begin.startswith(rest)
+            if not cut and not _is_json(rest):
+                raise ValueError(f"its last line does not begin with {begin}")
+            if _is_json(rest):  # whole but for the end of its line
+                self.rows.append(json.loads(rest))
         except (OSError, ValueError) as error:
             raise EvaluationError(f"{path}: cannot be read as lines of JSON: {error}") from error
-        if not all(map(_flat, self.rows)) or not (newline or rest == "" or rest[0] == "{"):
-            raise EvaluationError(f"{path}: is not a file of flat rows, a line each")
-        if rest:
+        if not all(_flat(row) and set(keys) <= set(row) for row in self.rows):
+            raise EvaluationError(f"{path}: is not a file of rows that have {', '.join(keys)}")
+        if _is_json(rest):
+            write_text(self.path, whole + newline + rest + "\n")
+        elif rest:
             warnings.warn(
                 f"{path}: its last line was not written to the end (a run was killed) and is taken "
                 "out; what it was about is measured again",
@@ -83,6 +92,14 @@ class RowLog:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
                 file.flush()
                 os.fsync(file.fileno())
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _flat(row: Any) -> bool:

@@ -81,7 +81,7 @@ def run_tasks(
     _check(model, contents, prompts)
     full, device = FullCache.of(model), next(model.parameters()).device
     chosen = entries(methods, compressions)
-    rows = RowLog(path)
+    rows = RowLog(path, SETTINGS)
     common: Row = {
         "model": name, "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "compile": compile, "text": "+".join(contents),

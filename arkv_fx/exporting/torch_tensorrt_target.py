@@ -172,8 +172,8 @@ def _compiler() -> Any:
         _convert_gather()
     except Exception as error:  # without its libraries it raises a plain one
         raise ExportError(
-            f"target 'torch_tensorrt' needs torch_tensorrt ({error}): pip install torch-tensorrt "
-            "beside a CUDA build of torch, or take target 'tensorrt', which needs neither"
+            f"target 'torch_tensorrt' needs torch_tensorrt ({error}): pip install "
+            "'arkv-fx[torch-tensorrt]', or take target 'tensorrt', which needs no CUDA"
         ) from error
     return compiler
 

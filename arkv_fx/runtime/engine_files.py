@@ -85,6 +85,19 @@ def capabilities(sidecar: Sidecar) -> list[str]:
     return [name for name in names if all((name, graph) in there for graph in GRAPHS)]
 
 
+def require_engines(sidecar: Sidecar) -> None:
+    """Refuse a folder without engines of both graphs for any GPU.
+
+    Raises:
+        EngineError: saying how to export them.
+    """
+    if not capabilities(sidecar):
+        raise EngineError(
+            f"{sidecar.folder}: it holds no engines of both graphs: `arkv export MODEL --out "
+            "FOLDER --target tensorrt`; ONNX Runtime runs it without (OnnxSession)"
+        )
+
+
 def engine_for(sidecar: Sidecar, graph: str, capability: str) -> EngineFile:
     """The engine of a graph for a GPU, which is the file that was written.
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from arkv_fx.errors import EngineError
 from arkv_fx.logs import get_logger
 from arkv_fx.runtime.cuda_device import CudaDevice
-from arkv_fx.runtime.engine_files import EngineFile, engine_for
+from arkv_fx.runtime.engine_files import EngineFile, engine_for, require_engines
 from arkv_fx.runtime.engine_state import EngineState
 from arkv_fx.runtime.graph_session import GraphSession, Logits, State
 from arkv_fx.runtime.manifest import read_description
@@ -53,6 +53,7 @@ class EngineSession(GraphSession):
         if type(cuda_graph) is not bool:
             raise EngineError(f"cuda_graph={cuda_graph!r}: must be True or False")
         sidecar = read_description(folder)
+        require_engines(sidecar)
         self._device = CudaDevice(device)
         prefill, decode = (
             engine_for(sidecar, name, self._device.capability) for name in ("prefill", "decode")

@@ -33,5 +33,7 @@ def sign(folder: str | PathLike[str]) -> None:
         content = sidecar.content | {"files": files}
         new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         new.replace(sidecar.folder / FILE)
-    except OSError as error:
-        raise EngineError(f"{folder}: it cannot be signed: {error}") from error
+    except (OSError, KeyError, TypeError) as error:
+        raise EngineError(
+            f"{folder}: it cannot be signed: {type(error).__name__} {error}"
+        ) from error

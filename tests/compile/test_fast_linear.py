@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -94,9 +96,9 @@ def test_many_rows_where_the_processor_lacks_instructions(
 
 
 class Traced(nn.Module):
-    """Three layers of one input, which ``change`` may write to between them."""
+    """Three layers of one input, which ``change`` may write to behind the first, without a bias."""
 
-    def __init__(self, change: bool = False) -> None:
+    def __init__(self, change: Callable[[Tensor], object] = lambda x: None) -> None:
         super().__init__()
         self.parts = nn.ModuleList(nn.Linear(8, size, bias=size > 4) for size in (4, 5, 6))
         self.change = change
@@ -104,8 +106,7 @@ class Traced(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = x * 2
         first = self.parts[0](x)
-        if self.change:
-            x.add_(1)
+        self.change(x)
         return first, self.parts[1](x), self.parts[2](x)
 
 
@@ -150,15 +151,6 @@ def test_layers_of_one_input_are_one_call() -> None:
 
 
 @torch.no_grad()
-def test_an_input_that_is_written_to_keeps_layers_apart() -> None:
-    model, x = Traced(change=True).eval(), torch.randn(1, 2, 8)
-    graph = traced(model, x)
-    given = inputs(graph, model, x)
-    assert fast_products(graph) == 3 and forms(graph) == [1, 1, 1]
-    torch.testing.assert_close(tuple(graph(*given)), model(x))
-
-
-@torch.no_grad()
 def test_autocast_gradients_and_many_rows_of_float32_stay_torchs() -> None:
     model, x = Traced().eval(), torch.randn(1, 2, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -197,3 +189,79 @@ def _second_step(model: nn.Module) -> Tensor:
     model(IDS, past_key_values=cache, logits_to_keep=1)
     logits: Tensor = model(IDS[:, :1], past_key_values=cache).logits
     return logits
+
+
+def _set(x: Tensor) -> None:
+    x[..., 0] = 5
+
+
+def _by_a_view(x: Tensor) -> None:
+    x.view(-1).add_(1)
+
+
+def _by_a_part(x: Tensor) -> None:
+    first, _ = x.chunk(2, -1)
+    first += 1
+
+
+WRITES: list[Callable[[Tensor], object]] = [
+    lambda x: x.add_(1),
+    _set,
+    _by_a_view,
+    _by_a_part,
+    lambda x: torch.add(x, 1, out=x),
+    lambda x: nn.functional.relu(x, inplace=True),
+    lambda x: nn.functional.relu(x, True),
+    lambda x: torch.ops.aten.mul_.Tensor(x, x),
+]
+
+
+@pytest.mark.parametrize("write", WRITES)
+@torch.no_grad()
+def test_nothing_is_joined_across_a_write(write: Callable[[Tensor], object]) -> None:
+    """Whatever its spelling, to whatever it writes: the second layer reads what is there then."""
+    model, x = Traced(write).eval(), torch.randn(1, 2, 8)
+    graph = traced(model, x)
+    given = inputs(graph, model, x)
+    assert fast_products(graph) == 3 and forms(graph) == [1, 2]
+    torch.testing.assert_close(tuple(graph(*given)), model(x))
+
+
+class WritesWeights(nn.Module):
+    """Two layers, the second's weight changed between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(8, 4, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = x * 2
+        first = self.parts[0](x)
+        self.parts[1].weight.add_(1)
+        return first, self.parts[1](x)
+
+
+@torch.no_grad()
+def test_a_weight_that_is_written_to_keeps_layers_apart() -> None:
+    graph = traced(WritesWeights().eval(), torch.randn(1, 1, 8))
+    assert fast_products(graph) == 2 and forms(graph) == [1, 1]
+
+
+class Autocast(nn.Module):
+    """A layer under autocast in the middle of a graph, and one outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            inner: Tensor = self.parts[0](x)
+        last: Tensor = self.parts[1](inner.float())
+        return last
+
+
+@torch.no_grad()
+def test_a_layer_under_autocast_in_the_graph_stays_torchs() -> None:
+    graph = traced(Autocast().eval(), torch.randn(1, 1, 8))
+    assert fast_products(graph) == 1

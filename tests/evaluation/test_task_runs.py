@@ -22,7 +22,7 @@ from arkv_fx.evaluation.haystack import encode, surround
 from arkv_fx.evaluation.methods import FullCache
 from arkv_fx.evaluation.results import RowLog
 from arkv_fx.evaluation.shared_prefill import Contest
-from arkv_fx.evaluation.task_runs import run_tasks
+from arkv_fx.evaluation.task_runs import SETTINGS, run_tasks
 from arkv_fx.evaluation.tasks import TASKS, Asked, Sample, Task, Turn
 from arkv_fx.models import random_model
 
@@ -121,7 +121,7 @@ def test_rows_have_the_schema_and_every_entry_once(tmp_path: Path) -> None:
         assert row["method"] == "full" or row["bytes"] <= row["full_bytes"] / row["compression"]
         if row["method"] == "full":
             assert row["agreement"] == 1 and row["accuracy"] == row["full_accuracy"]
-    assert RowLog(tmp_path / "rows.jsonl").rows == rows
+    assert RowLog(tmp_path / "rows.jsonl", SETTINGS).rows == rows
     assert "left" in said[-1] and "needles-after, 900 tokens: prompt 2" in said[-1]
 
 
@@ -142,17 +142,18 @@ def test_a_killed_run_goes_on_where_it_stopped(
     with pytest.raises(KeyboardInterrupt):
         tiny(path=path)
     first = path.read_text()
-    assert RowLog(path).rows == whole[:3]
+    assert RowLog(path, SETTINGS).rows == whole[:3]
     path.write_text(first + first.splitlines()[0][:40])  # and its last line was cut short
     killed = False
     with pytest.warns(RuntimeWarning, match="not written to the end"):
         assert tiny(path=path) == whole
     assert measured == ["passkey", "needles-after"]
     assert path.read_text().startswith(first)
+    path.write_text(path.read_text()[:-1])  # a whole row, but for the end of its line
     # All is there: nothing is run. One more method: it alone is added.
     assert tiny(path=path) == whole and len(measured) == 2
     more = tiny(path=path, methods=["full", "uniform-int8:window=8"], compressions=[2.0])
-    assert len(measured) == 4 and len(RowLog(path).rows) == len(whole) + 2
+    assert len(measured) == 4 and len(RowLog(path, SETTINGS).rows) == len(whole) + 2
     assert [row["method"] for row in more] == ["full", "uniform-int8:window=8"] * 2
 
 
@@ -161,15 +162,27 @@ def test_rows_of_other_settings_are_kept_apart(tmp_path: Path, change: dict[str,
     path, few = tmp_path / "rows.jsonl", {"tasks": ["passkey"], "methods": ["full"]}
     before = tiny(path=path, **few)
     after = tiny(path=path, **few, **change)
-    assert RowLog(path).rows == before + after
+    assert RowLog(path, SETTINGS).rows == before + after
     assert before[0] != after[0]
 
 
-@pytest.mark.parametrize("text", ["[\n{}\n]", '{"a": [1]}\n', "nothing", "1\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[\n{}\n]",
+        '{"a": [1]}\n',
+        "nothing",
+        "1\n",
+        '{"name": "a file"}',
+        "{ no end",
+        '{"a": 1}\n',
+        '{"a": 1}\nand notes',
+    ],
+)
 def test_files_of_another_kind_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(text)
-    with pytest.raises(EvaluationError, match=r"lines of JSON|flat rows"):
+    with pytest.raises(EvaluationError, match=r"lines of JSON|rows that have"):
         tiny(path=path)
     assert path.read_text() == text
 

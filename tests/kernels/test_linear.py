@@ -73,6 +73,11 @@ def test_rows_of_any_strides() -> None:
     check(torch.ops.arkv_cpu.linear(x, [w := torch.randn(5, 40)], [])[0], x, w, None)
 
 
+def test_rows_of_nothing_are_their_bias() -> None:
+    found = torch.ops.arkv_cpu.linear(torch.ones(3, 0), [torch.ones(9, 0)], [b := torch.randn(9)])
+    assert torch.equal(found[0], b.expand(3, 9))
+
+
 def test_numbers_that_are_none_come_out_as_such() -> None:
     x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0], [1.0, 1.0]])
     found = torch.ops.arkv_cpu.linear(x, [torch.ones(3, 2)], [])[0]

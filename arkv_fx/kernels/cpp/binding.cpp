@@ -201,13 +201,15 @@ void encode_vectors(const Tensor& x, const Tensor& source, const Maybe& centre, 
 std::vector<Tensor> linear(const Tensor& any_x, const std::vector<Tensor>& weights,
                            const std::vector<Tensor>& biases) {
   const Tensor x = plain(any_x);
-  const int64_t dtype = type_of(x), K = x.size(-1), M = x.numel() / std::max<int64_t>(K, 1);
+  const int64_t dtype = type_of(x), K = x.size(-1);
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < x.dim(); i++) shape.push_back(x.size(i));
+  int64_t M = 1;
+  for (size_t i = 0; i + 1 < shape.size(); i++) M *= shape[i];
   static thread_local std::vector<float> rows;
   const int64_t ld = whole(K, W), wide = width(dtype, K);
   rows.assign(M * ld, 0.0f);
   for (int64_t m = 0; m < M; m++) load_row(dtype, data<char>(x) + m * wide, K, &rows[m * ld]);
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < x.dim(); i++) shape.push_back(x.size(i));
   std::vector<Tensor> out;
   std::vector<Weights> given;
   int64_t bytes = 0;
