@@ -53,8 +53,11 @@ class EngineSession(GraphSession):
         if type(cuda_graph) is not bool:
             raise EngineError(f"cuda_graph={cuda_graph!r}: must be True or False")
         sidecar = read_description(folder)
-        require_engines(sidecar)
-        self._device = CudaDevice(device)
+        try:
+            self._device = CudaDevice(device)
+        except EngineError:  # what the folder lacks is said before what the machine lacks
+            require_engines(sidecar)
+            raise
         prefill, decode = (
             engine_for(sidecar, name, self._device.capability) for name in ("prefill", "decode")
         )
