@@ -55,8 +55,8 @@ def surround(
     hay = encode(tokenizer, text)
     if room < LEAST_ROOM or not hay:
         raise EvaluationError(
-            f"{tokens} tokens and a text of {len(hay)}: this leaves no room for a text around what "
-            "is hidden in it"
+            f"the length asked for leaves no room for a text around what is hidden in it: "
+            f"{max(room, 0)} of {LEAST_ROOM} tokens, from a text of {len(hay)}"
         )
     hay = (hay * (room // len(hay) + 1))[:room]
     stop = encode(tokenizer, "The end.")[-1]

@@ -335,5 +335,5 @@ def test_a_machine_without_a_gpu_is_told_so() -> None:
 def test_that_a_folder_holds_no_engines_is_said_first(copied: Path) -> None:
     """Before anything is to be installed, or a GPU bought."""
     edit(copied, lambda c: c.pop("engines"))
-    with pytest.raises(EngineError, match="engines of both graphs.*`arkv export MODEL"):
+    with pytest.raises(EngineError, match=r"engines of both graphs.*`arkv export MODEL"):
         EngineSession(copied)
