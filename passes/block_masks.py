@@ -6,7 +6,7 @@ torch enters and leaves by calls that return nothing.
 
 from __future__ import annotations
 
-from arkv_fx.passes.nodes import op_name, writes_in_place
+from arkv_fx.passes.nodes import may_write, op_name
 from torch.fx import GraphModule, Node
 
 FRESH = {"new_zeros", "zeros", "zeros_like", "new_ones", "ones", "full", "new_full"}
@@ -20,7 +20,7 @@ def makers(call: Node) -> list[Node]:
         node = todo.pop()
         if node in seen or node.op not in ("call_function", "call_method"):
             continue
-        if writes_in_place(node):
+        if may_write(node) and op_name(node) != "setitem":
             continue  # the model may read later what this writes
         seen[node] = None
         todo += node.all_input_nodes

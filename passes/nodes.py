@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from arkv_fx.errors import PassError
 
@@ -37,6 +38,33 @@ def writes_in_place(node: Any) -> bool:
     name = op_name(node)
     named = name.endswith("_") and name not in ("and_", "or_") and not name.endswith("__")
     return named or name in IN_PLACE
+
+
+def written(node: Node) -> list[Node]:
+    """The nodes whose values a call says that it changes."""
+    target, found = node.target, [node.kwargs.get("out")]
+    if isinstance(target, torch._ops.OpOverload):
+        schema = target._schema.arguments
+        given = arguments(node, [each.name for each in schema])
+        found = [given.get(a.name) for a in schema if a.alias_info and a.alias_info.is_write]
+    elif writes_in_place(node) or op_name(node) == "setitem" or _asked_in_place(node):
+        found += node.args[:1] or [node.kwargs.get("input")]
+    return [each for each in tree_leaves(found) if isinstance(each, Node)]
+
+
+def _asked_in_place(node: Node) -> bool:
+    """Whether a function of torch.nn.functional is told to work in place."""
+    by_place = getattr(node.target, "__module__", None) == "torch.nn.functional"
+    return node.kwargs.get("inplace") is True or (by_place and any(x is True for x in node.args))
+
+
+def may_write(node: Node) -> bool:
+    """Whether a node may change a tensor that was there before, as far as its call says."""
+    if node.op == "call_module":
+        return True
+    hidden = isinstance(node.target, torch._ops.OperatorBase)  # of higher order
+    hidden = hidden and not isinstance(node.target, torch._ops.OpOverload)
+    return hidden or bool(written(node))
 
 
 def example(node: Any) -> Any:

@@ -49,6 +49,7 @@ COMPILE_WORTHWHILE = 512
 
 
 def generate(
+    ctx: typer.Context,
     prompt_file: Annotated[Path, typer.Option(help="The prompt, a UTF-8 file.")],
     model: Model = "smollm2",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
@@ -81,15 +82,7 @@ def generate(
     """Continue a prompt, greedily; --context is prompt and new tokens unless given."""
     text = read_text(prompt_file)
     if engine is not None:
-        chosen = {
-            "compression": compression, "budget": budget, "calibration": calibration,
-            "context": context, "compile": compile,
-            "preset": None if preset == "default" else preset,
-            "model": None if model == "smollm2" else model,
-            "dtype": None if dtype is DType.float32 else dtype,
-            "device": None if device == "cpu" else device,
-        }  # fmt: skip
-        refuse_with_engine([name for name, value in chosen.items() if value is not None])
+        refuse_with_engine(ctx)
         _run_engine(engine, runtime, text, max_new_tokens, chat, json)
         return
     if runtime is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from pathlib import Path
 
+import typer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from arkv_fx.errors import EngineError, EvaluationError
@@ -46,13 +47,21 @@ def open_engine(folder: Path, runtime: Runtime | None) -> tuple[GraphSession, Ru
     return OnnxSession(folder), Runtime.onnx, notes
 
 
-def refuse_with_engine(given: list[str]) -> None:
-    """Refuse options of the cache by name, if any are given.
+OF_MODELS = (
+    "model", "compression", "context", "budget", "preset", "calibration", "compile", "dtype",
+    "device",
+)  # fmt: skip
+"""Options of ``arkv generate`` that an exported folder has settled."""
+
+
+def refuse_with_engine(ctx: typer.Context) -> None:
+    """Refuse options of the cache by name, if any are given, also with what they are by default.
 
     Raises:
         EvaluationError: an engine has the cache that it has.
     """
-    if given:
+    sources = {name: ctx.get_parameter_source(name) for name in OF_MODELS}
+    if given := [n for n, source in sources.items() if source and source.name != "DEFAULT"]:
         names = ", ".join(f"--{name}" for name in given)
         raise EvaluationError(f"{names}: an engine has the cache that it was exported with")
 

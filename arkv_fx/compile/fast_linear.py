@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from arkv_fx.kernels.cpp import available
 from arkv_fx.kernels.cpp.arguments import DTYPES
 from arkv_fx.kernels.cpp.linear_operator import few_rows, multiplied_by_torch
-from arkv_fx.passes.nodes import arguments, example, op_name, writes_in_place
+from arkv_fx.passes.nodes import arguments, example, may_write, op_name
 
 FEW = torch.ops.arkv_cpu.linear.default
 MANY = torch.ops.arkv_cpu.linear_in_float32.default
@@ -58,20 +58,6 @@ def fast_products(graph: GraphModule) -> int:
         _join(nodes)
     graph.recompile()
     return len(many) + sum(map(len, groups.values()))
-
-
-def may_write(node: Node) -> bool:
-    """Whether a node may change a tensor that was there before, as far as its call says."""
-    if node.op in ("placeholder", "get_attr", "output"):
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    if node.op == "call_module" or isinstance(node.target, torch._ops.OperatorBase):
-        return True
-    asked = node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
-    if getattr(node.target, "__module__", None) == "torch.nn.functional":
-        asked |= any(value is True for value in node.args)  # `inplace` by its place
-    return asked or writes_in_place(node) or op_name(node) == "setitem"
 
 
 def _join(nodes: list[Node]) -> None:

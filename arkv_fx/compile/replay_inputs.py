@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from enum import Enum, auto
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from arkv_fx.passes.nodes import ARITHMETIC, example, op_name, writes_in_place
+from arkv_fx.passes.nodes import ARITHMETIC, example, op_name, written
 from arkv_fx.passes.roles import is_added
 
 
@@ -49,7 +48,7 @@ def why_not(graph: GraphModule, inputs: Mapping[Node, Kind]) -> str:
     places = {_storage(node): node for node, kind in inputs.items() if kind is Kind.GIVEN}
     places.pop(None, None)
     for node in graph.graph.nodes:
-        for target in _written(node):
+        for target in written(node):
             # Views of an input share its memory, in the tracer's examples as in life.
             if (found := places.get(_storage(target))) is not None:
                 return f"it writes to its input {found.name}, of which a recording has a copy"
@@ -59,26 +58,6 @@ def why_not(graph: GraphModule, inputs: Mapping[Node, Kind]) -> str:
 def _storage(node: Node) -> int | None:
     value = example(node)
     return int(value.untyped_storage()._cdata) if isinstance(value, Tensor) else None
-
-
-def _written(node: Node) -> Iterator[Node]:
-    """The nodes whose values a node changes."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        for argument, value in zip(target._schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                yield from _nodes(value)
-    elif op_name(node) == "setitem" or writes_in_place(node):
-        yield from _nodes(node.args[:1])
-    yield from _nodes(node.kwargs.get("out"))
-
-
-def _nodes(value: Any) -> Iterator[Node]:
-    if isinstance(value, Node):
-        yield value
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for part in value:
-            yield from _nodes(part)
 
 
 def numbers_as_tensors(graph: GraphModule, device: torch.device) -> None:

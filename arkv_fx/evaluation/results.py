@@ -60,16 +60,16 @@ class RowLog:
             whole, newline, rest = self.path.read_text(encoding="utf-8").rpartition("\n")
             self.rows = [json.loads(line) for line in whole.splitlines()]
             begin = json.dumps({keys[0]: 0}).removesuffix("0}")
-            cut = rest.startswith(begin) or begin.startswith(rest)
-            if not cut and not _is_json(rest):
+            last = _row_of(rest)
+            if last is not None:  # whole but for the end of its line
+                self.rows.append(last)
+            elif not (rest.startswith(begin) or begin.startswith(rest)):
                 raise ValueError(f"its last line does not begin with {begin}")
-            if _is_json(rest):  # whole but for the end of its line
-                self.rows.append(json.loads(rest))
         except (OSError, ValueError) as error:
             raise EvaluationError(f"{path}: cannot be read as lines of JSON: {error}") from error
         if not all(_flat(row) and set(keys) <= set(row) for row in self.rows):
             raise EvaluationError(f"{path}: is not a file of rows that have {', '.join(keys)}")
-        if _is_json(rest):
+        if last is not None:
             write_text(self.path, whole + newline + rest + "\n")
         elif rest:
             warnings.warn(
@@ -94,12 +94,13 @@ class RowLog:
                 os.fsync(file.fileno())
 
 
-def _is_json(text: str) -> bool:
+def _row_of(text: str) -> Row | None:
+    """What a line holds; None if it was not written to its end."""
     try:
-        json.loads(text)
+        row: Row = json.loads(text)
     except ValueError:
-        return False
-    return True
+        return None
+    return row
 
 
 def _flat(row: Any) -> bool:
