@@ -113,6 +113,11 @@ class LayerPlan:
         ]
 
     @property
+    def ahead(self) -> int:
+        """On how many tokens behind it hang the statistics of a token that leaves the window."""
+        return min(self.policy().ahead, self.window - 1)
+
+    @property
     def centred(self) -> bool:
         """Whether a tier stores keys as differences to the centre."""
         return any(get_format(t.format).key.centred for t in self.tiers)
@@ -125,7 +130,7 @@ class LayerPlan:
             TensorSpec("seen", (), torch.int32),
             TensorSpec("bad", (), torch.int32),
         ]
-        for field in policy.layer_fields(self.k_dim):
+        for field in policy.layer_fields(self.k_dim, self.v_dim):
             out.append(TensorSpec(field.name, (self.heads, field.width), field.dtype))
         if self.balanced:
             out.append(TensorSpec("scale", (self.heads, self.k_dim), torch.float32, fill=1))

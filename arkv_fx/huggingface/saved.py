@@ -19,7 +19,7 @@ from arkv_fx.files import instead_of
 from arkv_fx.plan import LayerPlan
 from arkv_fx.state.session import LayerState, PlainLayer, Session
 
-VERSION = 3
+VERSION = 4
 KEY = "arkv_cache"
 NO_MATTER = ("transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 """What a model's config says of how it is stored or called, not of what it computes."""

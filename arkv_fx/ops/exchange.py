@@ -76,7 +76,7 @@ def _choose_moves(held: View, new: Arrivals, updated: Stats) -> list[Move]:
         whole = {n: torch.where(chosen, came[n].to(t.dtype), t) for n, t in whole.items()}
         if len(moves) == 1:
             pos = torch.where(wins[..., None], gone.pop("pos"), -1)
-            stats = gone
+            stats = _as_it_leaves(held, updated, slot) or gone
         else:
             pos = torch.where(wins[..., None], gone.pop("pos"), pos)
             stats = {n: torch.where(wins[..., None], t, stats[n]) for n, t in gone.items()}
@@ -84,6 +84,18 @@ def _choose_moves(held: View, new: Arrivals, updated: Stats) -> list[Move]:
     for name, stat in held.stats.items():
         stat.copy_(whole[name])
     return moves
+
+
+def _as_it_leaves(held: View, updated: Stats, slot: Tensor) -> Stats | None:
+    """Statistics of the token that leaves the ring's ``slot``, given those behind it there."""
+    plan = held.plan
+    if not plan.ahead:
+        return None
+    place = (slot - plan.sinks)[..., None] + torch.arange(plan.ahead + 1, device=slot.device)
+    column = plan.sinks + place.remainder(plan.window)
+    behind = {name: t.gather(-1, column) for name, t in updated.items()}
+    found = plan.policy().leave(behind, torch.ones_like(column).bool(), plan.ahead)
+    return {name: t[..., :1] for name, t in found.items()}
 
 
 def _move_tokens(

@@ -55,9 +55,10 @@ def merge_many(
     index = order - 1 + before
     in_ring = (index < plan.sinks) | (index >= torch.clamp(after - plan.window, min=plan.sinks))
     stays_out = (new.valid & ~in_ring)[:, None]
-    out = Arrivals(new.k, new.v, torch.where(stays_out, new.pos, -1), new.valid, new.stats)
+    at_ring, at_new = _as_they_leave(held, new, fresh)
+    out = Arrivals(new.k, new.v, torch.where(stays_out, new.pos, -1), new.valid, at_new)
     if not fresh:
-        out = _join(_leavers(ring, is_new), out)
+        out = _join(_leavers(ring, is_new, at_ring), out)
     _store(ring, new, torch.where(is_new[:, None], source, -1), encoder)
     now = held.seen + length - 1
     tiers = [t for t in held.tiers if t.slots]
@@ -105,10 +106,30 @@ def _store(segment: Segment, tokens: Arrivals, source: Tensor, encoder: Encoder)
         field.copy_(torch.where(taken, token.stats[name].to(field.dtype), field))
 
 
-def _leavers(ring: Segment, replaced: Tensor) -> Arrivals:
+def _as_they_leave(held: View, new: Arrivals, fresh: bool) -> tuple[Stats, Stats]:
+    """Statistics of the ring's tokens [B, Hkv, R] and the new ones, were they to leave the ring."""
+    ring, policy, ahead = held.ring, held.plan.policy(), held.plan.ahead
+    if not ahead:
+        return ring.stats, new.stats
+    if fresh:
+        return ring.stats, policy.leave(new.stats, new.valid[:, None], ahead)
+    order = ring.positions.argsort(dim=-1, stable=True)
+    stats = {n: torch.cat([t.gather(-1, order), new.stats[n].to(t.dtype)], -1)
+             for n, t in ring.stats.items()}  # fmt: skip
+    pos = torch.cat([ring.positions.gather(-1, order), new.pos], -1)
+    stats = policy.leave(stats, pos >= 0, ahead)
+    back = order.argsort(dim=-1)
+    slots = held.plan.ring
+    return (
+        {n: t[..., :slots].gather(-1, back) for n, t in stats.items()},
+        {n: t[..., slots:] for n, t in stats.items()},
+    )
+
+
+def _leavers(ring: Segment, replaced: Tensor, stats: Stats) -> Arrivals:
     """The ring's tokens whose slots are taken; ``replaced`` [B, R] bool."""
     pos = torch.where(replaced[:, None], ring.positions, -1)
-    stats = {n: t.clone() for n, t in ring.stats.items()}
+    stats = {n: t.clone() for n, t in stats.items()}
     return Arrivals(ring.k[0].clone(), ring.v[0].clone(), pos, replaced, stats)
 
 

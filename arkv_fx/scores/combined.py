@@ -25,16 +25,18 @@ class CombinedScore(Score):
     name = "combined"
 
     def __init__(
-        self, decay: float = 0.99, value_norm: float = 0, age: float = 1, margin: float = 1.5
-    ) -> None:
+        self, decay: float = 0.99, value_norm: float = 0, age: float = 1, margin: float = 1.5,
+        values: float = 1, ahead: float = 8,
+    ) -> None:  # fmt: skip
         self.mass = MassScore(decay, value_norm, age)
-        self.novelty = NoveltyScore()
+        self.novelty = NoveltyScore(values, ahead)
         self.margin = float(margin)
         self.slot_fields = self.mass.slot_fields + self.novelty.slot_fields
         self.layer_fields = self.novelty.layer_fields  # type: ignore[method-assign]
+        self.leave, self.ahead = self.novelty.leave, self.novelty.ahead  # type: ignore[method-assign]
 
     def cpp(self) -> CppRank | None:
-        return CppRank(self.mass.decay, self.mass.use_age, self.margin)
+        return CppRank(self.mass.decay, self.mass.use_age, self.margin, self.ahead)
 
     def arrive(self, keys: Tensor, values: Tensor, valid: Tensor, layer: Stats) -> Stats:
         return {

@@ -74,12 +74,14 @@ class CppRank:
     """How the C++ step ranks: by the statistics mass, norm and novelty, those of ``slot_fields``.
 
     ``decay`` of the mass; ``age`` whether masses are normalised for age; novelty decides eviction
-    but where log mass stands out by ``margin``.
+    but where log mass stands out by ``margin``. With ``ahead``, what a token that leaves the window
+    has is that of ``NoveltyScore.leave``.
     """
 
     decay: float = 0.0
     age: bool = False
     margin: float = 0.0
+    ahead: int = 0
 
 
 class Score(ABC):
@@ -93,6 +95,8 @@ class Score(ABC):
     unexportable: ClassVar[str] = ""
     """Why it cannot be part of exported graphs, as the predicate of a sentence; "" if it can."""
     slot_fields: tuple[StatField, ...] = ()
+    ahead: int = 0
+    """On how many tokens behind it hangs what ``leave`` says of one; 0: nothing is asked."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -103,7 +107,7 @@ class Score(ABC):
         """What the C++ step needs to rank as this score does; None: it cannot."""
         return None
 
-    def layer_fields(self, k_dim: int) -> tuple[StatField, ...]:
+    def layer_fields(self, k_dim: int, v_dim: int) -> tuple[StatField, ...]:
         """Statistics kept once per kv head (running sums)."""
         return ()
 
@@ -122,6 +126,16 @@ class Score(ABC):
         """
         shape = keys.shape[:-1]
         return {f.name: keys.new_zeros(shape, dtype=f.dtype) for f in self.slot_fields}
+
+    def leave(self, stats: Stats, valid: Tensor, ahead: int) -> Stats:
+        """Statistics of tokens as they leave the window, given those that came behind them.
+
+        Args:
+            ahead: how many of these to look at: those of the score, or what the window has.
+            stats: [B, Hkv, N] each, of tokens one after the other.
+            valid: [B or 1, Hkv or 1, N] bool, False for padding and for none.
+        """
+        return stats
 
     @abstractmethod
     def observe(self, stats: Stats, seen: Observation) -> Stats:

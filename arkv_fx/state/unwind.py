@@ -40,8 +40,8 @@ def unwind(state: LayerState, tokens: int) -> None:
         )
         valid = pos[:, 0] >= 0
         # Not the channels' numbers: what is held was divided by them.
-        names = [field.name for field in policy.layer_fields(held.plan.k_dim)]
-        sums = {name: torch.zeros_like(held.layer[name]) for name in names}
+        fields = policy.layer_fields(held.plan.k_dim, held.plan.v_dim)
+        sums = {f.name: torch.zeros_like(held.layer[f.name]) for f in fields}
         policy.arrive(keys, values, valid, sums)
         for name, total in sums.items():
             held.layer[name].copy_(total)

@@ -113,7 +113,7 @@ def view(plan: LayerPlan, tensors: Sequence[Tensor]) -> View:
     named = dict(zip(plan.places, tensors, strict=True))
     policy = plan.policy()
     # A running sum is one vector per head; specs give it the layout [B, Hkv, width].
-    layer = {f.name: named[f.name] for f in policy.layer_fields(plan.k_dim)}
+    layer = {f.name: named[f.name] for f in policy.layer_fields(plan.k_dim, plan.v_dim)}
     if plan.balanced:
         layer["scale"] = named["scale"]
     centre = named["centre"] if plan.centred else None

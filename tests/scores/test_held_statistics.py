@@ -143,7 +143,7 @@ def test_the_unit_is_nothing_to_ranks() -> None:
 def arrived(keys: Tensor) -> Tensor:
     layer = {"key_sum": torch.zeros(1, 1, keys.shape[-1])}
     valid = torch.ones(1, keys.shape[2], dtype=torch.bool)
-    return NoveltyScore().arrive(keys, keys, valid, layer)["novelty"][0, 0]
+    return NoveltyScore(values=0, ahead=0).arrive(keys, keys, valid, layer)["novelty"][0, 0]
 
 
 def test_novelty_reaches_from_one_end_of_its_byte_to_the_other() -> None:

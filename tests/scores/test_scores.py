@@ -265,7 +265,9 @@ def test_norms_are_of_the_values() -> None:
 @pytest.mark.parametrize("score", SCORES)
 def test_a_prompt_is_a_chunk_on_an_empty_cache(score: str) -> None:
     """The fused and the written-out attention leave the same statistics."""
-    prompt, chunk = layer_of(score, 12, sinks=1), layer_of(score, 12, sinks=1)
+    # Means of few random codes are often equal, and then the order in a tier decides.
+    options = {"ahead": 0} if "novelty" in {f.name for f in make_score(score).slot_fields} else {}
+    prompt, chunk = (layer_of(score, 12, sinks=1, **options) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, 30, DIM, generator=generator) for h in (4, 2, 2))
     valid = torch.ones(1, 30, dtype=torch.bool)
@@ -285,7 +287,7 @@ def test_a_prompt_is_a_chunk_on_an_empty_cache(score: str) -> None:
 
 
 def test_novelty_is_less_the_cosine_with_the_mean_key() -> None:
-    layer = layer_of("novelty", 40)
+    layer = layer_of("novelty", 40, values=0, ahead=0)
     generator = torch.Generator().manual_seed(0)
     for length in (9, 1, 5, 1):
         start = layer.seen

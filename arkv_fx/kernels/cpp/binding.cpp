@@ -149,7 +149,9 @@ void run_step(Call& call, Addresses state, const int64_t* codecs, int64_t n,
   score.use_age = options[6], score.log2_decay = weights[0], score.margin = weights[1];
   State held{};
   held.count = (int32_t*)*state++, held.seen = (int32_t*)*state++, held.bad = (int32_t*)*state++;
+  score.ahead = options[10];
   if (score.has_novelty) held.key_sum = (float*)*state++;
+  if (options[9]) held.value_sum = (float*)*state++;
   if (options[7]) balance(call, (const float*)*state++);
   if (options[2]) call.centre = (float*)*state++;
   held.pos = {*state++, options[8] != 0};
@@ -168,7 +170,7 @@ Tensor step(const Tensor& any_q, const Tensor& any_k, const Tensor& any_v, const
   const Tensor q = plain(any_q), k = plain(any_k), v = plain(any_v);
   Call call = call_of(q, k, v);
   for (size_t i = 0; i < codecs.size(); i += 4) call.slots += codecs[i + 3];
-  check_positions(call, state[3 + options[2] + options[5] + options[7]]);
+  check_positions(call, state[3 + options[2] + options[5] + options[7] + options[9]]);
   call.mask = mask_of(mask), call.sink = data<float>(sink);
   call.scale = scale, call.softcap = softcap;
   Tensor out = torch::stable::new_empty(q, {call.batch, q.size(1), 1, call.v_dim});

@@ -35,7 +35,8 @@ constexpr float MASS_UNIT = 0x1p-8f, NOVELTY_TOP = 127, LEAST_MASS = 1e-9f / MAS
 // The options of the scores, see mass.py and combined.py.
 struct Score {
   float log2_decay, margin;
-  int64_t mass;  // F16 or F32
+  int64_t mass;   // F16 or F32
+  int64_t ahead;  // tokens that share in the novelty of one that leaves the window
   bool use_age;
   bool has_mass, has_norm, has_novelty;
 };

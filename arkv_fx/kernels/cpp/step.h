@@ -8,7 +8,7 @@
 
 struct State {
   int32_t *count, *seen, *bad;  // [B]
-  float* key_sum;               // [B, H, Dk], null without novelty
+  float *key_sum, *value_sum;   // [B, H, Dk] and [B, H, Dv], null if novelty is not of them
   Positions pos;                // [B, H, N]
   Stats stats;                  // likewise
 };
@@ -92,13 +92,28 @@ class Step {
     if (score.has_norm)
       token.norm = bf16_bits(spread(std::sqrt(dot(token.v, token.v, call.v_dim))))[0];
     if (!score.has_novelty || !real[head / call.heads]) return;
-    float* sum = state.key_sum + head * D;
-    const float length = std::max(std::sqrt(dot(token.k, token.k, D)), 1e-12f);
-    for (int64_t j = 0; j < D; j += W)
-      store_some(sum + j, load_some<vf>(sum + j, D - j) + load<vf>(token.k + j) / length, D - j);
-    const float size = std::max(std::sqrt(dot(sum, sum, D)), 1e-12f);
-    const float code = std::nearbyint(dot(token.k, sum, D) / length / size * -NOVELTY_TOP);
+    float like = likeness(state.key_sum + head * D, token.k, D);
+    if (state.value_sum)
+      like = (like + likeness(state.value_sum + head * call.v_dim, token.v, call.v_dim)) / 2;
+    const float code = std::nearbyint(like * -NOVELTY_TOP);
     token.novelty = std::abs(code) <= NOVELTY_TOP ? (int8_t)code : 0;  // 0 for NaN
+  }
+
+  // The cosine of x [D] with the mean direction so far, which x moves on.
+  static float likeness(float* sum, const float* x, int64_t D) {
+    const float length = std::max(std::sqrt(dot(x, x, D)), 1e-12f);
+    for (int64_t j = 0; j < D; j += W)
+      store_some(sum + j, load_some<vf>(sum + j, D - j) + load<vf>(x + j) / length, D - j);
+    const float size = std::max(std::sqrt(dot(sum, sum, D)), 1e-12f);
+    return dot(x, sum, D) / length / size;
+  }
+
+  // What the token at `slot` of the ring has when it leaves, given those behind it.
+  int8_t as_it_leaves(const int8_t* novelty, int64_t slot) const {
+    const int64_t window = ring - sinks, n = score.ahead + 1;
+    float total = 0;
+    for (int64_t i = 0; i < n; i++) total += novelty[sinks + (slot - sinks + i) % window];
+    return (int8_t)std::min(std::nearbyint(2 * total / n + NOVELTY_TOP), NOVELTY_TOP);
   }
 
   // The average mass moves on by one step; padding attends to nothing.
@@ -144,7 +159,10 @@ class Step {
         if (slot < 0 || slot >= s.slots) continue;  // the token on its way is the weakest itself
       }
       const int64_t at = head * s.slots + slot;
+      const int8_t left = i == 0 && score.ahead && slot >= sinks
+          ? as_it_leaves(state.stats.novelty + start, slot) : 0;
       exchange(start + slot, token, gone);
+      if (i == 0 && score.ahead) gone.novelty = left;
       const bool more = !last && gone.pos >= 0;
       if (more) {
         decode(s.k, at, call.k_dim, gone.k, room);

@@ -15,7 +15,7 @@ from arkv_fx.kernels.kernel import Step
 from arkv_fx.kernels.softmax import Knobs
 from arkv_fx.plan import LayerPlan
 from arkv_fx.registry import forgets
-from arkv_fx.scores import Score
+from arkv_fx.scores import CppRank, Score
 from arkv_fx.scores.mass import log2_of
 
 
@@ -23,8 +23,9 @@ class Constants(NamedTuple):
     """What a plan fixes of the operator's arguments.
 
     ``options`` are sinks, sliding window, and 0 or 1 each for: a centre, the statistics mass (2 in
-    float32), norm and novelty, masses normalised for age, balanced channels, positions in int16;
-    ``weights`` the binary logarithm of the decay and the margin.
+    float32), norm and novelty, masses normalised for age, balanced channels, positions in int16,
+    novelty of values; and ``LayerPlan.ahead``. ``weights`` are the binary logarithm of the decay
+    and the margin.
     """
 
     codecs: list[int]
@@ -36,12 +37,13 @@ def constants_of(plan: LayerPlan) -> Constants | None:
     """None if the plan is none that the operator knows."""
     policy, numbers = plan.policy(), codecs(plan)
     rank = policy.cpp()
-    if numbers is None or rank is None or not _as_the_library_reads(policy, plan.k_dim):
+    if numbers is None or rank is None or not _as_the_library_reads(policy, rank, plan):
         return None
     held = {f.name: f.dtype for f in policy.slot_fields}
     has = [STATISTICS[n].index(held[n]) + 1 if n in held else 0 for n in STATISTICS]
-    flags = [rank.age, plan.balanced, plan.short_positions]
-    options = [plan.sinks, plan.sliding, int(plan.centred), *has, *map(int, flags)]
+    of_values = len(policy.layer_fields(plan.k_dim, plan.v_dim)) == 2
+    flags = [rank.age, plan.balanced, plan.short_positions, of_values]
+    options = [plan.sinks, plan.sliding, int(plan.centred), *has, *map(int, flags), plan.ahead]
     return Constants(numbers, options, [log2_of(rank.decay), rank.margin])
 
 
@@ -51,15 +53,16 @@ STATISTICS = {
 """What each may be held in, in the order in which the library walks through the state."""
 
 
-def _as_the_library_reads(policy: Score, k_dim: int) -> bool:
+def _as_the_library_reads(policy: Score, rank: CppRank, plan: LayerPlan) -> bool:
     """Whether a score's tensors are those that the library knows, and no others."""
     found = policy.slot_fields
     names = [f.name for f in found]
     in_order = names == [name for name in STATISTICS if name in names]
     known = in_order and all(f.dtype in STATISTICS[f.name] and f.width == 1 for f in found)
-    sums = [(f.dtype, f.width) for f in policy.layer_fields(k_dim)]
-    needed = [(torch.float32, k_dim)] if "novelty" in names else []
-    return known and sums == needed
+    sums = [(f.name, f.dtype, f.width) for f in policy.layer_fields(plan.k_dim, plan.v_dim)]
+    dims = {"key_sum": plan.k_dim, "value_sum": plan.v_dim} if "novelty" in names else {}
+    needed = [(name, torch.float32, dim) for name, dim in dims.items()]
+    return known and rank.ahead == policy.ahead and sums in (needed, needed[:1])
 
 
 @forgets
