@@ -7,6 +7,7 @@ from pathlib import Path
 
 from arkv_fx.calibration import Calibration
 from arkv_fx.evaluation.pages import sections
+from arkv_fx.evaluation.pages.looks import looks
 from arkv_fx.evaluation.pages.measured import read_all
 from arkv_fx.evaluation.pages.render import plotly_script, render
 
@@ -26,14 +27,15 @@ def report_page(
             missing.
     """
     found = read_all(paths)
+    styles = looks(row["method"] for kind in found.rows.values() for row in kind)
     parts = []
     if found.rows["tasks"]:
-        parts.append(sections.tasks(found.rows["tasks"]))
+        parts.append(sections.tasks(found.rows["tasks"], styles))
     if found.rows["fidelity"]:
-        parts.append(sections.fidelity(found.rows["fidelity"]))
+        parts.append(sections.fidelity(found.rows["fidelity"], styles))
     if found.rows["passkey"]:
         parts.append(sections.passkey(found.rows["passkey"]))
-    parts.append(sections.memory_of(found.rows))
+    parts.append(sections.memory_of(found.rows, styles))
     if calibration is not None:
         parts.append(sections.calibrated(calibration, file))
     counts = [f"{len(rows)} of {kind}" for kind, rows in found.rows.items() if rows]

@@ -9,16 +9,26 @@ from arkv_fx.errors import EvaluationError
 MISSING = "pages need Jinja2 and plotly: pip install 'arkv-fx[report]'"
 
 
+def require_templates() -> Any:
+    """The module ``jinja2``.
+
+    Raises:
+        EvaluationError: if it is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as missing:
+        raise EvaluationError(MISSING) from missing
+    return jinja2
+
+
 def render(template: str, **values: Any) -> str:
     """A page. Texts are escaped; what a template passes on as JSON holds no ``<``.
 
     Raises:
         EvaluationError: if Jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as missing:
-        raise EvaluationError(MISSING) from missing
+    jinja2 = require_templates()
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("arkv_fx.evaluation.pages"),
         autoescape=jinja2.select_autoescape(["html"]),
@@ -27,7 +37,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return environment.get_template(template).render(**values)
+    return str(environment.get_template(template).render(**values))
 
 
 def plotly_script() -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
 from arkv_fx.calibration import Calibration
 from arkv_fx.evaluation.fidelity import means
-from arkv_fx.evaluation.pages.looks import Look, looks
+from arkv_fx.evaluation.pages.looks import Look
 from arkv_fx.evaluation.pages.pictures import (
     METRICS,
     Metric,
@@ -45,19 +45,18 @@ class Section:
     sheets: list[Sheet] = field(default_factory=list)
 
 
-def fidelity(rows: Sequence[Row]) -> Section:
+def fidelity(rows: Sequence[Row], styles: Mapping[str, Look]) -> Section:
     """Divergence from the full cache: a picture a text, their mean first."""
     metrics = METRICS["fidelity"]
     section = Section(
         "fidelity", "Fidelity to the full cache, per text",
         ["Down and to the left is better for divergence and perplexity, up and to the left for the "
          "top token."],
-        metrics, list(looks(row["method"] for row in rows).values()),
+        metrics, _legend(rows, styles),
     )  # fmt: skip
     groups = _groups(rows, "fidelity")
     section.pictures = [
-        quality(title, group, metrics, _styles(section.legend))
-        for title, group in [*_means(rows), *groups]
+        quality(title, group, metrics, styles) for title, group in [*_means(rows), *groups]
     ]
     section.sheets = [
         sheet("fidelity-rows", "Rows of arkv eval fidelity", _judged(groups, "fidelity"))
@@ -65,19 +64,17 @@ def fidelity(rows: Sequence[Row]) -> Section:
     return section
 
 
-def tasks(rows: Sequence[Row]) -> Section:
+def tasks(rows: Sequence[Row], styles: Mapping[str, Look]) -> Section:
     """Answers beside the full cache's: a picture a task and length."""
     metrics = METRICS["tasks"]
     section = Section(
         "tasks", "Tasks",
         ["Up and to the left is better. A task whose full cache scores low says little by its "
          "accuracy; its agreement still does."],
-        metrics, list(looks(row["method"] for row in rows).values()),
+        metrics, _legend(rows, styles),
     )  # fmt: skip
     groups = _groups(rows, "tasks")
-    section.pictures = [
-        quality(title, group, metrics, _styles(section.legend)) for title, group in groups
-    ]
+    section.pictures = [quality(title, group, metrics, styles) for title, group in groups]
     section.sheets = [sheet("tasks-rows", "Rows of arkv eval tasks", _judged(groups, "tasks"))]
     return section
 
@@ -93,17 +90,16 @@ def passkey(rows: Sequence[Row]) -> Section:
     return Section("passkey", "Passkeys", [said], sheets=[table])
 
 
-def memory_of(rows: dict[str, list[Row]]) -> Section:
+def memory_of(rows: Mapping[str, list[Row]], styles: Mapping[str, Look]) -> Section:
     """Bytes against context, where rows are of several lengths; else why there is no picture."""
     every = [row for kind in LENGTH for row in rows[kind]]
     section = Section("memory", "Memory against context length", [])
-    found: list[Look] = list(looks(row["method"] for row in every).values())
     for kind, length in LENGTH.items():
         settings = dict.fromkeys((row["model"], row.get("dtype", "")) for row in rows[kind])
         for model, dtype in settings:
             group = [r for r in rows[kind] if (r["model"], r.get("dtype", "")) == (model, dtype)]
             title = ", ".join(filter(None, (model, dtype, f"measured by {kind}")))
-            picture = memory(title, group, length, _styles(found))
+            picture = memory(title, group, length, styles)
             if picture is not None:
                 section.pictures.append(picture)
             else:
@@ -112,7 +108,7 @@ def memory_of(rows: dict[str, list[Row]]) -> Section:
                     "memory goes with the length. Rows of two lengths and more can."
                 )
     if section.pictures:
-        section.legend = found
+        section.legend = _legend(every, styles)
         section.intro.insert(
             0, "Measured bytes of all that the cache holds, for the compression asked for at each "
             "length: the most of all texts or tasks. Dashed: a full bf16 cache.",
@@ -140,8 +136,8 @@ def calibrated(calibration: Calibration, file: str) -> Section:
     )  # fmt: skip
 
 
-def _styles(legend: Sequence[Look]) -> dict[str, Look]:
-    return {look.method: look for look in legend}
+def _legend(rows: Sequence[Row], styles: Mapping[str, Look]) -> list[Look]:
+    return [styles[method] for method in dict.fromkeys(row["method"] for row in rows)]
 
 
 def _groups(rows: Sequence[Row], kind: str) -> list[tuple[str, list[Row]]]:
