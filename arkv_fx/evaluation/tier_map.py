@@ -219,7 +219,8 @@ def mean_scores(state: LayerState, tokens: int) -> NDArray[np.float64]:
 
 def code_of(scores: NDArray[np.float64]) -> Numbers:
     """Scores as whole numbers: 0 for none, else sign and logarithm."""
-    size = np.abs(np.nan_to_num(scores, posinf=2.0**80, neginf=-(2.0**80)))
+    scores = np.nan_to_num(scores, posinf=2.0**80, neginf=-(2.0**80))
+    size = np.abs(scores)
     steps = np.rint(OCTAVE * np.log2(np.where(size > 0, size, 1))).astype(np.int64) + LOWEST
     return np.where(size > 0, np.sign(scores).astype(np.int64) * np.maximum(steps, 1), 0)
 

@@ -21,6 +21,9 @@ SYMBOLS = {
 }
 """Plotly's names, and what they look like in a square of 16."""
 
+DIFFERENT = len(COLOURS) * len(SYMBOLS)
+"""So many looks there are: six and seven have no common part."""
+
 
 @dataclass(frozen=True)
 class Look:
@@ -37,7 +40,7 @@ class Look:
 
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
-    """A look for each method; 42 of them differ."""
+    """A look for each method; ``DIFFERENT`` of them differ."""
     symbols = list(SYMBOLS)
     return {
         method: Look(method, COLOURS[i % len(COLOURS)], symbols[i % len(symbols)])

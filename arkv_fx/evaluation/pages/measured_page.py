@@ -7,7 +7,7 @@ from pathlib import Path
 
 from arkv_fx.calibration import Calibration
 from arkv_fx.evaluation.pages import sections
-from arkv_fx.evaluation.pages.looks import looks
+from arkv_fx.evaluation.pages.looks import DIFFERENT, looks
 from arkv_fx.evaluation.pages.measured import read_all
 from arkv_fx.evaluation.pages.render import plotly_script, render
 
@@ -40,6 +40,8 @@ def report_page(
         parts.append(sections.calibrated(calibration, file))
     counts = [f"{len(rows)} of {kind}" for kind, rows in found.rows.items() if rows]
     twice = f"; {found.repeated} stood there more than once" if found.repeated else ""
+    if len(styles) > DIFFERENT:
+        twice += f"; of {len(styles)} methods, {DIFFERENT} look different"
     pictures = [picture for part in parts for picture in part.pictures]
     for number, picture in enumerate(pictures):
         picture.number = number

@@ -163,7 +163,10 @@ def _setting(key: str, value: object) -> str:
 
 
 def _means(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """(title, rows) of the means over texts, where every method was measured on the same ones."""
+    """(title, rows) of the means over texts, where every method was measured on the same ones.
+
+    And took the same bytes for each of them.
+    """
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["context"], row["steps"]), []).append(row)
@@ -172,6 +175,8 @@ def _means(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
         texts = {row["text"] for row in group}
         each = [(row["text"], row["method"], row["compression"]) for row in group]
         whole = len(set(each)) == len(each) == len(texts) * len({(m, c) for _, m, c in each})
+        sizes = {(row["method"], row["compression"], row["bytes"]) for row in group}
+        whole = whole and len(sizes) == len({(m, c) for _, m, c in each})
         numbers = all(isfinite(r[m.key]) for r in group for m in METRICS["fidelity"])
         if len(texts) > 1 and whole and numbers and all(r["ppl_ratio"] > 0 for r in group):
             title = f"mean of {len(texts)} texts, {context} tokens"

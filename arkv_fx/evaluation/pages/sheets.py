@@ -31,7 +31,17 @@ class Sheet:
 
 
 def sheet(name: str, title: str, rows: Sequence[Row], leading: Sequence[str] = ()) -> Sheet:
-    """A table with a column for each key of the rows, ``leading`` ones first."""
+    """A table with a column for each key of the rows, ``leading`` ones first.
+
+    A column whose numbers are all whole has no decimals.
+    """
+    whole = {key for row in rows for key in row} - {
+        key for row in rows for key, x in row.items() if isinstance(x, float) and x % 1 != 0
+    }
+    rows = [
+        {key: int(x) if isinstance(x, float) and key in whole else x for key, x in row.items()}
+        for row in rows
+    ]
     every = list(dict.fromkeys([*leading, *(key for row in rows for key in row)]))
     same = [
         key for key in every

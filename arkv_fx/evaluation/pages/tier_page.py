@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from arkv_fx.evaluation.pages.pieces import pieces
 from arkv_fx.evaluation.pages.render import render
+from arkv_fx.evaluation.pages.token_texts import pieces
 from arkv_fx.evaluation.tier_map import LOWEST, OCTAVE, State, TierMap
 
 NAMES = {
