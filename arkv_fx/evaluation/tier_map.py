@@ -34,6 +34,7 @@ class State:
 ROLES = ("window", "original", "quantized", "whole", "outside", "evicted")
 """Held in the ring (sinks and window); in the first tier; in the second; in full, by a layer that
 is not compressed; no longer seen, by a layer whose attention has a window; not held."""
+NOTHING = "no layer of this model caches keys and values: there is nothing to show"
 OUTSIDE, EVICTED = State("outside"), State("evicted")
 
 
@@ -127,7 +128,7 @@ class Recorder(StoppingCriteria):
         layers = [LayerMap(index, s.plan.heads) for index, s in session.layers.items()]
         layers += [LayerMap(i, plain.tensors[0].shape[1]) for i, plain in session.plain.items()]
         if not layers:
-            raise EvaluationError("no layer of this model caches keys and values: nothing to show")
+            raise EvaluationError(NOTHING)
         ordered = sorted(states, key=lambda state: (ROLES.index(state.role), state.format))
         nothing = (0,) * len(ordered)
         self._known = {nothing: 0}
@@ -161,6 +162,8 @@ def record(
     Raises:
         EvaluationError: if nothing is cached.
     """
+    if all(cache.is_linear):
+        raise EvaluationError(NOTHING)
     recorder = Recorder(cache, progress)
     result: Any = model.generate(  # type: ignore[operator]
         ids,

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 import arkv_fx
 from arkv_fx.errors import EvaluationError
@@ -25,6 +25,7 @@ from arkv_fx.evaluation.series import Series
 from arkv_fx.evaluation.tier_map import Recorder, TierMap, code_of, record, score_of
 from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.models import random_model
+from arkv_fx.zoo.configs import tiny_config
 
 Steps = list[list[int]]
 
@@ -143,6 +144,13 @@ def test_one_sequence_at_a_time() -> None:
     arkv_fx.transform(model, arkv_fx.ArkvConfig(budget=40, window=8), False, compile="eager")
     with pytest.raises(EvaluationError, match="one sequence"):
         record(model, ArkvCache(model), torch.ones(2, 50, dtype=torch.long), 2)
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config("mamba")).eval()
+    arkv_fx.transform(model, arkv_fx.ArkvConfig(budget=40, window=8), False, compile="eager")
+    with pytest.raises(EvaluationError, match="nothing to show"):
+        record(model, ArkvCache(model), torch.ones(1, 50, dtype=torch.long), 2)
 
 
 STEPS = st.lists(st.lists(st.integers(-(10**6), 10**6), max_size=6), min_size=1, max_size=5)
