@@ -83,6 +83,10 @@ JsonFile = Annotated[
     Path | None,
     typer.Option("--json", callback=writable, help="Also write the result here, as JSON."),
 ]
+Page = Annotated[
+    Path,
+    typer.Option("--out", "-o", callback=writable, help="The page, a file of HTML."),
+]
 Compression = Annotated[
     float | None,
     typer.Option(min=1, help="Times fewer bytes than the full cache in --dtype (4)."),

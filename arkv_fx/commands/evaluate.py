@@ -25,6 +25,7 @@ from arkv_fx.commands.common import (
     writable,
 )
 from arkv_fx.commands.console import out
+from arkv_fx.commands.write_report import report
 from arkv_fx.evaluation import fidelity as fidelity_
 from arkv_fx.evaluation import passkey as passkey_
 from arkv_fx.evaluation import results as results_
@@ -35,6 +36,7 @@ from arkv_fx.evaluation.tasks import TASKS
 app = typer.Typer(
     help="Measure what compression costs.", no_args_is_help=True, add_completion=False
 )
+app.command()(report)
 
 Methods = Annotated[
     list[str] | None,

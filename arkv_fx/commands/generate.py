@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from arkv_fx.commands.common import (
     Budget,
@@ -23,14 +22,11 @@ from arkv_fx.commands.common import (
     Lowering,
     Model,
     Preset,
-    configure,
-    load,
-    load_calibration,
     read_text,
     write_json,
 )
 from arkv_fx.commands.console import err
-from arkv_fx.commands.limits import require_memory, require_positions
+from arkv_fx.commands.prepared import encode, prepare
 from arkv_fx.commands.run_engine import (
     Runtime,
     load_tokenizer,
@@ -42,10 +38,6 @@ from arkv_fx.compile.uncompiled import UNCOMPILED
 from arkv_fx.errors import EvaluationError
 from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.report import against_full
-from arkv_fx.transforming import transform
-
-COMPILE_WORTHWHILE = 512
-"""Tokens from which on compiling pays for itself on a CPU."""
 
 
 def generate(
@@ -87,14 +79,11 @@ def generate(
         return
     if runtime is not None:
         raise EvaluationError(f"--runtime {runtime}: it says what runs --engine, and there is none")
-    network, tokenizer = load(model, dtype, device)
-    ids = encode(tokenizer, text, chat).to(network.device)
-    total = ids.shape[1] + max_new_tokens
-    require_positions(network, total)
-    config = configure(preset, compression, budget, context or total)
-    require_memory(network, config)
-    lowering = compile or _lowering(network.device, max_new_tokens)
-    transform(network, config, load_calibration(calibration), compile=lowering)
+    network, tokenizer, ids, lowering = prepare(
+        text, max_new_tokens, model=model, compression=compression, context=context, budget=budget,
+        preset=preset, calibration=calibration, compile=compile, dtype=dtype, device=device,
+        chat=chat,
+    )  # fmt: skip
     with err.status("compile") as status:
         streamed = Streamed(tokenizer, status.stop)
         if lowering not in UNCOMPILED:
@@ -108,7 +97,7 @@ def generate(
         "prompt_tokens": ids.shape[1],
         "new_tokens": len(new),
         **streamed.rates(ids.shape[1]),
-        **_sizes(cache),
+        **sizes_of(cache),
         "notes": list(network.arkv.report().notes),  # type: ignore[union-attr,operator]
         "text": str(tokenizer.decode(new, skip_special_tokens=True)),
     }
@@ -153,27 +142,6 @@ def _show(row: dict[str, Any], json: Path | None) -> None:
     write_json(json, row)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> Tensor:
-    """The prompt's token ids [1, T].
-
-    Raises:
-        EvaluationError: if there are none, or there is no chat template.
-    """
-    if chat:
-        if not tokenizer.chat_template:
-            raise EvaluationError("the model's tokenizer has no chat template: use --no-chat")
-        message = [{"role": "user", "content": text}]
-        text = str(
-            tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        )
-    ids: Tensor = tokenizer(
-        text, return_tensors="pt", add_special_tokens=not chat, verbose=False
-    ).input_ids
-    if ids.shape[1] < 1:
-        raise EvaluationError("the prompt has 0 tokens: give one at least")
-    return ids.long()  # of no text, some tokenizers make numbers of another kind
-
-
 def _run(
     model: PreTrainedModel, ids: Tensor, tokens: int, streamed: Streamed | None = None
 ) -> tuple[ArkvCache, list[int]]:
@@ -190,13 +158,7 @@ def _run(
     return cache, result[0, ids.shape[1] :].tolist()
 
 
-def _lowering(device: torch.device, tokens: int) -> str:
-    if device.type == "cpu" and (tokens < COMPILE_WORTHWHILE or not shutil.which("c++")):
-        return "eager"
-    return "inductor"
-
-
-def _sizes(cache: ArkvCache) -> dict[str, Any]:
+def sizes_of(cache: ArkvCache) -> dict[str, Any]:
     """Bytes held, and those of full caches of the same length: in the model's dtype, in 16 bits."""
     session = cache.session
     layers = list(session.layers.values())

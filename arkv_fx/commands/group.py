@@ -35,6 +35,10 @@ COMMANDS = {
         "generate", "generate",
         "Continue a prompt, greedily; --context is prompt and new tokens unless given.",
     ),
+    "view": Entry(
+        "view_tiers", "view",
+        "Generate, and draw where the cache kept each token after every step: one HTML page.",
+    ),
     "calibrate": Entry(
         "calibrate_report", "calibrate",
         "Try budgets on each layer, on sample texts: its OQ ratio and its share of the budget.",
