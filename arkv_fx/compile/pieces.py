@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transfor
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 from arkv_fx.compile.fast_linear import fast_products
 from arkv_fx.compile.uncompiled import ATTENTIONS
+from arkv_fx.compile.unwrapped import unwrap
 from arkv_fx.formats import FORMATS
 from arkv_fx.kernels import KERNELS, get_direct_step, missing_forms, usable
 from arkv_fx.kernels.softmax import Knobs
@@ -97,6 +98,9 @@ def compile_pieces(graph: GraphModule, inputs: list[Any], probe: Any = None) -> 
     matrix products. ``probe`` is Python that the graph calls: it is called, with real tensors only.
     """
     fast_products(graph)
+    taken = unwrap(graph)
+    if taken is not None:
+        inputs = taken(inputs)
     part = 0
     parts: dict[Node, int] = {}
     for node in graph.graph.nodes:
@@ -117,7 +121,7 @@ def compile_pieces(graph: GraphModule, inputs: list[Any], probe: Any = None) -> 
     with mode, enable_python_dispatcher():
         _Pieces(split, probe).run(*fakes)
     forward: Compiled = split.forward
-    return forward
+    return forward if taken is None else lambda *given: forward(*taken(given))
 
 
 def _fake(mode: FakeTensorMode, value: Any) -> Any:
