@@ -23,6 +23,7 @@ from arkv_fx.commands.common import (
     Lowering,
     Model,
     Preset,
+    Weights,
     configure,
     load,
     load_calibration,
@@ -62,6 +63,10 @@ def generate(
     ] = None,
     dtype: DTypeOption = DType.float32,
     device: Device = "cpu",
+    weights: Annotated[
+        Weights | None,
+        typer.Option(help="Quantize the linear layers' weights with torchao, arkv-fx[weights]."),
+    ] = None,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the chat template.")] = False,
     engine: Annotated[
         Path | None,
@@ -83,7 +88,7 @@ def generate(
     if engine is not None:
         chosen = {
             "compression": compression, "budget": budget, "calibration": calibration,
-            "context": context, "compile": compile,
+            "context": context, "compile": compile, "weights": weights,
             "preset": None if preset == "default" else preset,
             "model": None if model == "smollm2" else model,
             "dtype": None if dtype is DType.float32 else dtype,
@@ -101,7 +106,10 @@ def generate(
     config = configure(preset, compression, budget, context or total)
     require_memory(network, config)
     lowering = compile or _lowering(network.device, max_new_tokens)
-    transform(network, config, load_calibration(calibration), compile=lowering)
+    transform(
+        network, config, load_calibration(calibration), compile=lowering,
+        weights=None if weights is None else str(weights), keep_weights=False,
+    )  # fmt: skip
     with err.status("compile") as status:
         streamed = Streamed(tokenizer, status.stop)
         if lowering not in UNCOMPILED:
@@ -111,6 +119,7 @@ def generate(
     row = {
         "model": model,
         "dtype": str(dtype),
+        "weights": None if weights is None else str(weights),
         "compile": str(lowering),
         "prompt_tokens": ids.shape[1],
         "new_tokens": len(new),

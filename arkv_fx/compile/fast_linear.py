@@ -117,4 +117,5 @@ def _form(node: Node) -> Form | None:
     given = _read(node)
     if given[2] is not None and example(given[2]) is None:
         return None
-    return form_of(*map(example, given), example(node))
+    x, weight, bias = map(example, given)
+    return form_of(x, weight, bias, example(node))

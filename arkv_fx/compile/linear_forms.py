@@ -1,4 +1,4 @@
-"""Which of our products takes a linear layer's place, by the dtype and the storage of its weight."""
+"""Which of our products takes a linear layer's place: by its dtype and how its weight is stored."""
 
 from __future__ import annotations
 

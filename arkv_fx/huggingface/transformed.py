@@ -130,7 +130,9 @@ class Transformed(Bound):
                 ids = torch.zeros(1, 8, dtype=torch.long, device=weight.device)
                 both = {"decoder_input_ids": ids} if is_encoder_decoder(self.model) else {}
                 self.model(ids, **both)
-        return Report.of(self.backend.sites, self.config, self.backend.notes())
+        return Report.of(
+            self.backend.sites, self.config, self.weight_notes() + self.backend.notes()
+        )
 
     def compiled_by(self, backend: ArkvBackend) -> CompiledForward:
         """The model's forward, compiled."""

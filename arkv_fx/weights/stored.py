@@ -14,7 +14,7 @@ class Stored:
 
     Args:
         kind: "int8": codes int8 [N, K], scales [N, groups] or one, zero points int8 or None;
-            "int4": codes as torch packs them on this CPU, [groups, N, 2] scales and values of code 8.
+            "int4": codes as torch packs them on a CPU, [groups, N, 2] scales and values of code 8.
         parts: the attributes that hold them, in this order.
         groups: how many scales a row has.
     """
@@ -45,7 +45,8 @@ def stored(weight: Any) -> Stored | None:
     by_rows = len(block) == 2 and block[0] == 1 and block[1] > 0 and columns % block[1] == 0
     groups = columns // block[1] if by_rows else 1
     if name == "Int8Tensor" and weight.act_quant_kwargs is None:
-        zeros = None if weight.zero_point is None else "zero_point"
+        # Zero points of whole rows are left out by torchao's own product, too.
+        zeros = "zero_point" if groups > 1 and weight.zero_point is not None else None
         if by_rows or block == (rows, columns):
             return Stored("int8", ("qdata", "scale", zeros), groups)
     if name == "IntxUnpackedToInt8Tensor" and weight.activation_quantization is None:

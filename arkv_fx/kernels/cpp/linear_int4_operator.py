@@ -19,8 +19,8 @@ from arkv_fx.kernels.cpp.build import load
 from arkv_fx.kernels.cpp.linear_operator import in_parts, multiplied_by_torch
 
 library.define(
-    "linear_int4(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] biases, int block, bool halves)"
-    " -> Tensor[]"
+    "linear_int4(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] biases, int block,"
+    " bool halves) -> Tensor[]"
 )
 library.define(
     "linear_int4_many(Tensor x, Tensor codes, Tensor scales, Tensor? bias, int block, bool halves)"
@@ -112,7 +112,7 @@ def _linear_int4(
 def _many(
     x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, block: int, halves: bool
 ) -> Tensor:
-    """[..., N] in x's dtype; a part of the weight at a time is held in what torch multiplies well."""
+    """[..., N] in x's dtype; a part of the weight at a time is held in what torch multiplies."""
     if x.shape[:-1].numel() <= FEW:
         biases = [] if bias is None else [bias]
         return _linear_int4(x, [codes], [scales], biases, block, halves)[0]
