@@ -28,6 +28,7 @@ from arkv_fx.kept import find
 from arkv_fx.options import require_type
 from arkv_fx.passes.context import Probe, StandIn
 from arkv_fx.weights.quantizing import WEIGHTS, quantize
+from arkv_fx.weights.stored import is_torchao
 
 SHARDED = ("FSDPModule", "FullyShardedDataParallel")  # not imported: both pull in a lot
 CAPTURED = (
@@ -94,7 +95,8 @@ def transform(
     Raises:
         TransformError: if it is transformed already; with ``insert_cache``, if it has no causal
             self-attention or answers otherwise with a cache; with ``weights``, without torchao, or
-            if weights are quantized already, sharded, or on a device that int4 is not packed for.
+            with ``insert_cache``, or if weights are quantized already, sharded, or on a device that
+            int4 is not packed for.
         CalibrationError: if the calibration is of another model.
         ConfigError: for an argument of another type, ``sample`` without ``insert_cache``, unknown
             ``weights``, or a head dimension that a format of ``config`` cannot store.
@@ -123,6 +125,8 @@ def transform(
     require_type("keep_weights", keep_weights, bool, "True or False")
     if weights is not None:
         require_type("weights", weights, str, f"{', '.join(map(repr, WEIGHTS))} or None")
+    if insert_cache:
+        _refuse_quantized(model, weights)
     config = config or ArkvConfig()
     part = model if insert_cache else generating_part(model)
     found = find(part, config) if calibration is None else calibration or None
@@ -162,6 +166,16 @@ def _refuse_sharded(model: nn.Module) -> None:
                 "outside of the graph that is rewritten: load the model whole, or shard it by "
                 "tensor parallelism (tp_plan='auto')"
             )
+
+
+def _refuse_quantized(model: nn.Module, weights: str | None) -> None:
+    names = [name for name, weight in model.named_parameters() if is_torchao(weight)]
+    if names or weights is not None:
+        what = f"{names[0]} is quantized by torchao" if names else f"weights={weights!r}"
+        raise TransformError(
+            f"insert_cache: {what}, and a model that knows no cache is captured by torch.export, "
+            "which takes such weights apart: insert the cache into the model with its own weights"
+        )
 
 
 def _require_plain(model: nn.Module) -> None:

@@ -89,7 +89,7 @@ class Inserted(Bound):
             self._program(self.programs, i, True, False, 0).sites for i in range(len(self.captured))
         ]
         replays = [p.replay for p in self.programs.values() if p.replay is not None]
-        said = self.weight_notes() + notes(replays)
+        said = notes(replays)
         if self.lowering != "reference":
             said += slower_kernels(chain(*found), self.lowering not in UNCOMPILED)
         return Report.of(found, self.config, said)
