@@ -71,7 +71,3 @@ class SameWeights:
                     "transform it again"
                 )
             self.known[at] = (i, weakref.ref(x), form)
-
-
-OPTIONS: dict[str, Any] = {"options": {"guard_filter_fn": lean_guards}}
-"""For ``torch.compile``."""

@@ -19,7 +19,7 @@ OPS = torch.ops.arkv_cpu
 
 
 def fits(found: Tensor, x: Tensor, weight: Tensor, most: Tensor, bias: Tensor | None) -> bool:
-    """Whether ``found`` is x @ weight + bias; ``most`` [N, K] is what the weight's terms are at most,
+    """Whether ``found`` is x @ weight + bias; ``most`` [N, K] is what a weight's terms are at most,
     for those that cancel: of a zero point and of codes."""
     wide = None if bias is None else bias.double()
     expected = torch.nn.functional.linear(x.double(), weight.double(), wide)
@@ -145,7 +145,7 @@ PACKED, PAIRS = torch.zeros(4, 3, dtype=torch.uint8), torch.ones(2, 4, 2)
         (lambda: OPS.linear_int8(torch.ones(1, 6), [CODES], [SCALES], [CODES], []), "zero points"),
         (lambda: OPS.linear_int8(torch.ones(1, 6), [CODES] * 2, [SCALES], [], []), "for each"),
         (lambda: OPS.linear_int8(torch.ones(1, 6).double(), [CODES], [SCALES], [], []), "float16"),
-        (lambda: OPS.linear_int4(torch.ones(1, 8), [PACKED], [PAIRS], [], 64, True), "half as wide"),
+        (lambda: OPS.linear_int4(torch.ones(1, 8), [PACKED], [PAIRS], [], 64, True), "half"),
         (lambda: OPS.linear_int4(torch.ones(1, 6), [PACKED], [PAIRS[:, 1:]], [], 64, True), "rows"),
         (lambda: OPS.linear_int4(torch.ones(1, 6), [PACKED], [PAIRS], [], 128, True), "blocks"),
         (lambda: OPS.linear_int4(torch.ones(1, 6), [CODES], [PAIRS], [], 64, True), "bytes"),
