@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.fx import GraphModule
 
 import arkv_fx
+from arkv_fx.compile.fast_linear import fast_products
 from arkv_fx.errors import ConfigError, ExportError, TransformError
 from arkv_fx.kernels.cpp import available
 from arkv_fx.models import random_model
@@ -211,7 +213,7 @@ def test_a_model_that_torchao_quantized_computes_what_it_did(
     quantize_(model, USERS[form])
     expected = whole(model)
     off = (steps(transformed(model, compile=lowering)) - expected).square().mean().sqrt()
-    # 16 bits are rounded at other places. The weights' own error is a hundred times as much.
+    # 16 bits are rounded at other places.
     assert off < (2e-5 if dtype == F32 else 0.03) * expected.std()
 
 
@@ -243,6 +245,39 @@ def test_steps_read_codes_where_they_lie_and_ask_nothing_of_their_classes(
     layer.down_proj.weight = plain.weight
     with pytest.raises(TransformError, match="made otherwise"):
         model(**token)
+
+
+class Three(nn.Module):
+    """Layers of one input, the last with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(64, size, bias=size > 40) for size in (32, 16, 48))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = x * 2
+        return tuple(part(x) for part in self.parts)
+
+
+@compiles
+@pytest.mark.parametrize("form", ["int8", "int8 in groups", "int4"])
+@torch.no_grad()
+def test_layers_of_one_input_are_one_call(form: str) -> None:
+    model = Three().eval()
+    quantize_(model, USERS[form])
+    calls: list[int] = []
+
+    def keep(graph: GraphModule, _: object) -> object:
+        assert fast_products(graph) == 3
+        few = [n for n in graph.graph.nodes if "linear_int" in str(n.target)]
+        calls.extend(len(node.args[1]) for node in few)
+        return graph.forward
+
+    torch._dynamo.reset()
+    x = torch.randn(1, 2, 64)
+    found = torch.compile(model, backend=keep)(x)
+    assert calls == [2, 1]
+    torch.testing.assert_close(found, model(x), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", USERS)
