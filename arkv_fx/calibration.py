@@ -264,7 +264,7 @@ def fingerprint(model: nn.Module) -> str:
     whole = [(n, x) for n, x in model.named_buffers() if not x.is_floating_point() and x.dim() > 1]
     for name, parameter in sorted([*model.named_parameters(), *whole]):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        for plain in _plain_tensors(parameter.detach()):
+        for plain in tensors_inside(parameter.detach()):
             sums = []
             for part in plain.reshape(-1).split(CHUNK):
                 floats = part.is_floating_point()
@@ -281,9 +281,9 @@ def _bytes(x: Any) -> Any:
     return x if x.dtype == torch.bool else x.contiguous().view(torch.uint8)
 
 
-def _plain_tensors(x: Any) -> list[Any]:
+def tensors_inside(x: Any) -> list[Any]:
     """The tensors that a tensor is made of: itself, but of subclasses those inside."""
     if not hasattr(x, "__tensor_flatten__"):
         return [x]
     names, _ = x.__tensor_flatten__()
-    return [plain for name in names for plain in _plain_tensors(getattr(x, name))]
+    return [plain for name in names for plain in tensors_inside(getattr(x, name))]

@@ -27,6 +27,8 @@ from arkv_fx.insert.cached_model import Inserted, insert
 from arkv_fx.kept import find
 from arkv_fx.options import require_type
 from arkv_fx.passes.context import Probe, StandIn
+from arkv_fx.weights.quantizing import WEIGHTS, quantize
+from arkv_fx.weights.stored import is_torchao
 
 SHARDED = ("FSDPModule", "FullyShardedDataParallel")  # not imported: both pull in a lot
 CAPTURED = (
@@ -45,6 +47,8 @@ def transform(
     compile: str = "inductor",
     insert_cache: bool = False,
     sample: Any = None,
+    weights: str | None = None,
+    keep_weights: bool = True,
 ) -> nn.Module:
     """Give a model a small KV cache, in place; ``restore`` undoes it.
 
@@ -75,16 +79,27 @@ def transform(
         sample: with ``insert_cache``, arguments of the forward (one, or a tuple) on which the
             cached forward is checked against the full one; random ids if the forward needs only
             one argument, else the arguments of the first call with a cache.
+        weights: "int8" or "int4" to quantize the weights of the linear layers with torchao
+            (``arkv-fx[weights]``), activations stay; None leaves all weights as they are, those
+            that torchao quantized before, too. Embeddings stay; a head that is tied to one gets
+            a weight of its own beside it, so that it is read in fewer bytes, too. In an int4 model
+            (groups of 32) heads, and layers whose shape int4 cannot hold, are int8. On a CPU decode
+            steps read the codes where they lie. A calibration is that of the original weights.
+        keep_weights: with ``weights``, whether the originals stay in memory, beside the quantized
+            ones, for ``restore`` to put back, bit for bit. With False each is let go as it is
+            replaced, which is what saves memory; ``restore`` then undoes all else and warns.
 
     Returns:
         The same model object.
 
     Raises:
         TransformError: if it is transformed already; with ``insert_cache``, if it has no causal
-            self-attention or answers otherwise with a cache.
+            self-attention or answers otherwise with a cache; with ``weights``, without torchao, or
+            with ``insert_cache``, or if weights are quantized already, sharded, or on a device that
+            int4 is not packed for.
         CalibrationError: if the calibration is of another model.
-        ConfigError: for an argument of another type, ``sample`` without ``insert_cache``, or a head
-            dimension that a format of ``config`` cannot store.
+        ConfigError: for an argument of another type, ``sample`` without ``insert_cache``, unknown
+            ``weights``, or a head dimension that a format of ``config`` cannot store.
 
     Example:
         >>> import torch, arkv_fx
@@ -107,15 +122,33 @@ def transform(
         raise ConfigError(
             "sample: it says how to call a model with insert_cache=True, and that is off"
         )
+    require_type("keep_weights", keep_weights, bool, "True or False")
+    if weights is None and not keep_weights:
+        raise ConfigError("keep_weights=False: it is about weights=, and none are quantized")
+    if weights is not None:
+        require_type("weights", weights, str, f"{', '.join(map(repr, WEIGHTS))} or None")
+    if insert_cache:
+        _refuse_quantized(model, weights)
     config = config or ArkvConfig()
     part = model if insert_cache else generating_part(model)
     found = find(part, config) if calibration is None else calibration or None
-    learns = calibration is None and unsettled(found)
     if calibration:
         calibration.check(fingerprint(part), len(cached_layers(part)) or None)
-    if insert_cache:
-        return insert(model, config, found, compile, sample, learns)
-    return _transform(model, config, found, compile=compile, learns=learns)
+    quantized = None if weights is None else quantize(part, weights, keep_weights)
+    try:
+        if quantized is not None and calibration is None and found is None:
+            found = find(part, config)  # what an earlier run learned with these weights
+        learns = calibration is None and unsettled(found)
+        if insert_cache:
+            insert(model, config, found, compile, sample, learns)
+        else:
+            _transform(model, config, found, compile=compile, learns=learns)
+    except BaseException:
+        if quantized is not None:
+            quantized.restore()
+        raise
+    model.arkv.quantized = quantized  # type: ignore[union-attr]
+    return model
 
 
 def refuse_capture() -> NoReturn:
@@ -135,6 +168,16 @@ def _refuse_sharded(model: nn.Module) -> None:
                 "outside of the graph that is rewritten: load the model whole, or shard it by "
                 "tensor parallelism (tp_plan='auto')"
             )
+
+
+def _refuse_quantized(model: nn.Module, weights: str | None) -> None:
+    names = [name for name, weight in model.named_parameters() if is_torchao(weight)]
+    if names or weights is not None:
+        what = f"{names[0]} is quantized by torchao" if names else f"weights={weights!r}"
+        raise TransformError(
+            f"insert_cache: {what}, and a model that knows no cache is captured by torch.export, "
+            "which takes such weights apart: insert the cache into the model with its own weights"
+        )
 
 
 def _require_plain(model: nn.Module) -> None:
@@ -196,6 +239,9 @@ def _transform(
 def restore(model: nn.Module) -> nn.Module:
     """Undo ``transform``; the same object, as it was.
 
+    Weights that ``transform`` quantized are the originals again, the same parameters; if it did not
+    keep them, they stay quantized and a ``UserWarning`` says so.
+
     Raises:
         TransformError: if the model is not transformed.
 
@@ -216,4 +262,6 @@ def restore(model: nn.Module) -> nn.Module:
     state.model.__dict__.update(state.replaced)
     for handle in state.watching:
         handle.remove()
+    if state.quantized is not None:
+        state.quantized.restore()
     return model

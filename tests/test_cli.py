@@ -68,6 +68,16 @@ def test_generate_prints_the_text_and_writes_the_measurements(
     assert ratio in said
 
 
+def test_generate_with_quantized_weights(model: str, prompt: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    out = tmp_path / "g.json"
+    args = ["generate", "--model", model, "--prompt-file", prompt, "--max-new-tokens", "2"]
+    run(*args, "--weights", "int4", "--json", out)
+    row = json.loads(out.read_text())
+    assert row["weights"] == "int4" and row["new_tokens"] == 2
+    assert any("14 int4, 1 int8; the originals are not kept" in note for note in row["notes"])
+
+
 def test_generate_with_a_budget_and_a_preset(model: str, prompt: str, tmp_path: Path) -> None:
     out = tmp_path / "g.json"
     args = ["generate", "--model", model, "--prompt-file", prompt, "--max-new-tokens", "2"]

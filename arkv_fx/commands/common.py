@@ -42,6 +42,13 @@ class Lowering(StrEnum):
     reference = "reference"
 
 
+class Weights(StrEnum):
+    """Kinds of weights that linear layers can be quantized to."""
+
+    int8 = "int8"
+    int4 = "int4"
+
+
 def writable(path: Path | None) -> Path | None:
     """A file that can be written when all is done: looked at before anything is computed.
 

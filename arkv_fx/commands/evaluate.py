@@ -32,6 +32,7 @@ from arkv_fx.evaluation import results as results_
 from arkv_fx.evaluation import task_runs
 from arkv_fx.evaluation.methods import METHODS
 from arkv_fx.evaluation.tasks import TASKS
+from arkv_fx.evaluation.weight_error import weight_error
 
 app = typer.Typer(
     help="Measure what compression costs.", no_args_is_help=True, add_completion=False
@@ -86,6 +87,29 @@ def fidelity(
         )
     shown = fidelity_.means(found) if text is None or len(text) > 1 else found
     out.print(results_.table("Fidelity to the full cache (full_bytes: of bf16)", shown))
+    if json:
+        results_.write(json, found)
+
+
+@app.command()
+def weights(
+    model: Model = "smollm2",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="A file, or the name of a text that is shipped. May be repeated."),
+    ] = None,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of each text.")] = 512,
+    dtype: DTypeOption = DType.float32,
+    device: Device = "cpu",
+    json: JsonFile = None,
+) -> None:
+    """What int8 and int4 weights cost: predictions against the originals', without a cache."""
+    network, tokenizer = load(model, dtype, device)
+    with spinner() as progress:
+        found = weight_error(
+            network, tokens_of(tokenizer, text), context=context, progress=progress
+        )
+    out.print(results_.table("Quantized weights against the model's own", found))
     if json:
         results_.write(json, found)
 

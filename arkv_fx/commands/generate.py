@@ -22,6 +22,7 @@ from arkv_fx.commands.common import (
     Lowering,
     Model,
     Preset,
+    Weights,
     read_text,
     write_json,
 )
@@ -55,6 +56,10 @@ def generate(
     ] = None,
     dtype: DTypeOption = DType.float32,
     device: Device = "cpu",
+    weights: Annotated[
+        Weights | None,
+        typer.Option(help="Quantize the linear layers' weights with torchao, arkv-fx[weights]."),
+    ] = None,
     chat: Annotated[bool, typer.Option(help="Put the prompt into the chat template.")] = False,
     engine: Annotated[
         Path | None,
@@ -82,7 +87,7 @@ def generate(
     network, tokenizer, ids, lowering = prepare(
         text, max_new_tokens, model=model, compression=compression, context=context, budget=budget,
         preset=preset, calibration=calibration, compile=compile, dtype=dtype, device=device,
-        chat=chat,
+        chat=chat, weights=None if weights is None else str(weights),
     )  # fmt: skip
     with err.status("compile") as status:
         streamed = Streamed(tokenizer, status.stop)
@@ -93,6 +98,7 @@ def generate(
     row = {
         "model": model,
         "dtype": str(dtype),
+        "weights": None if weights is None else str(weights),
         "compile": str(lowering),
         "prompt_tokens": ids.shape[1],
         "new_tokens": len(new),

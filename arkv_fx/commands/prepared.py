@@ -31,7 +31,7 @@ class Prepared(NamedTuple):
 def prepare(
     text: str, tokens: int, *, model: str, compression: float | None, context: int | None,
     budget: int | None, preset: str, calibration: Path | None, compile: Lowering | None,
-    dtype: DType, device: str, chat: bool,
+    dtype: DType, device: str, chat: bool, weights: str | None = None,
 ) -> Prepared:  # fmt: skip
     """Load a model, transform it and encode a prompt that so many ``tokens`` are to follow.
 
@@ -39,6 +39,7 @@ def prepare(
         text: the prompt.
         context: prompt and new tokens unless given.
         compile: chosen by device and length unless given.
+        weights: "int8" or "int4" to quantize them, the originals let go.
 
     Raises:
         EvaluationError: if there is nothing to read, or neither model nor machine has the room.
@@ -51,7 +52,10 @@ def prepare(
     config = configure(preset, compression, budget, context or total)
     require_memory(network, config)
     lowering = compile or _lowering(network.device, tokens)
-    transform(network, config, load_calibration(calibration), compile=lowering)
+    transform(
+        network, config, load_calibration(calibration), compile=lowering, weights=weights,
+        keep_weights=weights is None,
+    )  # fmt: skip
     return Prepared(network, tokenizer, ids, lowering)
 
 

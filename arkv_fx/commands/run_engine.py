@@ -49,7 +49,7 @@ def open_engine(folder: Path, runtime: Runtime | None) -> tuple[GraphSession, Ru
 
 OF_MODELS = (
     "model", "compression", "context", "budget", "preset", "calibration", "compile", "dtype",
-    "device",
+    "device", "weights",
 )  # fmt: skip
 """Options of ``arkv generate`` that an exported folder has settled."""
 

@@ -14,6 +14,7 @@ from arkv_fx.commands.common import (
     DTypeOption,
     JsonFile,
     Lowering,
+    Weights,
     device_of,
     spinner,
     writable,
@@ -73,6 +74,10 @@ def bench(
             "repeated."
         ),
     ] = None,
+    weights: Annotated[
+        list[Weights] | None,
+        typer.Option(help="Quantized weights of linear layers besides. May be repeated."),
+    ] = None,
     json: JsonFile = None,
     plot: Annotated[
         Path | None, typer.Option(callback=writable, help="An image file to draw it into.")
@@ -95,6 +100,7 @@ def bench(
         lowerings=tuple(str(name) for name in compile or lowerings),
         model=model,
         tiers=tuple(tier) if tier else None,
+        weights=tuple(str(kind) for kind in weights or ()),
     )
     with spinner() as progress:
         found = bench_(section or (), options, progress)

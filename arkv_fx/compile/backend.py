@@ -19,6 +19,7 @@ from arkv_fx.compile.pieces import Compiled, compile_graph, compile_pieces, slow
 from arkv_fx.compile.replay import Replay, notes
 from arkv_fx.compile.replay_inputs import numbers_as_tensors
 from arkv_fx.compile.uncompiled import UNCOMPILED, run_as_it_is
+from arkv_fx.compile.weight_guards import SameWeights
 from arkv_fx.config import ArkvConfig
 from arkv_fx.errors import UnknownOptionError
 from arkv_fx.options import require_type
@@ -87,16 +88,16 @@ class ArkvBackend:
             return self._counted(graph.forward)  # shapes without numbers: only the report counts
         if not any(site.source for site in context.sites):
             # Nothing here has to do with a cache: the graph is handed on as it came.
-            return self._counted(_Runner(graph, context, graph.forward))
+            return self._counted(_Runner(graph, context, graph.forward, example_inputs))
         if not context.fused:
-            return self._counted(
-                _Runner(graph, context, self._lower(graph, [*example_inputs], False))
-            )
+            lowered = self._lower(graph, [*example_inputs], False)
+            return self._counted(_Runner(graph, context, lowered, example_inputs))
         one = self.records and all(_takes_one(planned.cache) for planned in context.fused)
         if one:
             numbers_as_tensors(work, context.fused[0].device)
         inputs = [*example_inputs, *_added_examples(work, example_inputs)]
-        runner = _Runner(graph, context, self._lower(work, inputs, True), added_in_order(work))
+        added = added_in_order(work)
+        runner = _Runner(graph, context, self._lower(work, inputs, True), example_inputs, added)
         if one:
             runner.replay = Replay(runner.compiled, work)
             self.replays.append(runner.replay)
@@ -154,9 +155,10 @@ class _Runner:
     """
 
     def __init__(
-        self, graph: GraphModule, context: Context, compiled: Compiled,
+        self, graph: GraphModule, context: Context, compiled: Compiled, inputs: Sequence[Any],
         added: Sequence[tuple[str, int | None]] = (),
     ) -> None:  # fmt: skip
+        self.weights = SameWeights(inputs)
         self.added = added
         self.placeholders = graph.graph.find_nodes(op="placeholder")
         self.compiled, self.caches = compiled, context.caches
@@ -174,6 +176,7 @@ class _Runner:
         return not all(_takes_one(cache) for cache in buffers if not cache.fresh)
 
     def __call__(self, *inputs: Any) -> Any:
+        self.weights.check(inputs)
         given: dict[tuple[str, int | None], list[Tensor]] = {}
         states: list[LayerState] = []
         sessions: dict[Node, Session] = {}

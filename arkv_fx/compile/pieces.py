@@ -32,6 +32,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transfor
 import arkv_fx.ops.schema  # noqa: F401  (registers the operators)
 from arkv_fx.compile.fast_linear import fast_products
 from arkv_fx.compile.uncompiled import ATTENTIONS
+from arkv_fx.compile.unwrapped import unwrap
+from arkv_fx.compile.weight_guards import tensor_form
 from arkv_fx.formats import FORMATS
 from arkv_fx.kernels import KERNELS, get_direct_step, missing_forms, usable
 from arkv_fx.kernels.softmax import Knobs
@@ -97,6 +99,9 @@ def compile_pieces(graph: GraphModule, inputs: list[Any], probe: Any = None) -> 
     matrix products. ``probe`` is Python that the graph calls: it is called, with real tensors only.
     """
     fast_products(graph)
+    taken = unwrap(graph)
+    if taken is not None:
+        inputs = taken(inputs)
     part = 0
     parts: dict[Node, int] = {}
     for node in graph.graph.nodes:
@@ -117,7 +122,7 @@ def compile_pieces(graph: GraphModule, inputs: list[Any], probe: Any = None) -> 
     with mode, enable_python_dispatcher():
         _Pieces(split, probe).run(*fakes)
     forward: Compiled = split.forward
-    return forward
+    return forward if taken is None else lambda *given: forward(*taken(given))
 
 
 def _fake(mode: FakeTensorMode, value: Any) -> Any:
@@ -297,7 +302,7 @@ def piece_key(piece: GraphModule, args: tuple[Any, ...]) -> Any:
             lines.append(node.op)
         else:
             lines.append((node.op, node.target, plain(node.args), plain(node.kwargs)))
-    shapes = tuple(_form(a) if isinstance(a, Tensor) else plain(a) for a in args)
+    shapes = tuple(tensor_form(a) if isinstance(a, Tensor) else plain(a) for a in args)
     # Autocast is a part of what is compiled.
     kinds = sorted({a.device.type for a in args if isinstance(a, Tensor)})
     lowered = [
@@ -307,14 +312,3 @@ def piece_key(piece: GraphModule, args: tuple[Any, ...]) -> Any:
     ]
     modes = torch.is_grad_enabled(), torch.get_num_threads(), tuple(lowered)
     return tuple(lines), shapes, modes
-
-
-def _form(x: Tensor) -> Any:
-    """All of a tensor that its code depends on; of one that is made of others, theirs too."""
-    sizes = tuple(map(str, x.shape)), tuple(map(str, x.stride()))
-    form = (x.dtype, str(x.device), *sizes, x.requires_grad)
-    if not is_traceable_wrapper_subclass(x):
-        return form
-    names, rest = x.__tensor_flatten__()
-    parts = tuple((name, _form(getattr(x, name))) for name in names)
-    return (*form, type(x), parts, repr(rest))

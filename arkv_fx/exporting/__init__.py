@@ -27,6 +27,7 @@ from arkv_fx.kept import find
 from arkv_fx.registry import Registry
 from arkv_fx.runtime.manifest import FILE
 from arkv_fx.transforming import CALIBRATION
+from arkv_fx.weights.stored import is_torchao
 
 __all__ = ["TARGETS", "Target", "export"]
 
@@ -135,6 +136,13 @@ def export(
 
 
 def _check_weights(model: nn.Module, target: Target) -> None:
+    for name, weight in model.named_parameters():
+        if is_torchao(weight):
+            raise ExportError(
+                f"{name} is quantized by torchao ({type(weight).__name__}), which no target takes: "
+                "export the model with its original weights, and quantize the graphs "
+                "(ONNX Runtime and TensorRT have tools for that)"
+            )
     if held := {p.dtype for p in model.parameters()} & set(target.lacking):
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in held))
         raise ExportError(

@@ -8,12 +8,18 @@ from typing import Any, NoReturn
 from torch.utils.hooks import RemovableHandle
 
 from arkv_fx.errors import TransformError
+from arkv_fx.weights.quantizing import Quantized
 
 
 class Bound:
     """What cannot leave the model that it was made for."""
 
     watching: Sequence[RemovableHandle] = ()  # hooks, which ``restore`` removes
+    quantized: Quantized | None = None  # what ``transform`` did to the weights
+
+    def weight_notes(self) -> list[str]:
+        """What the report says of the weights."""
+        return [] if self.quantized is None else [self.quantized.note()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise TransformError(

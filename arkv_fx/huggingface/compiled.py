@@ -11,6 +11,7 @@ from torch.nn.modules import module as modules
 
 from arkv_fx.calibration import Calibration
 from arkv_fx.compile.backend import ArkvBackend
+from arkv_fx.compile.weight_guards import lean_guards
 from arkv_fx.errors import ArkvError, TransformError
 
 # Each batch size, a mask or none, one token or many: a model in real use needs more graphs than
@@ -82,8 +83,9 @@ class CompiledForward:
             return self.backend(*args, **kwargs)
 
         run: Callable[..., Any] = torch.compile(
-            own_code(self.forward), backend=backend, **self.options
-        )
+            own_code(self.forward), backend=backend, **self.options,
+            options={"guard_filter_fn": lean_guards},  # of this call: torch takes it out
+        )  # fmt: skip
         return run
 
 

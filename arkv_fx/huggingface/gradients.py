@@ -7,9 +7,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from arkv_fx.errors import CacheError
+from arkv_fx.errors import CacheError, TransformError
 
 
 def is_differentiated(given: Iterable[Any], parameters: Iterable[Tensor]) -> bool:
@@ -25,6 +25,20 @@ def without_backward(out: Any) -> Any:
     start = torch.empty(0, requires_grad=True)
     refuse: Callable[[Tensor, Tensor], Tensor] = _NoBackward.apply
     return tree_map_only(Tensor, lambda x: refuse(x, start) if x.is_floating_point() else x, out)
+
+
+def refuse_int4_backward(out: Any) -> None:
+    """Let a call's output say, when its gradient is asked for, that int4 weights have none."""
+
+    def refuse(gradient: Tensor) -> NoReturn:
+        raise TransformError(
+            "backward() through int4 weights: torch has no derivative of their product; call under "
+            "torch.no_grad(), or use weights='int8'"
+        )
+
+    for x in tree_leaves(out):
+        if isinstance(x, Tensor) and x.requires_grad:
+            x.register_hook(refuse)
 
 
 class _NoBackward(torch.autograd.Function):

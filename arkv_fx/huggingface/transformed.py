@@ -21,7 +21,11 @@ from arkv_fx.huggingface.attention_interface import OpenAttention, masks_left_ou
 from arkv_fx.huggingface.bound import Bound
 from arkv_fx.huggingface.cache import ArkvCache
 from arkv_fx.huggingface.compiled import CompiledForward
-from arkv_fx.huggingface.gradients import is_differentiated, without_backward
+from arkv_fx.huggingface.gradients import (
+    is_differentiated,
+    refuse_int4_backward,
+    without_backward,
+)
 from arkv_fx.huggingface.inner import watch
 from arkv_fx.huggingface.layers import (
     cached_layers,
@@ -47,6 +51,7 @@ from arkv_fx.passes.context import Probe, StandIn
 from arkv_fx.plan import limit_of
 from arkv_fx.report import Report
 from arkv_fx.state.journal import DEPTH, Journal, kept_in
+from arkv_fx.weights.stored import stored
 
 _NAMES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 # Arguments whose second dimension counts tokens.
@@ -87,6 +92,7 @@ class Transformed(Bound):
         self.others: list[CompiledForward] = []  # of sequences from files
         self.watching = watch(model)
         self.model = model
+        self.int4 = any(w is not None and w.kind == "int4" for w in map(stored, model.parameters()))
         self.mask_name = "decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask"
         self.positions_name = self.mask_name.replace("attention_mask", "position_ids")
         # Some hand the cache on to their decoder without naming it.
@@ -130,7 +136,9 @@ class Transformed(Bound):
                 ids = torch.zeros(1, 8, dtype=torch.long, device=weight.device)
                 both = {"decoder_input_ids": ids} if is_encoder_decoder(self.model) else {}
                 self.model(ids, **both)
-        return Report.of(self.backend.sites, self.config, self.backend.notes())
+        return Report.of(
+            self.backend.sites, self.config, self.weight_notes() + self.backend.notes()
+        )
 
     def compiled_by(self, backend: ArkvBackend) -> CompiledForward:
         """The model's forward, compiled."""
@@ -186,6 +194,12 @@ class Transformed(Bound):
         ``use_cache`` answers as the model did before, with gradients; the cache that it returns
         is filled by a second run when it is first used, which ``torch.no_grad()`` saves.
         """
+        out = self._run(*args, **kwargs)
+        if self.int4 and torch.is_grad_enabled():
+            refuse_int4_backward(out)
+        return out
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         refuse_foreign(kwargs, self.cache_names)
         given = self.hands_on or any(name in kwargs for name in self.cache_names)
         if self.cache_name not in self.parameters and not given:

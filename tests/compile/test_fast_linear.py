@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import arkv_fx
-from arkv_fx.compile import fast_linear, pieces, uncompiled
-from arkv_fx.compile.fast_linear import FEW, MANY, fast_products
+from arkv_fx.compile import fast_linear, linear_forms, pieces, uncompiled
+from arkv_fx.compile.fast_linear import fast_products
 from arkv_fx.kernels.cpp import available
 from arkv_fx.models import random_model
 
 reason = available()
 pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
+FEW = torch.ops.arkv_cpu.linear.default
+MANY = torch.ops.arkv_cpu.linear_in_float32.default
 CONFIG = arkv_fx.ArkvConfig(budget=40, window=4, sinks=2)
 WHOLE = arkv_fx.ArkvConfig(budget=128, tiers=("native",))  # of a text of 102 tokens
 IDS = torch.arange(1, 91)[None] % 120
@@ -70,7 +72,7 @@ def test_answers_stay(
     # Queries, keys and values; what follows attention; gate and up; down: four calls for seven
     # layers, twice; and the logits. A prompt's are of its last token.
     assert step == {FEW: 9, MANY: 0, torch.nn.functional.linear: 0, "all": 15}
-    wide = 0 if fast_linear.multiplied_by_torch(dtype) else 14
+    wide = 0 if linear_forms.multiplied_by_torch(dtype) else 14
     assert prompt == {
         FEW: 1, MANY: wide, torch.nn.functional.linear: 14 - wide, "all": 1 + wide,
     }  # fmt: skip
@@ -88,7 +90,7 @@ def test_answers_stay(
 def test_many_rows_where_the_processor_lacks_instructions(
     native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast_linear, "multiplied_by_torch", lambda dtype: native)
+    monkeypatch.setattr(linear_forms, "multiplied_by_torch", lambda dtype: native)
     _, counts = run("llama", torch.bfloat16, "eager", monkeypatch)
     assert (counts[0][MANY], counts[0][torch.nn.functional.linear]) == ((0, 14), (14, 0))[
         not native

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import arkv_fx
-from arkv_fx.compile.pieces import _form
+from arkv_fx.compile.weight_guards import tensor_form
 from arkv_fx.models import random_model
 
 CONFIG = arkv_fx.ArkvConfig(budget=64, window=8, tiers=("native",))
@@ -69,5 +69,7 @@ def test_they_compile_to_what_eager_gives() -> None:
 
 def test_codes_of_other_types_are_other_pieces() -> None:
     scale = torch.ones(())
-    forms = [_form(Scaled(torch.zeros(4, 4, dtype=d), scale)) for d in (torch.int8, torch.int16)]
-    assert forms[0] != forms[1] and forms[0] != _form(torch.zeros(4, 4))
+    forms = [
+        tensor_form(Scaled(torch.zeros(4, 4, dtype=d), scale)) for d in (torch.int8, torch.int16)
+    ]
+    assert forms[0] != forms[1] and forms[0] != tensor_form(torch.zeros(4, 4))

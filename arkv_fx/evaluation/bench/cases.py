@@ -77,6 +77,7 @@ class Options:
         lowerings: how transformed models run, see ``arkv_fx.transform``.
         backend: the ``torch.compile`` backend of everything else that is compiled.
         tiers: storage formats, most precise first.
+        weights: kinds of quantized weights that ``linear`` times besides.
         model: a name as in ``arkv_fx.models.load``, or a config file: random weights.
     """
 
@@ -94,6 +95,7 @@ class Options:
     backend: str = "inductor"
     model: str = "smollm2"
     tiers: tuple[str, ...] | None = None
+    weights: tuple[str, ...] = ()
 
     def config(self, slots: int) -> ArkvConfig:
         """The default configuration, but for ``tiers``, with room for so many tokens."""

@@ -1,4 +1,7 @@
-"""``linear``: a model's linear layers as rewritten graphs run them and as torch does, by rows."""
+"""``linear``: a model's linear layers as rewritten graphs run them and as torch does, by rows.
+
+With ``weights`` quantized ones, too, as ours, torchao and torch multiply them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from arkv_fx.errors import EvaluationError
 from arkv_fx.evaluation.bench.cases import Options
 from arkv_fx.evaluation.bench.contest import Entrant, compete
 from arkv_fx.evaluation.bench.measurements import Measurement, dtype_name
+from arkv_fx.evaluation.bench.quantized_layers import WAYS, nbytes, products, quantized
 from arkv_fx.evaluation.bench.timing import cache_bytes
 from arkv_fx.kernels.cpp.linear_operator import few_rows, multiplied_by_torch
 from arkv_fx.models import skeleton
@@ -27,6 +31,8 @@ def linear_layers(options: Options, progress: Callable[[str], None]) -> list[Mea
     weights: list[Tensor] = []
     while sum(w.nbytes for w in weights) < 2 * cache_bytes(options.device):
         weights += [torch.randn(shape).to(options.dtype) for shape in shapes]
+    progress(f"{len(weights)} weights")
+    others = {kind: quantized(weights, kind) for kind in options.weights}
     rows = []
     for count in ROWS:
         some = weights if count <= 16 else weights[: len(shapes)]
@@ -36,9 +42,20 @@ def linear_layers(options: Options, progress: Callable[[str], None]) -> list[Mea
             bytes=sum(w.nbytes for w in some),
         )  # fmt: skip
         name, form = _ours(options.dtype, count)
-        ours = Entrant(replace(empty, method=name), _over(some, inputs, form))
-        found = compete([ours, Entrant(empty, _over(some, inputs, linear))], options, progress)
-        rows += [found[0].against(found[1:]), found[1]]
+        entrants = [Entrant(replace(empty, method=name), _over(some, inputs, form))]
+        entrants.append(Entrant(empty, _over(some, inputs, linear)))
+        for kind, made in others.items():
+            few = made[: len(some)]
+            row = replace(empty, bytes=nbytes(few))
+            entrants += [
+                Entrant(replace(row, method=name), _over(few, inputs, form))
+                for name, form in products(kind).items()
+            ]
+        ours, torchs, *rest = compete(entrants, options, progress)
+        rows += [ours.against([torchs]), torchs]
+        for first in range(0, len(rest), WAYS):  # of one kind, ours first
+            mine, *rivals = rest[first : first + WAYS]
+            rows += [mine.against([torchs, *rivals]), *rivals]
     return rows
 
 

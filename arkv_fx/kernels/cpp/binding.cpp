@@ -1,38 +1,10 @@
-// The operators arkv_cpu::attend, step, encode and linear, see *_operator.py
-// beside this file.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+// The operators arkv_cpu::attend, step, encode and those of bind_linear.h, see *_operator.py beside
+// this file.
+#include "bind_linear.h"
 #include "encode.h"
-#include "linear.h"
 #include "step.h"
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-typedef std::optional<Tensor> Maybe;
-typedef char* const* Addresses;
-
-template <class T>
-T* data(const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), "arkv_cpu: contiguous CPU tensors only");
-  return (T*)t.data_ptr();
-}
-
-template <class T>
-T* data(const Maybe& t) {
-  return t ? data<T>(*t) : nullptr;
-}
-
-Tensor plain(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-int64_t type_of(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  return type == ScalarType::Float ? F32 : type == ScalarType::BFloat16 ? BF16
-         : type == ScalarType::Half ? F16 : Mask::BOOL;
-}
 
 Mask mask_of(const Maybe& mask) {
   if (!mask) return {};
@@ -200,44 +172,14 @@ void encode_vectors(const Tensor& x, const Tensor& source, const Maybe& centre, 
   encode_all(from, to, n, std::min<int64_t>(torch::stable::get_num_threads(), most));
 }
 
-std::vector<Tensor> linear(const Tensor& any_x, const std::vector<Tensor>& weights,
-                           const std::vector<Tensor>& biases) {
-  const Tensor x = plain(any_x);
-  const int64_t dtype = type_of(x), K = x.size(-1);
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < x.dim(); i++) shape.push_back(x.size(i));
-  int64_t M = 1;
-  for (size_t i = 0; i + 1 < shape.size(); i++) M *= shape[i];
-  static thread_local std::vector<float> rows;
-  const int64_t ld = whole(K, W), wide = width(dtype, K);
-  rows.assign(M * ld, 0.0f);
-  for (int64_t m = 0; m < M; m++) load_row(dtype, data<char>(x) + m * wide, K, &rows[m * ld]);
-  std::vector<Tensor> out;
-  std::vector<Weights> given;
-  int64_t bytes = 0;
-  for (size_t i = 0; i < weights.size(); i++) {
-    const Tensor& w = weights[i];
-    STD_TORCH_CHECK(dtype <= F16 && type_of(w) == dtype && w.dim() == 2 && w.size(1) == K,
-                    "arkv_cpu: rows and weights must agree in dtype and width");
-    const char* bias = biases.empty() ? nullptr : data<char>(biases[i]);
-    STD_TORCH_CHECK(!bias || (type_of(biases[i]) == dtype && biases[i].numel() == w.size(0)),
-                    "arkv_cpu: a bias must agree with its weight in dtype and length");
-    shape.back() = w.size(0);
-    out.push_back(torch::stable::new_empty(x, shape));
-    given.push_back({dtype, w.size(0), data<char>(w), bias, data<char>(out.back())});
-    bytes += w.size(0) * wide;
-  }
-  // As in add_segments: fifty microseconds are half a megabyte of weights.
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + (bytes >> 19));
-  multiply_all(given, {M, K, ld, rows.data()}, threads);
-  return out;
-}
-
 STABLE_TORCH_LIBRARY_IMPL(arkv_cpu, CPU, m) {
   m.impl("attend", TORCH_BOX(&attend));
   m.impl("step", TORCH_BOX(&step));
   m.impl("encode", TORCH_BOX(&encode_vectors));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8));
+  m.impl("linear_int4", TORCH_BOX(&linear_int4));
+  m.impl("unpack_int4", TORCH_BOX(&unpack_int4));
 }
 
 }  // namespace

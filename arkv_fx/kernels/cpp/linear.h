@@ -11,10 +11,13 @@ struct Weights {
   char* out;
 };
 
-// Rows as floats [M, ld], zeros behind their K elements.
+// Rows as floats [M, ld], zeros behind their K elements; `sums` of each group of them, [M, groups],
+// for weights that have zero points.
 struct Inputs {
   int64_t M, K, ld;
   const float* x;
+  int64_t groups = 1;
+  const float* sums = nullptr;
 };
 
 // out[m][0..W) = x[m] . each of n <= W weights. One weight after the other, from its begin to its
@@ -74,24 +77,40 @@ void multiply(const Weights& w, int64_t first, int64_t last, const Inputs& in) {
   }
 }
 
-// Several weights that read the same rows, shared out to threads as if they were one.
-inline void multiply_all(const std::vector<Weights>& weights, const Inputs& in, int64_t threads) {
+// The sums of a row's groups, W of them at once: `sums` has room for W more.
+inline void add_groups(const float* x, int64_t group, int64_t groups, float* sums) {
+  for (int64_t g = 0; g < groups; g += W) {
+    vf sum[W] = {};
+    for (int64_t i = 0; i < std::min<int64_t>(W, groups - g); i++, x += group)
+      for (int64_t j = 0; j < group; j += W) sum[i] += load_some<vf>(x + j, group - j);
+    store(sums + g, all_sums(sum));
+  }
+}
+
+// Weights that read the same rows, shared out to threads as if they were one: multiply(weight, first,
+// last) is called with rows that begin at whole steps.
+template <class V, class F>
+void share(const std::vector<V>& weights, int64_t step, int64_t threads, F multiply) {
   int64_t blocks = 0;
-  for (const Weights& w : weights) blocks += whole(w.N, W) / W;
+  for (const V& w : weights) blocks += whole(w.N, step) / step;
   const auto some = [&](int64_t begin, int64_t end) {
     int64_t at = 0;  // of this weight's first block among all
-    for (const Weights& w : weights) {
-      const int64_t own = whole(w.N, W) / W;
+    for (const V& w : weights) {
+      const int64_t own = whole(w.N, step) / step;
       const int64_t from = std::max<int64_t>(begin - at, 0), to = std::min(end - at, own);
       at += own;
-      if (from >= to) continue;
-      const int64_t first = from * W, last = std::min(to * W, w.N);
-      if (w.dtype == F32) multiply<F32Row>(w, first, last, in);
-      if (w.dtype == BF16) multiply<BF16Row>(w, first, last, in);
-      if (w.dtype == F16) multiply<F16Row>(w, first, last, in);
+      if (from < to) multiply(w, from * step, std::min(to * step, w.N));
     }
   };
   if (threads == 1) return some(0, blocks);
 #pragma omp parallel for num_threads(threads)
   for (int64_t i = 0; i < threads; i++) some(blocks * i / threads, blocks * (i + 1) / threads);
+}
+
+inline void multiply_all(const std::vector<Weights>& weights, const Inputs& in, int64_t threads) {
+  share(weights, W, threads, [&](const Weights& w, int64_t first, int64_t last) {
+    if (w.dtype == F32) multiply<F32Row>(w, first, last, in);
+    if (w.dtype == BF16) multiply<BF16Row>(w, first, last, in);
+    if (w.dtype == F16) multiply<F16Row>(w, first, last, in);
+  });
 }

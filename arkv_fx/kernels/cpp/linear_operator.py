@@ -9,7 +9,7 @@ for their products, torch's take six times as long as the same in float32, casts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,12 +63,23 @@ def _linear_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     rows = x.flatten(0, -2)
     if len(rows) <= few_rows(x.dtype):
         return _linear(x, [weight], [] if bias is None else [bias])[0]
-    rows, out = rows.float(), x.new_empty((*x.shape[:-1], weight.shape[0]))
-    size = max(64, PART // max(rows.shape))
-    for start in range(0, weight.shape[0], size):
-        part = slice(start, start + size)
-        own = None if bias is None else bias[part].float()
-        out.flatten(0, -2)[:, part] = torch.nn.functional.linear(rows, weight[part].float(), own)
+    return in_parts(x, weight.shape[0], lambda part: weight[part].float(), bias)
+
+
+def in_parts(
+    x: Tensor, size: int, weight: Callable[[slice], Tensor], bias: Tensor | None, step: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """Products of x [..., K] with ``size`` rows of a weight that ``weight`` makes in ``dtype``.
+
+    It is asked for a part of them at a time, of whole ``step`` unless it is the last.
+    """
+    rows, out = x.flatten(0, -2).to(dtype), x.new_empty((*x.shape[:-1], size))
+    length = max(64, PART // max(rows.shape)) // step * step or step
+    for start in range(0, size, length):
+        part = slice(start, start + length)
+        own = None if bias is None else bias[part].to(dtype)
+        out.flatten(0, -2)[:, part] = torch.nn.functional.linear(rows, weight(part), own)
     return out
 
 

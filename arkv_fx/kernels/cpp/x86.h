@@ -26,6 +26,16 @@ INLINE vi widen(const uint16_t* p) { return (vi)WIDE(cvtepu16_epi32)(LOAD_HALF(p
 // 2 W bytes as shorts.
 INLINE vs shorts(const int8_t* p) { return (vs)WIDE(cvtepi8_epi16)(LOAD_HALF(p)); }
 
+// The low four bits of each as numbers.
+INLINE vf nibbles(vi x) {
+#if defined(__AVX512BW__)
+  const __m512 all = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (vf)_mm512_permutexvar_ps((wide)x, all);
+#else
+  return __builtin_convertvector(x & 15, vf);
+#endif
+}
+
 // `sum` and the sums of neighbours' products.
 INLINE vi add_products(vi sum, vs x, vs y) {
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
@@ -88,6 +98,8 @@ INLINE vi widen(const T* p) {
   typedef T narrow __attribute__((vector_size(W * sizeof(T))));
   return __builtin_convertvector(load<narrow>(p), vi);
 }
+
+INLINE vf nibbles(vi x) { return __builtin_convertvector(x & 15, vf); }
 
 INLINE void store_bytes(void* p, vi x) {
   typedef uint8_t narrow __attribute__((vector_size(W)));
