@@ -95,7 +95,8 @@ class Anchors:
             AbsorbedCacheError: such a tensor holds no numbers.
         """
         for x in inputs if _entries else ():
-            if isinstance(x, Tensor) and x.dim() == 4 and _key(x) in _entries:
+            # Such a tensor is a plain one; to ask one that is made of others takes Python.
+            if type(x) is Tensor and x.dim() == 4 and _key(x) in _entries:
                 if _key(x) not in self.used and not _entries[_key(x)].storage.expired():
                     raise AbsorbedCacheError(
                         f"a compressed cache of shape {tuple(x.shape)} is read by a graph whose "

@@ -194,7 +194,7 @@ def test_a_graph_that_is_none_is_named(folder: Path, tmp_path: Path) -> None:
 
 def test_a_build_has_a_time_limit(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="TensorRT took more than"):
-        tensorrt_target.build(folder / "decode.onnx", tmp_path / "e", "SM89", 0.2)
+        tensorrt_target.build(folder / "decode.onnx", tmp_path / "e", "SM89", 0.01)
 
 
 @pytest.mark.parametrize(

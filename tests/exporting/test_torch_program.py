@@ -28,15 +28,20 @@ def test_saved_programs_answer_as_the_transformed_model(tmp_path: Path) -> None:
     ids, mask = cases.prompt()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    tokens = []
+    arkv_fx.transform(model, config, compile="reference")
+    found = model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False,
+                           output_logits=True, return_dict_in_generate=True)  # fmt: skip
+    arkv_fx.restore(model)
+    expected = found.sequences[:, ids.shape[1] :]
     with torch.no_grad():
         logits, *state = prefill(*(given[n] for n in sidecar["graphs"]["prefill"]["inputs"]))
-        for step in range(30):
-            tokens.append(logits[:, -1].argmax(-1, keepdim=True))
-            logits, *state = decode(tokens[-1], mask.sum(1, keepdim=True) + step, *state)
-    arkv_fx.transform(model, config, compile="reference")
-    expected = model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False)
-    assert torch.cat(tokens, 1).tolist() == expected[:, ids.shape[1] :].tolist()
+        for step, other in enumerate(found.logits):
+            # Numbers that lie between two codes may be stored as either.
+            torch.testing.assert_close(logits[:, -1], other, atol=0.05, rtol=0.0)
+            token, top = expected[:, step : step + 1], other.topk(2).values
+            sure = (top[:, 0] - top[:, 1] > 0.1)[:, None]
+            assert ((logits[:, -1].argmax(-1, keepdim=True) == token) | ~sure).all()
+            logits, *state = decode(token, mask.sum(1, keepdim=True) + step, *state)
     assert len(expected.unique()) > 5
     loads_in_a_fresh_process(folder)
     for name, graph, says in (
